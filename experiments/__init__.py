@@ -1,0 +1,1 @@
+"""The sentences: compose, run, record, plot. Run from the repository, not installed."""
