@@ -1,0 +1,135 @@
+"""Many runs in one program."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.sharding import AxisType, Mesh, PartitionSpec
+from jaxtyping import PyTree
+
+from sgd_sparse_jax._types import PRNGKey, Record, Sampler, Segment, TrainState
+
+WINDOW = 64  # steps whose indices are drawn at once
+STRIDE = 4  # steps per turn of the compiled loop
+
+
+class Gauge(NamedTuple):
+    """`record(state)`, taken before each of the steps `at` (increasing, static)."""
+
+    record: Record
+    at: Sequence[int] | np.ndarray
+
+
+def record_run(
+    key: PRNGKey,
+    sampler: Sampler,
+    segment: Segment,
+    state: TrainState,
+    gauges: Sequence[Gauge],
+    num_steps: int,
+) -> tuple[TrainState, tuple[PyTree[jax.Array], ...]]:
+    """One run of `num_steps` steps; the rows of gauge i are stacked along its own `at`.
+
+    What a gauge does cannot change the run. Gauges may have cadences of their own, so that an
+    expensive one is paid for only where it is due.
+    """
+    order, noise = jr.split(key)
+    stops = np.unique(np.concatenate([np.asarray(gauge.at) for gauge in gauges]))
+    if stops[0] < 0 or stops[-1] >= num_steps:
+        raise ValueError(f"Records at {stops[0]} … {stops[-1]} of a run of {num_steps} steps.")
+    due = np.stack([np.isin(stops, gauge.at) for gauge in gauges], axis=1)
+
+    def tick(state, stop_and_due):
+        stop, due = stop_and_due
+        state = _walk(order, noise, sampler, segment, state, stop)
+        return state, tuple(
+            _record_if(due[i], gauge.record, state) for i, gauge in enumerate(gauges)
+        )
+
+    state, rows = jax.lax.scan(tick, state, (jnp.asarray(stops), jnp.asarray(due)))
+    state = _walk(order, noise, sampler, segment, state, num_steps)
+    where_due = [np.flatnonzero(column) for column in due.T]
+    return state, tuple(
+        jax.tree.map(lambda leaf, at=at: leaf[at], row)
+        for row, at in zip(rows, where_due, strict=True)
+    )
+
+
+def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, stop) -> TrainState:
+    """Steps until `state.step` is `stop`, which may be traced: no compile per distance."""
+
+    def window(state: TrainState) -> TrainState:
+        offset = state.step % WINDOW
+        indices = sampler(order, state.step - offset, WINDOW)
+        todo = jnp.minimum(stop - state.step, WINDOW - offset)
+        rows = lambda first, count: jax.lax.dynamic_slice_in_dim(indices, offset + first, count)
+        stride = lambda i, state: segment(noise, state, rows(i * STRIDE, STRIDE))[0]
+        single = lambda i, state: segment(noise, state, rows(i, 1))[0]
+        state = jax.lax.fori_loop(0, todo // STRIDE, stride, state)
+        return jax.lax.fori_loop(todo - todo % STRIDE, todo, single, state)
+
+    return jax.lax.while_loop(lambda state: state.step < stop, window, state)
+
+
+def _record_if(due, record: Record, state: TrainState):
+    """`record(state)`, or zeros of its shape at no cost where nothing is due."""
+    blank = jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(record, state)
+    )
+    return jax.lax.cond(due, record, lambda _: blank, state)
+
+
+def sweep(
+    run: Callable[[PRNGKey, Any], PyTree[jax.Array]],
+    keys: jax.Array,
+    points: PyTree[jax.Array],
+    *,
+    chunk: int = 64,
+    mesh: Mesh | None = None,
+    on_chunk: Callable[[int], None] = lambda done: None,
+) -> PyTree[np.ndarray]:
+    """`run(key, point)` over keys x points; every leaf gains two leading axes [seeds, points].
+
+    One program, compiled once, takes `chunk` runs per device of `mesh` at a time (measured on
+    CPUs: 64 diagonal nets fill a core); `on_chunk` hears how many runs are done. Results gather
+    on the host, so that the number of runs is not limited by the memory of a device.
+    """
+    mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    seeds, count = len(keys), _common_length(points)
+    total = seeds * count
+    if total == 0:
+        raise ValueError(f"Nothing to run: {seeds} seeds x {count} points.")
+    local = min(chunk, -(-total // mesh.size))
+    turn = local * mesh.size
+    of_run = np.arange(-(-total // turn) * turn) % total  # the last turn repeats the first runs
+
+    def one(r):
+        return run(keys[r // count], jax.tree.map(lambda leaf: leaf[r % count], points))
+
+    split = PartitionSpec(mesh.axis_names)
+    turn_of_runs = jax.jit(
+        jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
+    )
+    blocks = []
+    for start in range(0, total, turn):
+        blocks.append(jax.device_get(turn_of_runs(of_run[start : start + turn])))
+        on_chunk(min(start + turn, total))
+
+    def join(*leaves):
+        flat = np.concatenate(leaves)[:total]
+        return flat.reshape(seeds, count, *flat.shape[1:])
+
+    return jax.tree.map(join, *blocks)
+
+
+def _common_length(points: PyTree[jax.Array]) -> int:
+    lengths = {
+        jax.tree_util.keystr(path): leaf.shape[0]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(points)
+    }
+    if len(set(lengths.values())) != 1:
+        raise ValueError(f"Sweep axes of unequal length: {lengths}; give each point every value.")
+    return next(iter(lengths.values()))
