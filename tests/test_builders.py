@@ -183,15 +183,32 @@ def test_offline_is_one_quick_message(tmp_path, closed_port, monkeypatch):
     assert "\n" not in str(error.value) and tree(tmp_path) == []
 
 
-def test_a_silent_server_is_given_up(monkeypatch):
+@pytest.mark.parametrize("drip", [b"", b"x"])
+def test_a_silent_or_endless_server_is_given_up(monkeypatch, drip):
     monkeypatch.setenv("NO_PROXY", "*")
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
+    stop = threading.Event()
+
+    def answer():
+        connection, _ = listening.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 200 OK\r\nX-Endless: " if drip else b"")
+            while not stop.wait(0.02):
+                connection.sendall(drip)
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        thread = threading.Thread(target=answer)
+        thread.start()
+        timer = threading.Timer(1.5, stop.set)  # so that even a probe without a limit comes back
+        timer.start()
         start = time.perf_counter()
         with pytest.raises(ConnectionError, match="can't be reached"):
-            builders._assert_reachable(f"http://127.0.0.1:{silent.getsockname()[1]}/a", 0.2)
+            builders._assert_reachable(f"http://127.0.0.1:{listening.getsockname()[1]}/a", 0.2)
         assert time.perf_counter() - start < 1
+        timer.cancel()
+        stop.set()
+        thread.join()
 
 
 def test_a_missing_archive_is_named(tmp_path, serve):

@@ -233,6 +233,21 @@ def test_a_damaged_directory_is_named(tmp_path, form, cut):
     assert not list(folder.parent.glob("*.npy"))
 
 
+def test_a_tfrecord_is_cut_between_records_or_truncated(tmp_path):
+    path, records = tmp_path / "file", [b"a", b"", b"long record"]
+    content = b"".join(struct.pack("<Q", len(r)) + b"crc." + r + b"crc." for r in records)
+    whole = {0: 0, 17: 1, 33: 2, 60: 3}
+    assert len(content) == 60
+    for size in range(61):
+        path.write_bytes(content[:size])
+        with path.open("rb") as file:
+            if size in whole:
+                assert list(module._tfrecords(file)) == records[: whole[size]]
+            else:
+                with pytest.raises(ValueError, match=f"{path} is truncated"):
+                    list(module._tfrecords(file))
+
+
 def test_another_data_set_in_the_directory_is_named(tmp_path):
     write_tfds(tmp_path / "classes", classes=CLASSES[::-1])
     with pytest.raises(ValueError, match="has other classes, truck"):
