@@ -178,7 +178,8 @@ def test_offline_is_one_quick_message(tmp_path, closed_port, monkeypatch):
             prepare=functools.partial(prepare, source=entry),
         )
     assert time.perf_counter() - start < 5
-    for word in ("cifar10", str(tmp_path / "data"), "TFDS_DATA_DIR", entry.archives[0].url):
+    by_hand = tmp_path / "data" / "downloads" / "manual" / "cifar.tar.gz"
+    for word in ("cifar10 is", "TFDS_DATA_DIR", entry.archives[0].url, f"nor is there {by_hand}"):
         assert word in str(error.value)
     assert "\n" not in str(error.value) and tree(tmp_path) == []
 
@@ -203,8 +204,7 @@ def test_a_silent_or_endless_server_is_given_up(monkeypatch, drip):
         timer = threading.Timer(1.5, stop.set)  # so that even a probe without a limit comes back
         timer.start()
         start = time.perf_counter()
-        with pytest.raises(ConnectionError, match="can't be reached"):
-            builders._assert_reachable(f"http://127.0.0.1:{listening.getsockname()[1]}/a", 0.2)
+        assert builders._unreachable(f"http://127.0.0.1:{listening.getsockname()[1]}/a", 0.2)
         assert time.perf_counter() - start < 1
         timer.cancel()
         stop.set()
@@ -213,7 +213,7 @@ def test_a_silent_or_endless_server_is_given_up(monkeypatch, drip):
 
 def test_a_missing_archive_is_named(tmp_path, serve):
     (tmp_path / "server").mkdir()
-    with pytest.raises(ConnectionError, match=r"gone.tar.gz can't be reached \(HTTP status 404\)"):
+    with pytest.raises(ConnectionError, match=r"gone.tar.gz can't be .* \(HTTP status 404\)"):
         write("cifar10", tmp_path, source("cifar10", f"{serve[0]}/gone.tar.gz", 1, "0" * 64))
     assert serve[1] == ["HEAD"] * len(serve[1])
 

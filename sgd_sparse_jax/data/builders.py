@@ -45,8 +45,11 @@ def prepare(
     source = source or SOURCES[name]
     manual = data_dir / "downloads" / "manual"
     for archive in source.archives:
-        if not (manual / PurePosixPath(archive.url).name).is_file():
-            _assert_reachable(archive.url)
+        by_hand = manual / PurePosixPath(archive.url).name
+        if not by_hand.is_file() and (reason := _unreachable(archive.url)):
+            raise ConnectionError(
+                f"{archive.url} can't be reached ({reason}), nor is there {by_hand}"
+            )
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         # Everything half-done lives in here: the download, TFDS's incomplete folder.
@@ -67,24 +70,23 @@ def prepare(
                 raise
 
 
-def _assert_reachable(url: str, seconds: float = 3.0) -> None:
-    """Raises ConnectionError unless the server answers; a name server that hangs counts as none."""
+def _unreachable(url: str, seconds: float = 3.0) -> str | None:
+    """Why the server doesn't answer, if it doesn't; one that hangs, or its name server, counts."""
     import requests  # what TFDS downloads with: the same proxies and certificates apply
 
-    outcome: list[object] = [f"no answer in {seconds:g} s"]
+    reasons: list[str | None] = [f"no answer in {seconds:g} s"]
 
     def ask():
         try:
             response = requests.head(url, timeout=seconds, allow_redirects=True)
-            outcome[0] = None if response.ok else f"HTTP status {response.status_code}"
+            reasons[0] = None if response.ok else f"HTTP status {response.status_code}"
         except requests.RequestException as error:
-            outcome[0] = type(error).__name__
+            reasons[0] = type(error).__name__
 
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(seconds)
-    if outcome[0]:
-        raise ConnectionError(f"{url} can't be reached ({outcome[0]})")
+    return reasons[0]
 
 
 def _features(shape, class_names, source: Source) -> Any:
