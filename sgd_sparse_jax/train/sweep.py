@@ -82,6 +82,56 @@ def _record_if(due, record: Record, state: TrainState):
     return jax.lax.cond(due, record, lambda _: blank, state)
 
 
+def make_sweep(
+    run: Callable[[PRNGKey, Any], PyTree[jax.Array]], *, chunk: int = 64, mesh: Mesh | None = None
+) -> Callable[..., PyTree[np.ndarray]]:
+    """(keys, points) -> `run(key, point)` over keys x points, leaves with axes [seeds, points, …].
+
+    One program, compiled at the first call, takes `chunk` runs per device of `mesh` at a time (on
+    CPUs 64 diagonal nets fill a core); `on_chunk` hears how many runs are done. Results gather on
+    the host, so that the number of runs isn't limited by the memory of a device. Run (i, j) is
+    `run(keys[i], points[j])`, whatever the number of seeds, points, devices or the chunk.
+    """
+    if chunk < 1:
+        raise ValueError(f"chunk is {chunk}; a device takes 1 run at a time or more.")
+    mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec(mesh.axis_names)
+
+    def of_index(index, keys, points):
+        seed, point = index // _common_length(points), index % _common_length(points)
+        return run(keys[seed], jax.tree.map(lambda leaf: leaf[point], points))
+
+    program = jax.jit(
+        jax.shard_map(
+            jax.vmap(of_index, (0, None, None)),
+            mesh=mesh,
+            in_specs=(split, PartitionSpec(), PartitionSpec()),
+            out_specs=split,
+            check_vma=False,
+        )
+    )
+
+    def sweep(keys, points, on_chunk: Callable[[int], None] = lambda done: None):
+        shape = (len(keys), _common_length(points))
+        total = shape[0] * shape[1]
+        if total == 0:
+            raise ValueError(f"Nothing to run: {shape[0]} seeds x {shape[1]} points.")
+        turn = min(chunk, -(-total // mesh.size)) * mesh.size
+        blocks = []
+        for start in range(0, total, turn):
+            indices = np.arange(start, start + turn) % total  # the last turn repeats early runs
+            blocks.append(jax.device_get(program(indices, keys, points)))
+            on_chunk(min(start + turn, total))
+
+        def join(*leaves):
+            flat = np.concatenate(leaves)[:total]
+            return flat.reshape(*shape, *flat.shape[1:])
+
+        return jax.tree.map(join, *blocks)
+
+    return sweep
+
+
 def sweep(
     run: Callable[[PRNGKey, Any], PyTree[jax.Array]],
     keys: jax.Array,
@@ -91,41 +141,12 @@ def sweep(
     mesh: Mesh | None = None,
     on_chunk: Callable[[int], None] = lambda done: None,
 ) -> PyTree[np.ndarray]:
-    """`run(key, point)` over keys x points; every leaf gains two leading axes [seeds, points].
-
-    One program, compiled once, takes `chunk` runs per device of `mesh` at a time (measured on
-    CPUs: 64 diagonal nets fill a core); `on_chunk` hears how many runs are done. Results gather
-    on the host, so that the number of runs is not limited by the memory of a device.
-    """
-    mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
-    seeds, count = len(keys), _common_length(points)
-    total = seeds * count
-    if total == 0:
-        raise ValueError(f"Nothing to run: {seeds} seeds x {count} points.")
-    local = min(chunk, -(-total // mesh.size))
-    turn = local * mesh.size
-    of_run = np.arange(-(-total // turn) * turn) % total  # the last turn repeats the first runs
-
-    def one(r):
-        return run(keys[r // count], jax.tree.map(lambda leaf: leaf[r % count], points))
-
-    split = PartitionSpec(mesh.axis_names)
-    turn_of_runs = jax.jit(
-        jax.shard_map(jax.vmap(one), mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    )
-    blocks = []
-    for start in range(0, total, turn):
-        blocks.append(jax.device_get(turn_of_runs(of_run[start : start + turn])))
-        on_chunk(min(start + turn, total))
-
-    def join(*leaves):
-        flat = np.concatenate(leaves)[:total]
-        return flat.reshape(seeds, count, *flat.shape[1:])
-
-    return jax.tree.map(join, *blocks)
+    """`run(key, point)` over keys x points, once: `make_sweep` says how."""
+    return make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, on_chunk)
 
 
 def _common_length(points: PyTree[jax.Array]) -> int:
+    """The length that all leaves of `points` share."""
     lengths = {
         jax.tree_util.keystr(path): leaf.shape[0]
         for path, leaf in jax.tree_util.tree_leaves_with_path(points)
