@@ -1,7 +1,6 @@
 """Arrays in, batches out."""
 
 import os
-from pathlib import Path
 
 from . import images as _images
 from .augment import (
@@ -15,5 +14,5 @@ from .synthetic import Problem as Problem, sparse_regression as sparse_regressio
 
 
 def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None) -> Images:
-    """One split of an image set: cached, decoded from a TFDS directory, or downloaded, in this order."""
+    """A split of an image set: from its cache, else a TFDS directory, else its official archive."""
     return _images.load_images(name, split, data_dir=data_dir, prepare=prepare)

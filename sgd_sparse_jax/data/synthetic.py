@@ -19,7 +19,7 @@ class Problem(NamedTuple):
 def sparse_regression(
     seed: int = 0, *, n: int = 80, d: int = 200, support: int = 20, n_test: int = 1000
 ) -> Problem:
-    """y = <theta*, x> without noise, x ~ N(0, I); theta* = |N(0, 1)| on its first `support` entries.
+    """y = <theta*, x>, no noise, x ~ N(0, I); theta* = |N(0, 1)| on its first `support` entries.
 
     theta* has unit norm. Float64 NumPy arrays; source: D1-D3 of the paper's diagonal nets.
     """
