@@ -39,7 +39,7 @@ def main(
 
 
 def parse(config_type: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
-    """`config_type` from flags such as `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one."""
+    """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one."""
     import tyro
 
     argv = sys.argv[1:] if argv is None else list(argv)
