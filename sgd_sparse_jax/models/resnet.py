@@ -1,6 +1,6 @@
 """Residual image classifiers. Each returns (logits [b, c], features by block, in depth order)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -32,11 +32,11 @@ def conv(width: int, kernel: int, stride: int, dtype: DTypeLike) -> nn.Conv:
     )
 
 
-def batch_norm(train: bool, dtype: DTypeLike) -> nn.BatchNorm:
-    """Batch statistics in training; else running moments, which keep 0.9 of their past a step."""
+def batch_norm(train: bool, dtype: DTypeLike, momentum: float) -> nn.BatchNorm:
+    """Batch statistics in training, else running moments, which keep `momentum` of their past."""
     return nn.BatchNorm(
         use_running_average=not train,
-        momentum=0.9,
+        momentum=momentum,
         epsilon=1e-5,
         use_fast_variance=False,
         dtype=dtype,
@@ -51,15 +51,15 @@ class BasicBlock(nn.Module):
 
     width: int
     stride: int
+    norm: Callable[[], nn.Module]
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"], train: bool) -> Float[Array, "b h2 w2 c2"]:
-        norm = partial(batch_norm, train, self.dtype)
-        y = nn.relu(norm()(conv(self.width, 3, self.stride, self.dtype)(x)))
-        y = norm()(conv(self.width, 3, 1, self.dtype)(y))
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        y = nn.relu(self.norm()(conv(self.width, 3, self.stride, self.dtype)(x)))
+        y = self.norm()(conv(self.width, 3, 1, self.dtype)(y))
         if x.shape != y.shape:
-            x = norm()(conv(self.width, 1, self.stride, self.dtype)(x))
+            x = self.norm()(conv(self.width, 1, self.stride, self.dtype)(x))
         return nn.relu(x + y)
 
 
@@ -74,18 +74,20 @@ class ResNet(nn.Module):
     classes: int
     width: int = 64
     dtype: DTypeLike = jnp.float32
+    norm_momentum: float = 0.9  # 0 keeps the moments of the last batch alone
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
+        norm = partial(batch_norm, train, self.dtype, self.norm_momentum)
         features = {}
         x = conv(self.width, 3, 1, self.dtype)(x.astype(self.dtype))
-        x = nn.relu(batch_norm(train, self.dtype)(x))
+        x = nn.relu(norm()(x))
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
-                x = BasicBlock(self.width * 2**stage, stride, self.dtype)(x, train)
+                x = BasicBlock(self.width * 2**stage, stride, norm, self.dtype)(x)
             features[f"block{stage + 1}"] = x
         wide = stored_dtype(self.dtype)
         x = features[f"block{len(self.depths) + 1}"] = x.astype(wide).mean((1, 2))

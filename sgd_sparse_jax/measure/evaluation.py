@@ -1,0 +1,106 @@
+"""Loss, error and feature sparsity of a classifier over a data set: one forward pass for all."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from sgd_sparse_jax._types import Fetch, LossFn, Params, PRNGKey, Scalar, Stats
+
+
+class Totals(NamedTuple):
+    """Sums over the examples of a batch."""
+
+    loss: Scalar
+    errors: Scalar
+    count: Scalar
+    active: dict[str, Scalar]  # per block, the share of positive units
+
+
+def index_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Indices and mask [batch] that cover 0 … n-1 once; the last batch is padded and masked."""
+    for start in range(0, n, batch):
+        places = np.arange(start, start + batch)
+        yield np.minimum(places, n - 1).astype(np.int32), places < n
+
+
+def make_evaluation(
+    model: nn.Module,
+    loss: LossFn,
+    fetch: Fetch,
+    *,
+    batch: int,
+    sample: Callable[[str, Array], Float[Array, "b m"]] | None = None,
+    sparsity: Callable[[Float[Array, "n m"]], tuple[Scalar, Scalar]] | None = None,
+    shard: Callable = lambda idx: idx,
+) -> Callable[[PRNGKey, Params, Stats, int], dict[str, Any]]:
+    """(key, params, stats, n) -> mean loss and error over the first n examples that `fetch` knows.
+
+    With `sample(block, features)` and `sparsity(units)`, also `active/BLOCK`, the share of
+    positive units over all of a block, and `distinct/BLOCK`, that of the sampled units without
+    duplicates. Every example is seen once; the last batch is padded, counts are exact.
+    """
+
+    @jax.jit
+    def totals(
+        key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"], mask: Bool[Array, " b"]
+    ):
+        examples = fetch(key, shard(idx))
+        logits, features = model.apply({"params": params, **stats}, examples.x)
+        share = lambda phi: (phi > 0).reshape(len(phi), -1).mean(1, dtype=jnp.float32)
+        wrong = logits.argmax(-1) != examples.y
+        summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
+        active = {block: summed(share(phi)) for block, phi in features.items()} if sample else {}
+        units = {block: sample(block, phi) for block, phi in features.items()} if sample else {}
+        out = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), active)
+        return out, units
+
+    distinct = jax.jit(lambda units: sparsity(units)[1]) if sparsity else None
+
+    def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
+        parts = [totals(key, params, stats, *rows) for rows in index_batches(n, batch)]
+        sums = jax.device_get([part for part, _ in parts])
+        count = sum(float(part.count) for part in sums)
+        mean = lambda pick: sum(float(pick(part)) for part in sums) / count
+        row = {"loss": mean(lambda part: part.loss), "error": mean(lambda part: part.errors)}
+        for block in sums[0].active:
+            row[f"active/{block}"] = mean(lambda part, block=block: part.active[block])
+            if distinct:
+                phi = jnp.concatenate([units[block] for _, units in parts])[:n]
+                row[f"distinct/{block}"] = float(distinct(phi))
+        return row
+
+    return evaluate
+
+
+def make_moments(
+    model: nn.Module, fetch: Fetch, *, batch: int, shard: Callable = lambda idx: idx
+) -> Callable[[PRNGKey, Params, Stats, int], Stats]:
+    """(key, params, stats, n) -> BatchNorm moments: the mean of the batches' own, over n examples.
+
+    `model` keeps nothing of the past (running moments of momentum 0). For weights that no batch
+    has been normalized with, such as averages along a run. A last partial batch is left out.
+    """
+
+    @jax.jit
+    def batch_moments(key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"]) -> Stats:
+        x = fetch(key, shard(idx)).x
+        _, moments = model.apply({"params": params, **stats}, x, train=True, mutable=list(stats))
+        return moments
+
+    def moments(key: PRNGKey, params: Params, stats: Stats, n: int) -> Stats:
+        if not jax.tree.leaves(stats):
+            return stats
+        size, count = min(batch, n), max(n // batch, 1)
+        total = None
+        for i in range(count):
+            idx = np.arange(i * size, (i + 1) * size, dtype=np.int32)
+            one = batch_moments(key, params, stats, idx)
+            total = one if total is None else jax.tree.map(jnp.add, total, one)
+        return jax.tree.map(lambda leaf: leaf / count, total)
+
+    return moments
