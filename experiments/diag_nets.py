@@ -328,6 +328,7 @@ def draw(folder: Path, config: Config, result: Result) -> list[Path]:
         panel("Support of the predictor", "‖u⊙v‖₀ (entries)", result.support),
         panel("Rank of the Jacobian", "rank", result.rank, x=rank_steps(config)),
         panel("Imbalance of the layers", "‖u² − v²‖₁", result.balancedness, log_y=True),
+        panel("Diverged runs", "share of runs", np.isnan(result.train_loss).mean(0, keepdims=True)),
     ]
     title = f"Diagonal nets, n = {config.n}, d = {config.d}: {config.seeds} seeds"
     return plots.figure(folder / "figures" / "diag_nets", panels, columns=2, title=title)

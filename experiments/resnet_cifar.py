@@ -236,7 +236,8 @@ def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh):
 
 def fetch_from(images: data.Images, mesh: jax.sharding.Mesh, *, augmented: bool):
     """Gathers from uint8 images that live on every device; [0, 1] floats come out."""
-    pixels, labels = train.replicate((np.asarray(images.images), np.asarray(images.labels)), mesh)
+    placed: Any = train.replicate((np.asarray(images.images), np.asarray(images.labels)), mesh)
+    pixels, labels = placed
 
     def fetch(key, idx):
         x = pixels[idx]
@@ -299,7 +300,11 @@ def run_name(config: Config) -> str:
 def add_row(folder: Path, row: dict[str, Any], parts: Parts) -> dict[str, Any]:
     """Completes a row with epoch and step size, and writes it."""
     step = row["step"]
-    place = {"step": step, "epoch": step / parts.steps_per_epoch, "lr": float(parts.schedule(step))}
+    place = {
+        "step": step,
+        "epoch": step / parts.steps_per_epoch,
+        "lr": np.asarray(parts.schedule(step)),
+    }
     records.append_row(folder, place | row)
     return row
 
@@ -312,19 +317,19 @@ def progress_bar(done: int, parts: Parts, config: Config) -> Iterator[tuple[Call
     columns = (BarColumn(), MofNCompleteColumn(), "{task.description}", TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("compiling", total=parts.num_steps, completed=done)
-        started, seen = [time.perf_counter()], [""]
+        since, last = [done, time.perf_counter()], [""]
 
         def on_call(step: int) -> None:
-            rate = (step - done) * config.batch_size / (time.perf_counter() - started[0])
-            text = f"{seen[0]} {rate:.0f} images/s"
-            progress.update(task, completed=step, description=text)
+            rate = (step - since[0]) * config.batch_size / (time.perf_counter() - since[1])
+            progress.update(task, completed=step, description=f"{rate:.0f} images/s {last[0]}")
 
         def on_row(row: dict[str, Any]) -> None:
-            seen[0] = (
-                f"train loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}, "
-                f"block 4 {row['distinct/block4' if 'distinct/block4' in row else 'train/distinct/block4']:.1%}"
+            last[0] = (
+                f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}, "
+                f"block 4 {row['train/distinct/block4']:.1%}"
             )
-            progress.console.print(f"step {row['step']}: {seen[0]}")
+            progress.console.print(f"step {row['step']}: {last[0]}")
+            since[:] = row["step"], time.perf_counter()  # evaluations are no training time
 
         yield on_call, on_row
 
@@ -361,7 +366,10 @@ def draw(folder: Path, config: Config, parts: Parts) -> list[Path]:
         plots.Panel("Active units, without duplicates", "share", curves(distinct), xlabel="epoch"),
         plots.Panel("Active units, all", "share", curves(active), xlabel="epoch"),
     ]
-    title = f"{config.dataset}, {config.model} (width {config.model_width}), η₀ = {config.lr_init:g}, {config.lr_schedule}"
+    title = (
+        f"{config.dataset}, {config.model} of width {config.model_width}, "
+        f"η₀ = {config.lr_init:g}, {config.lr_schedule}"
+    )
     return plots.figure(folder / "figures" / "resnet_cifar", panels, title=title)
 
 

@@ -5,14 +5,19 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from sgd_sparse_jax._types import Batch
+
+class Examples(NamedTuple):
+    """Inputs and targets, in float64."""
+
+    x: Float[np.ndarray, "n d"]
+    y: Float[np.ndarray, " n"]
 
 
 class Problem(NamedTuple):
     """Train and test examples of a regression problem, and what generated their targets."""
 
-    train: Batch
-    test: Batch
+    train: Examples
+    test: Examples
     target: Float[np.ndarray, " d"]
 
 
@@ -31,4 +36,4 @@ def sparse_regression(
     x, x_test, target = rng.randn(n, d), rng.randn(n_test, d), np.abs(rng.randn(d))
     target[support:] = 0.0
     target /= np.linalg.norm(target)
-    return Problem(Batch(x, x @ target), Batch(x_test, x_test @ target), target)
+    return Problem(Examples(x, x @ target), Examples(x_test, x_test @ target), target)

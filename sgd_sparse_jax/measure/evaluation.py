@@ -17,7 +17,7 @@ class Totals(NamedTuple):
 
     loss: Scalar
     errors: Scalar
-    count: Scalar
+    examples: Scalar
     active: dict[str, Scalar]  # per block, the share of positive units
 
 
@@ -50,21 +50,21 @@ def make_evaluation(
         key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"], mask: Bool[Array, " b"]
     ):
         examples = fetch(key, shard(idx))
-        logits, features = model.apply({"params": params, **stats}, examples.x)
+        out: Any = model.apply({"params": params, **stats}, examples.x)
+        logits, features = out
         share = lambda phi: (phi > 0).reshape(len(phi), -1).mean(1, dtype=jnp.float32)
         wrong = logits.argmax(-1) != examples.y
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
         active = {block: summed(share(phi)) for block, phi in features.items()} if sample else {}
         units = {block: sample(block, phi) for block, phi in features.items()} if sample else {}
-        out = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), active)
-        return out, units
+        return Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), active), units
 
     distinct = jax.jit(lambda units: sparsity(units)[1]) if sparsity else None
 
     def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
         parts = [totals(key, params, stats, *rows) for rows in index_batches(n, batch)]
         sums = jax.device_get([part for part, _ in parts])
-        count = sum(float(part.count) for part in sums)
+        count = sum(float(part.examples) for part in sums)
         mean = lambda pick: sum(float(pick(part)) for part in sums) / count
         row = {"loss": mean(lambda part: part.loss), "error": mean(lambda part: part.errors)}
         for block in sums[0].active:

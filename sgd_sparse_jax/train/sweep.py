@@ -94,8 +94,8 @@ def make_sweep(
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; a device takes 1 run at a time or more.")
-    mesh = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
-    split = PartitionSpec(mesh.axis_names)
+    over = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    split = PartitionSpec(over.axis_names)
 
     def of_index(index, keys, points):
         seed, point = index // _common_length(points), index % _common_length(points)
@@ -104,7 +104,7 @@ def make_sweep(
     program = jax.jit(
         jax.shard_map(
             jax.vmap(of_index, (0, None, None)),
-            mesh=mesh,
+            mesh=over,
             in_specs=(split, PartitionSpec(), PartitionSpec()),
             out_specs=split,
             check_vma=False,
@@ -116,7 +116,7 @@ def make_sweep(
         total = shape[0] * shape[1]
         if total == 0:
             raise ValueError(f"Nothing to run: {shape[0]} seeds x {shape[1]} points.")
-        turn = min(chunk, -(-total // mesh.size)) * mesh.size
+        turn = min(chunk, -(-total // over.size)) * over.size
         blocks = []
         for start in range(0, total, turn):
             indices = np.arange(start, start + turn) % total  # the last turn repeats early runs
