@@ -20,8 +20,11 @@ def open_checkpoints(directory: str | PathLike[str], *, keep: int = 2) -> "ocp.C
     """
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-    return ocp.CheckpointManager(Path(directory).expanduser().absolute(), options=options)
+    return ocp.CheckpointManager(
+        Path(directory).expanduser().absolute(),
+        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+        item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
+    )
 
 
 def save(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None:
