@@ -1,0 +1,71 @@
+"""One forward pass for loss, error and sparsity: counts are exact, whatever the batch."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from sgd_sparse_jax import measure, train
+from sgd_sparse_jax._types import Batch
+from sgd_sparse_jax.models import ResNet
+
+MODEL = ResNet((1,), classes=3, width=4, dtype=jnp.float64)
+X = jr.normal(jr.key(0), (45, 6, 6, 3))
+Y = jr.randint(jr.key(1), (45,), 0, 3)
+VARIABLES = dict(jax.jit(MODEL.init)(jr.key(2), X))
+PARAMS, STATS = VARIABLES["params"], {"batch_stats": VARIABLES["batch_stats"]}
+FETCH = lambda key, idx: Batch(X[idx], Y[idx])
+LOGITS, FEATURES = jax.jit(MODEL.apply)(VARIABLES, X)
+
+
+def evaluation(batch, **options):
+    return measure.make_evaluation(MODEL, train.cross_entropy, FETCH, batch=batch, **options)
+
+
+@pytest.mark.parametrize(("batch", "n"), [(8, 45), (45, 45), (64, 45), (8, 17)])
+def test_means_are_exact_for_every_batch_size(batch, n):
+    row = evaluation(batch)(jr.key(0), PARAMS, STATS, n)
+    loss = train.cross_entropy(LOGITS, Y)[:n].mean()
+    np.testing.assert_allclose(row["loss"], loss, rtol=1e-12)
+    np.testing.assert_allclose(row["error"], np.mean(np.asarray(LOGITS.argmax(-1) != Y)[:n]), rtol=1e-12)
+    assert list(row) == ["loss", "error"]
+
+
+def test_sparsity_is_that_of_all_examples_at_once():
+    sample = lambda block, phi: measure.sample_units(jr.key(7), phi, 30)
+    row = evaluation(8, sample=sample, sparsity=measure.feature_sparsity)(
+        jr.key(0), PARAMS, STATS, 45
+    )
+    for block, phi in FEATURES.items():
+        np.testing.assert_allclose(row[f"active/{block}"], np.mean(np.asarray(phi) > 0), rtol=1e-6)
+        distinct = measure.feature_sparsity(sample(block, phi))[1]
+        np.testing.assert_allclose(row[f"distinct/{block}"], distinct, rtol=1e-9)
+    assert set(FEATURES) == {"block1", "block2"}
+
+
+def test_devices_change_nothing():
+    mesh = train.data_mesh()
+    alone = evaluation(16)(jr.key(0), PARAMS, STATS, 45)
+    spread = evaluation(16, shard=train.split_examples(mesh))(jr.key(0), PARAMS, STATS, 45)
+    assert alone == pytest.approx(spread, rel=1e-9)
+
+
+def test_moments_are_the_mean_of_the_batches_own():
+    moments = measure.make_moments(MODEL.clone(norm_momentum=0.0), FETCH, batch=15)
+    found = moments(jr.key(0), PARAMS, STATS, 45)["batch_stats"]["BatchNorm_0"]
+    _, kept = MODEL.apply(
+        VARIABLES, X, capture_intermediates=lambda m, _: m.name == "Conv_0", mutable=True
+    )
+    (first,) = kept["intermediates"]["Conv_0"]["__call__"]
+    np.testing.assert_allclose(found["mean"], first.mean((0, 1, 2)), rtol=1e-9, atol=1e-12)
+    within = np.mean([first[i : i + 15].var((0, 1, 2)) for i in (0, 15, 30)], axis=0)
+    np.testing.assert_allclose(found["var"], within, rtol=1e-9)
+
+
+def test_moments_forget_what_they_were():
+    moments = measure.make_moments(MODEL.clone(norm_momentum=0.0), FETCH, batch=15)
+    spoiled = jax.tree.map(lambda leaf: leaf + 100.0, STATS)
+    a, b = (moments(jr.key(0), PARAMS, stats, 45) for stats in (STATS, spoiled))
+    jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-12), a, b)
+    assert moments(jr.key(0), PARAMS, {}, 45) == {}
