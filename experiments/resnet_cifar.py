@@ -100,47 +100,51 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> Path:
     """Trains, or goes on training, in the run's folder; returns the folder."""
     validate(config)
+    place = (config.runs_dir, "resnet_cifar", run_name(config))
+    saved = train.latest_step(records.run_folder(*place) / "checkpoints")
     parts = assemble(config)
-    folder = records.open_run(
-        config.runs_dir, "resnet_cifar", run_name(config), config, may_change=MAY_CHANGE
-    )
+    if saved is not None and saved > parts.num_steps:
+        raise ValueError(
+            f"--max_steps is {parts.num_steps}, but {records.run_folder(*place)} is at step "
+            f"{saved} already; give {saved} or more, or another --exp_name."
+        )
+    folder = records.open_run(*place, config, may_change=MAY_CHANGE)
+    if saved == parts.num_steps:
+        print(f"{folder} is at its last step, {saved}, already: its figures are drawn again.")
+    else:
+        go_on(config, parts, folder)
+    draw(folder, config, parts)
+    print_last_row(folder)
+    print(folder)
+    return folder
+
+
+def go_on(config: Config, parts: Parts, folder: Path) -> None:
+    """Trains from the newest saved state, or from the beginning, to the last step."""
     mesh = train.data_mesh()
     init_key, fit_key = jr.split(jr.key(config.seed))
     segment, sampler, fresh = training(config, parts, mesh)
     with train.open_checkpoints(folder / "checkpoints") as checkpoints:
         state = train.restore(checkpoints, train.replicate(fresh(init_key), mesh))
         done = int(state.step)
-        if done > parts.num_steps:
-            raise ValueError(
-                f"--max_steps is {parts.num_steps}, but {folder} is at step {done} already; "
-                f"give {done} or more, or another --exp_name."
+        records.drop_rows_after(folder, done if checkpoints.all_steps() else -1)
+        devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
+        records.start_manifest(folder, seed=config.seed, devices=devices, from_step=done)
+        with progress_bar(done, parts, config) as (on_call, on_row):
+            train.fit(
+                fit_key,
+                state,
+                sampler,
+                segment,
+                num_steps=parts.num_steps,
+                eval_every=config.eval_iter_freq,
+                evaluate=evaluation(config, parts, mesh),
+                on_row=lambda row: on_row(add_row(folder, row, parts)),
+                save=lambda state: train.save(checkpoints, state),
+                steps_per_call=steps_per_call(config),
+                on_call=on_call,
             )
-        records.drop_rows_after(folder, done if done or checkpoints.all_steps() else -1)
-        if done < parts.num_steps or not records.read_rows(folder):
-            devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
-            records.start_manifest(folder, seed=config.seed, devices=devices, from_step=done)
-            with progress_bar(done, parts, config) as (on_call, on_row):
-                train.fit(
-                    fit_key,
-                    state,
-                    sampler,
-                    segment,
-                    num_steps=parts.num_steps,
-                    eval_every=config.eval_iter_freq,
-                    evaluate=evaluation(config, parts, mesh),
-                    on_row=lambda row: on_row(add_row(folder, row, parts)),
-                    save=lambda state: train.save(checkpoints, state),
-                    steps_per_call=steps_per_call(config),
-                    on_call=on_call,
-                )
-    if done < parts.num_steps:
-        records.finish_manifest(folder, steps=parts.num_steps)
-    else:
-        print(f"{folder} is at its last step, {done}, already: its figures are drawn again.")
-    draw(folder, config, parts)
-    print_last_row(folder)
-    print(folder)
-    return folder
+    records.finish_manifest(folder, steps=parts.num_steps)
 
 
 def validate(config: Config) -> None:

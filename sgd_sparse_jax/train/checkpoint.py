@@ -27,6 +27,13 @@ def open_checkpoints(directory: str | PathLike[str], *, keep: int = 2) -> "ocp.C
     )
 
 
+def latest_step(directory: str | PathLike[str]) -> int | None:
+    """The newest step that `directory` holds a finished save of; None where there is none."""
+    folder = Path(directory)
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdigit()), default=None)
+
+
 def save(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None:
     """Files `state` under its own step, in the background; the state's buffers are copied first."""
     import orbax.checkpoint as ocp
