@@ -6,16 +6,19 @@ Exit codes: 0 done, 1 the run could not be made or stopped, 2 a flag is wrong, 1
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
-from typing import NoReturn, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn, TypeVar
 
 ConfigT = TypeVar("ConfigT")
 CURABLE = (ValueError, OSError, FloatingPointError)  # what a user can mend; the rest are bugs
+FULL = (errno.ENOSPC, errno.EDQUOT)
+MORE = "--help lists all flags"
 
 
 def main(
@@ -27,37 +30,72 @@ def main(
 
     SGD_SPARSE_TRACEBACK=1 shows the traceback as well.
     """
-    config = parse(config_type, argv)
     try:
-        run(config)
+        config = parse(config_type, argv)
+        try:
+            run(config)
+        except CURABLE as error:
+            if os.environ.get("SGD_SPARSE_TRACEBACK", "0") not in ("", "0"):
+                traceback.print_exc()
+            _stop(_message(error), 1)
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last saved state", 130)
-    except CURABLE as error:
-        if os.environ.get("SGD_SPARSE_TRACEBACK"):
-            traceback.print_exc()
-        _stop(_message(error), 1)
 
 
 def parse(config_type: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
     """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one."""
-    import tyro
-
     argv = sys.argv[1:] if argv is None else list(argv)
-    screen = io.StringIO()
+    fields = dataclasses.fields(config_type)  # pyright: ignore[reportArgumentType]
+    if not {"-h", "--help"} & set(argv) and (misuse := _misuse(argv, fields)):
+        _stop(f"{misuse}; {MORE}", 2)
     try:
-        with contextlib.redirect_stderr(screen):
-            return tyro.cli(
-                config_type,
-                args=argv,
-                prog=_program(),
-                use_underscores=True,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _tyro(config_type, argv)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-        known = [f"--{field.name}" for field in dataclasses.fields(config_type)]  # pyright: ignore[reportArgumentType]
-        _stop(_first_sentence(screen.getvalue()) + _suggestion(argv, known), 2)
+    message = _first_sentence(_box(config_type, argv)).rstrip(".")
+    suggestion = _suggestion(message, argv, [f"--{field.name}" for field in fields])
+    return _stop(message + suggestion, 2)
+
+
+def _tyro(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+    import tyro
+
+    return tyro.cli(
+        config_type,
+        args=argv,
+        prog=_program(),
+        use_underscores=True,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+
+
+def _box(config_type: type, argv: Sequence[str]) -> str:
+    """What tyro says about wrong flags, on a screen so wide that it breaks no line."""
+    screen = io.StringIO()
+    with (
+        _environment(COLUMNS="1000000"),
+        contextlib.redirect_stdout(io.StringIO()),  # of no encoding: drawn without a frame
+        contextlib.redirect_stderr(screen),
+        contextlib.suppress(SystemExit),
+    ):
+        _tyro(config_type, argv)
+    return screen.getvalue()
+
+
+@contextlib.contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _program() -> str:
@@ -66,34 +104,56 @@ def _program() -> str:
     return f"python -m {spec.name}" if spec and spec.name != "__main__" else "experiment"
 
 
+def _misuse(argv: Sequence[str], fields: Sequence[dataclasses.Field[Any]]) -> str | None:
+    """What tyro lets pass or doesn't name: a switch with a value, a list of values with none."""
+    defaults = {f"--{field.name}": field.default for field in fields}
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        name, equals, value = word.partition("=")
+        default = defaults.get(_underscored(name))
+        if not equals and not after.startswith("--"):
+            equals, value = " ", after
+        if isinstance(default, bool) and equals:
+            return f"{name} takes no value, and {value!r} is one"
+        if isinstance(default, tuple) and default and not equals:
+            return f"{name} needs one value or more"
+    return None
+
+
 def _first_sentence(box: str) -> str:
-    """The message in the box that tyro draws: its text down to the first rule, unwrapped."""
-    lines = [line.strip("│ ").rstrip() for line in box.splitlines() if not line.startswith("╭")]
-    message = []
-    for line in lines:
-        if set(line) <= set("─╰╯ "):
-            break
-        message.append(line)
-    text = " ".join(" ".join(message).split())
+    """The message between the rule under the title and the next one, in one line."""
+    _, *parts = re.split(r"^ +-{5,} *$", box, flags=re.MULTILINE)
+    text = " ".join("".join(parts[:1]).split())
     return text[:1].lower() + text[1:] if text else "the flags can't be read"
 
 
-def _suggestion(argv: Sequence[str], known: Sequence[str]) -> str:
-    flags = [re.split("=", word)[0] for word in argv if word.startswith("--")]
-    unknown = [flag for flag in flags if flag.replace("-", "_") not in _underscored(known)]
-    near = [match for flag in unknown for match in difflib.get_close_matches(flag, known, 1)]
-    hint = f"; did you mean {' '.join(near)}?" if near else ";"
-    return f"{hint} --help lists all flags"
+def _suggestion(message: str, argv: Sequence[str], known: Sequence[str]) -> str:
+    """`; did you mean --seeds?`: the flags nearest to unknown ones, the choice nearest to a bad."""
+    near: list[str] = []
+    if message.startswith("unrecognized"):
+        flags = [word.partition("=")[0] for word in argv if re.match("--?[A-Za-z]", word)]
+        unknown = [flag for flag in flags if _underscored(flag) not in known]
+        matches = [difflib.get_close_matches(_underscored(flag), known, 1) for flag in unknown]
+        near = [match for found in matches for match in found]
+    elif choice := re.match("invalid choice '(.*?)' for .*Expected one of (.*)", message):
+        near = difflib.get_close_matches(choice[1], re.findall("'(.*?)'", choice[2]), 1)
+    return (f"; did you mean {' '.join(near)}? " if near else "; ") + MORE
 
 
-def _underscored(flags: Sequence[str]) -> set[str]:
-    return {flag.replace("-", "_") for flag in (*flags, "--help")}
+def _underscored(flag: str) -> str:
+    name = flag.lstrip("-")
+    return flag[: len(flag) - len(name)] + name.replace("-", "_")
 
 
 def _message(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split()) or type(error).__name__
+    """An exception's text in one line, with the file it is about."""
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+        if error.errno in FULL:
+            text = f"the disk is full ({text}); free some space and run again"
+        if isinstance(error.filename, str | bytes | os.PathLike):
+            text = f"{os.fsdecode(error.filename)}: {text}"
+    return " ".join(text.split()) or type(error).__name__
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -1,13 +1,17 @@
 """Figures in one look: colour-blind safe, units on the axes, legends beside the data. No JAX."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from experiments import records
+
 # Okabe & Ito's palette, which all common kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+DASHES = ("-", "--", "-.")  # of the first eight labels, the next eight, ...
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -49,32 +53,52 @@ def figure(
     count where they are finite.
     """
     import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    labels = list(dict.fromkeys(label for panel in panels for label in panel.lines))
-    colours = {label: COLOURS[i % len(COLOURS)] for i, label in enumerate(labels)}
+    if not panels:
+        raise ValueError("A figure needs one panel or more.")
+    labels = list(
+        dict.fromkeys(label for panel in panels for label in (*panel.lines, *panel.marks))
+    )
+    styles = {
+        label: {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i // len(COLOURS) % 3]}
+        for i, label in enumerate(labels)
+    }
+    columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    with plt.rc_context(STYLE):
-        fig, axes = plt.subplots(
-            rows, columns, figsize=(3.4 * columns, 2.3 * rows), squeeze=False, layout="constrained"
-        )
+    with matplotlib.rc_context(STYLE):
+        fig = Figure(figsize=(3.4 * columns, 2.3 * rows), layout="constrained")
+        axes = fig.subplots(rows, columns, squeeze=False)
         for panel, ax in zip(panels, axes.flat, strict=False):
-            _draw(ax, panel, colours)
+            _draw(ax, panel, styles)
         for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
-        handles = [plt.Line2D([], [], color=colours[label], label=label) for label in labels]
-        if len(labels) > 1:
-            fig.legend(handles=handles, loc="outside lower center", ncols=min(len(labels), 4))
         if title:
             fig.suptitle(title, fontsize=9)
-        paths = [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
-        for path in paths:
-            fig.savefig(path, dpi=200)
-        plt.close(fig)
-    return paths
+        if len(labels) > 1:
+            _legend(fig, styles)
+        return [_save(fig, stem.with_name(f"{stem.name}.{kind}"), kind) for kind in ("png", "pdf")]
+
+
+def _save(fig: Any, path: Path, kind: str) -> Path:
+    """Drawn in memory first: on disk there are whole figures only."""
+    content = io.BytesIO()
+    fig.savefig(content, format=kind, dpi=200)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.write_bytes(path, content.getvalue())
+    return path
+
+
+def _legend(fig: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
+    """Below the panels, in as many columns as the figure is wide enough for."""
+    from matplotlib.lines import Line2D
+
+    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    for columns in range(min(len(handles), 4), 0, -1):
+        legend = fig.legend(handles=handles, loc="outside lower center", ncols=columns)
+        if columns == 1 or legend.get_window_extent().width <= fig.bbox.width:
+            return
+        legend.remove()
 
 
 def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndarray:
@@ -87,21 +111,21 @@ def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndar
     return out
 
 
-def _draw(ax: Any, panel: Panel, colours: Mapping[str, str]) -> None:
+def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> None:
     ax.set_title(panel.title)
     ax.set_xlabel(panel.xlabel)
     ax.set_ylabel(panel.ylabel)
     for label, (x, y) in panel.lines.items():
         x, y = np.asarray(x), np.asarray(y, float)
         if y.ndim == 1:
-            ax.plot(x, _drawable(y, panel.log_y), color=colours[label])
+            ax.plot(x, _drawable(y, panel.log_y), **styles[label])
             continue
         low, middle, high = (_drawable(row, panel.log_y) for row in percentiles(y))
-        ax.fill_between(x, low, high, color=colours[label], alpha=0.18, linewidth=0)
-        ax.plot(x, middle, color=colours[label])
+        ax.fill_between(x, low, high, color=styles[label]["color"], alpha=0.18, linewidth=0)
+        ax.plot(x, middle, **styles[label])
     for label, places in panel.marks.items():
         for place in places:
-            ax.axvline(place, color=colours[label], linestyle=":", linewidth=0.9)
+            ax.axvline(place, color=styles[label]["color"], linestyle=":", linewidth=0.9)
     if panel.log_x:
         ax.set_xscale("symlog", linthresh=1)
     if panel.log_y:

@@ -5,8 +5,12 @@ runs/EXPERIMENT/NAME/config.json      the flags, as values
                      metrics.jsonl    a row of scalars per record, flushed as it is written
                      arrays.npz       arrays, if any
                      figures/  checkpoints/
+
+JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity", "-Infinity",
+and a string that says one of these words gets a backslash in front. What is read is what was given.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,11 +19,12 @@ import platform
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -39,10 +44,8 @@ def open_run(
     Raises ValueError where the folder holds another configuration (fields in `may_change` aside),
     and PermissionError where it can't be written: both before anything is computed.
     """
-    if not name or name != Path(name).name or name in (".", ".."):
-        raise ValueError(f"The run's name is {name!r}; choose a plain file name (--exp_name).")
-    folder = Path(runs_dir).expanduser().absolute() / experiment / name
-    asked = _encode(dataclasses.asdict(config))
+    folder = run_folder(runs_dir, experiment, name)
+    asked = dataclasses.asdict(config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex}"
@@ -55,46 +58,78 @@ def open_run(
         ) from error
     path = folder / "config.json"
     if path.exists():
-        before = _encode(read_json(path))
-        changed = sorted(
-            field
-            for field in before.keys() | asked.keys()
-            if before.get(field) != asked.get(field) and field not in may_change
-        )
-        if changed:
-            differences = ", ".join(
-                f"{field} {before.get(field)!r} -> {asked.get(field)!r}" for field in changed
-            )
+        changes = _changes(read_json(path), asked, may_change)
+        if changes:
             raise ValueError(
-                f"{folder} holds a run with other settings ({differences}); "
+                f"{folder} holds a run with other settings ({', '.join(changes)}); "
                 "give this one a name of its own with --exp_name, or remove that folder."
             )
     write_json(path, asked)
     return folder
 
 
+def run_folder(runs_dir: str | os.PathLike[str], experiment: str, name: str) -> Path:
+    """Where a run's folder is or will be; nothing is made, but a place that can't be is refused."""
+    if not name or name != Path(name).name or name in (".", ".."):
+        raise ValueError(f"The run's name is {name!r}; choose a plain file name (--exp_name).")
+    try:
+        folder = Path(runs_dir).expanduser().absolute() / experiment / name
+    except RuntimeError as error:
+        raise ValueError(f"--runs_dir {runs_dir}: {error}") from error
+    above = next(path for path in (folder, *folder.parents) if path.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise PermissionError(
+            f"The run folder {folder} can't be written ({above} is not a folder that can); "
+            "choose another place with --runs_dir."
+        )
+    return folder
+
+
+def _changes(
+    before: Mapping[str, Any], asked: Mapping[str, Any], may_change: Collection[str]
+) -> list[str]:
+    """`seeds 3 -> 4`, one per field that differs."""
+
+    def show(values: Mapping[str, Any], field: str) -> str:
+        return json.dumps(_encode(values[field])) if field in values else "absent"
+
+    def same(field: str) -> bool:
+        both = field in before and field in asked
+        return both and _encode(before[field]) == _encode(asked[field])
+
+    fields = [*asked, *sorted(before.keys() - asked.keys())]
+    return [
+        f"{field} {show(before, field)} -> {show(asked, field)}"
+        for field in fields
+        if field not in may_change and not same(field)
+    ]
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError names the file where it isn't one."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return _object(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and run again.") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object; remove it and run again.")
-    return {key: _decode(item) for key, item in value.items()}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
     text = json.dumps(_encode(value), indent=2, allow_nan=False) + "\n"
-    _replace(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """All or nothing: a reader sees the old file or the new one."""
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more: Any) -> None:
     """Adds this start to manifest.json: versions, devices, seed, revision, command, time."""
     path = folder / "manifest.json"
-    manifest = read_json(path) if path.exists() else {"starts": []}
-    manifest["starts"].append(
+    starts = _starts(path) if path.exists() else []
+    starts.append(
         {
             "started": _now(),
             "command": ["python", "-m", _module(), *sys.argv[1:]],
@@ -107,26 +142,31 @@ def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more:
             **more,
         }
     )
-    write_json(path, manifest)
+    write_json(path, {"starts": starts})
 
 
 def finish_manifest(folder: Path, **more: Any) -> None:
     """Adds the time and `more` to the last start: without it, that start did not finish."""
-    manifest = read_json(folder / "manifest.json")
-    manifest["starts"][-1] |= {"finished": _now(), **more}
-    write_json(folder / "manifest.json", manifest)
+    path = folder / "manifest.json"
+    starts = _starts(path)
+    if not starts:
+        raise ValueError(f"{path} holds no start that could finish; remove it and run again.")
+    starts[-1] |= {"finished": _now(), **more}
+    write_json(path, {"starts": starts})
 
 
 def is_finished(folder: Path) -> bool:
     """Whether the last start of the run came to its end."""
     path = folder / "manifest.json"
-    return path.exists() and "finished" in read_json(path)["starts"][-1]
+    return path.exists() and any("finished" in start for start in _starts(path)[-1:])
 
 
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl, on disk when this returns."""
-    line = json.dumps(_encode(dict(row)), allow_nan=False) + "\n"
-    with (folder / "metrics.jsonl").open("ab") as file:
+    """One line of metrics.jsonl, on disk when this returns; a cut line before it goes."""
+    path = folder / "metrics.jsonl"
+    line = json.dumps(_encode(row), allow_nan=False) + "\n"
+    with _named(path), path.open("a+b") as file:
+        _drop_cut_line(file)
         file.write(line.encode("utf-8"))
         file.flush()
         os.fsync(file.fileno())
@@ -141,22 +181,19 @@ def drop_rows_after(folder: Path, step: int) -> None:
     """Keeps the rows with `row["step"] <= step`: a resumed run writes the others anew."""
     path = folder / "metrics.jsonl"
     if path.exists():
-        kept = [line for line, row in _whole_lines(folder) if row["step"] <= step]
-        _replace(path, b"".join(kept))
+        kept = [line for line, row in _whole_lines(folder) if _step(path, row) <= step]
+        write_bytes(path, b"".join(kept))
 
 
 def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """arrays.npz, all or nothing."""
-    path = folder / "arrays.npz"
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with scratch.open("wb") as file:
-            np.savez_compressed(file, **dict(arrays))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    """arrays.npz, all or nothing; arrays of Python objects are refused."""
+    with (
+        _replacing(folder / "arrays.npz") as file,
+        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
 
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray]:
@@ -164,11 +201,16 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     path = folder / "arrays.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
+            arrays = {name: file[name] for name in file.files}
+        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
+            raise ValueError("not all of it is arrays")
+        return arrays
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(f"{path} can't be read ({error}); remove it and run again.") from error
+        raise ValueError(
+            f"{path} can't be read ({error}); remove {folder} and run again."
+        ) from error
 
 
 def git_revision() -> str | None:
@@ -187,38 +229,69 @@ def git_revision() -> str | None:
         return None
 
 
+def _starts(path: Path) -> list[dict[str, Any]]:
+    starts = read_json(path).get("starts")
+    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+        raise ValueError(f"{path} lists no starts of a run; remove it and run again.")
+    return starts
+
+
 def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     path = folder / "metrics.jsonl"
     if not path.exists():
         return
-    lines = path.read_bytes().splitlines(keepends=True)
+    *lines, _ = path.read_bytes().split(b"\n")  # behind the last end of line: nothing, or a cut row
     for number, line in enumerate(lines, 1):
-        if not line.endswith(b"\n"):
-            return  # a kill came in the middle of the last row
         try:
-            row = json.loads(line)
-            if not isinstance(row, dict):
-                raise ValueError("not an object")
-        except (UnicodeDecodeError, ValueError) as error:
+            row = _object(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}, line {number}: not a row of metrics ({error}); remove that line."
             ) from error
-        yield line, {key: _decode(item) for key, item in row.items()}
+        yield line + b"\n", row
 
 
-def _replace(path: Path, content: bytes) -> None:
+def _step(path: Path, row: Mapping[str, Any]) -> float:
+    step = row.get("step")
+    if not isinstance(step, int | float) or math.isnan(step):
+        raise ValueError(f"{path} holds a row without its step ({row}); remove that line.")
+    return step
+
+
+def _drop_cut_line(file: IO[bytes]) -> None:
+    """Ends `file` behind its last whole line, where a kill cut the one that followed."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return
+    file.seek(-1, os.SEEK_END)
+    if file.read() != b"\n":
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` once all of it is on disk."""
     scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
+        with _named(path):
+            with scratch.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
 
 
-# JSON has no NaN and no infinities; they travel as these words.
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors of the file system say which file they are about: a full disk's don't."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+
+
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -230,14 +303,30 @@ def _encode(value: Any) -> Any:
     if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
         return _encode(np.asarray(value).tolist())
     if isinstance(value, os.PathLike):
-        return os.fspath(value)
+        return _encode(os.fspath(value))
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, str) and value.lstrip("\\") in NOT_FINITE:
+        return "\\" + value
     return value
 
 
 def _decode(value: Any) -> Any:
-    return NOT_FINITE.get(value, value) if isinstance(value, str) else value
+    """The inverse of `_encode` on what JSON can say."""
+    if isinstance(value, dict):
+        return {key: _decode(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_decode(item) for item in value]
+    if isinstance(value, str) and value.lstrip("\\") in NOT_FINITE:
+        return NOT_FINITE.get(value, value[1:])
+    return value
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    value = json.loads(text.decode("utf-8"))
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    return _decode(value)
 
 
 def _now() -> str:
