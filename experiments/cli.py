@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import itertools
 import os
 import re
 import sys
@@ -107,7 +108,7 @@ def _program() -> str:
 def _misuse(argv: Sequence[str], fields: Sequence[dataclasses.Field[Any]]) -> str | None:
     """What tyro lets pass or doesn't name: a switch with a value, a list of values with none."""
     defaults = {f"--{field.name}": field.default for field in fields}
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, after in itertools.pairwise([*argv, "--"]):
         name, equals, value = word.partition("=")
         default = defaults.get(_underscored(name))
         if not equals and not after.startswith("--"):
