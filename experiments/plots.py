@@ -12,6 +12,7 @@ from experiments import records
 # Okabe & Ito's palette, which all common kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DASHES = ("-", "--", "-.")  # of the first eight labels, the next eight, ...
+LARGEST = 1e150  # the margins of an axis that reaches further overflow
 STYLE = {
     "font.size": 8,
     "axes.titlesize": 8,
@@ -116,11 +117,12 @@ def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> Non
     ax.set_xlabel(panel.xlabel)
     ax.set_ylabel(panel.ylabel)
     for label, (x, y) in panel.lines.items():
-        x, y = np.asarray(x), np.asarray(y, float)
-        if y.ndim == 1:
+        if np.ndim(y) == 1:
             ax.plot(x, _drawable(y, panel.log_y), **styles[label])
             continue
-        low, middle, high = (_drawable(row, panel.log_y) for row in percentiles(y))
+        low, middle, high = (
+            _drawable(row, panel.log_y) for row in percentiles(np.asarray(y, float))
+        )
         ax.fill_between(x, low, high, color=styles[label]["color"], alpha=0.18, linewidth=0)
         ax.plot(x, middle, **styles[label])
     for label, places in panel.marks.items():
@@ -128,10 +130,11 @@ def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> Non
             ax.axvline(place, color=styles[label]["color"], linestyle=":", linewidth=0.9)
     if panel.log_x:
         ax.set_xscale("symlog", linthresh=1)
-    if panel.log_y:
-        ax.set_yscale("log")
+    if panel.log_y and any(np.any(_drawable(y, True) > 0) for _, y in panel.lines.values()):
+        ax.set_yscale("log")  # an axis without a positive value can't be
 
 
-def _drawable(y: np.ndarray, log: bool) -> np.ndarray:
-    """Gaps where a value can't be drawn: not finite or, on a logarithmic axis, not positive."""
-    return np.where(np.isfinite(y) & ((y > 0) | (not log)), y, np.nan)
+def _drawable(y: Any, log: bool) -> np.ndarray:
+    """Gaps where a value can't be drawn: beyond `LARGEST` or, on a logarithmic axis, not positive."""
+    y = np.asarray(y, float)
+    return np.where((np.abs(y) < LARGEST) & ((y > 0) | (not log)), y, np.nan)

@@ -107,7 +107,7 @@ def test_the_same_line_whatever_the_screen(capsys, monkeypatch):
 
 def test_flags_set_fields():
     assert cli.parse(Config, []) == Config()
-    argv = "--lr_init=0.75 --no_data_augm --step_sizes .1 -.2 inf --seeds 7".split()
+    argv = ["--lr_init=0.75", "--no_data_augm", "--step_sizes", ".1", "-.2", "inf", "--seeds", "7"]
     want = Config(lr_init=0.75, no_data_augm=True, step_sizes=(0.1, -0.2, float("inf")), seeds=7)
     assert cli.parse(Config, argv) == want
     assert cli.parse(Config, [word.replace("_", "-") for word in argv]) == want

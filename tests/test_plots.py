@@ -1,0 +1,249 @@
+"""Figures show what was measured: right percentiles, one colour a label, legends off the data."""
+
+import os
+import warnings
+
+import matplotlib.figure
+import numpy as np
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_hex
+from PIL import Image
+
+from experiments import plots
+
+LABELS = [
+    "η = 0.25, constant",
+    "η = 0.282, /4.8 at 10 %",
+    "η = 0.282, /3.4 at 30 %",
+    "η = 0.282, /1.5 at 50 %",
+]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that would be saved, laid out but not painted."""
+    saved = []
+
+    def savefig(self, target, **kwargs):
+        if self not in saved:
+            self.draw_without_rendering()
+            saved.append(self)
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return saved
+
+
+def panel(labels, runs=5, n=40, **more):
+    x = np.arange(n)
+    rng = np.random.default_rng(len(labels))
+    lines = {
+        label: (x, np.exp(-x / (10 + 5 * i)) * rng.uniform(0.5, 1.5, (runs, n)))
+        for i, label in enumerate(labels)
+    }
+    return plots.Panel(f"Loss of {len(labels)}", "nats", lines, **more)
+
+
+def boxes(fig):
+    """What the panels and the legend take up on the page, in pixels."""
+    fig.draw_without_rendering()
+    axes = [ax.get_tightbbox() for ax in fig.axes if ax.get_visible()]
+    return axes, [legend.get_window_extent() for legend in fig.legends]
+
+
+def colours(ax):
+    """The colour of each curve's data, by what it shows: title and order."""
+    return [to_hex(line.get_color()) for line in ax.get_lines() if line.get_linestyle() != ":"]
+
+
+levels = st.lists(st.floats(0, 100), min_size=1, max_size=3)
+runs = hnp.arrays(
+    float,
+    hnp.array_shapes(min_dims=2, max_dims=2, max_side=5),
+    elements=st.floats(-1e6, 1e6) | st.sampled_from([np.nan, np.inf, -np.inf]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(runs, levels)
+def test_percentiles_are_those_of_the_finite_runs(y, levels):
+    got = plots.percentiles(y, levels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = np.nanpercentile(np.where(np.isfinite(y), y, np.nan), levels, axis=0)
+    np.testing.assert_array_equal(got, want)
+    for j, column in enumerate(y.T):
+        assert np.isnan(got[:, j]).all() == (not np.isfinite(column).any())
+
+
+def test_percentiles_of_nothing_are_nan():
+    np.testing.assert_array_equal(plots.percentiles(np.zeros((0, 4))), np.full((3, 4), np.nan))
+    np.testing.assert_array_equal(
+        plots.percentiles(np.full((2, 1), np.inf)), np.full((3, 1), np.nan)
+    )
+    assert plots.percentiles(np.zeros((4, 0))).shape == (3, 0)
+
+
+def test_percentiles_keep_their_argument():
+    y = np.array([[1.0, np.inf], [3.0, 2.0]])
+    assert plots.percentiles(y, [50]).tolist() == [[2.0, 2.0]]
+    assert y.tolist() == [[1.0, np.inf], [3.0, 2.0]]
+
+
+ODD = {
+    "zeros": np.zeros((3, 8)),
+    "negative": -np.ones((3, 8)),
+    "all NaN": np.full((3, 8), np.nan),
+    "diverges": np.where(np.arange(8) > 3, np.inf, 1.0)[None].repeat(3, 0),
+    "some zero": np.arange(24.0).reshape(3, 8),
+    "huge": np.geomspace(1e-300, 1e300, 24).reshape(3, 8),
+    "one run": np.arange(8.0),
+    "one run, NaN": np.full(8, np.nan),
+    "no run": np.zeros((0, 8)),
+}
+
+
+@pytest.mark.parametrize("log_x", [False, True])
+@pytest.mark.parametrize("log_y", [False, True])
+def test_odd_values_draw_without_a_warning(tmp_path, figures, log_x, log_y):
+    x = np.arange(8)
+    lines = {name: (x, y) for name, y in ODD.items()}
+    alone = [{name: curve} for name, curve in lines.items()]
+    panels = [
+        plots.Panel("Odd", "y", curves, log_x=log_x, log_y=log_y, marks={"zeros": [0, 3]})
+        for curves in [*alone, lines, {}]
+    ]
+    plots.figure(tmp_path / "odd", panels, columns=3)
+    for ax, panel in zip(figures[0].axes, panels, strict=False):
+        positive = any(((y < plots.LARGEST) & (y > 0)).any() for _, y in panel.lines.values())
+        assert ax.get_yscale() == ("log" if log_y and positive else "linear")
+        assert ax.get_xscale() == ("symlog" if log_x else "linear")
+
+
+def test_both_files_are_written_and_not_blank(tmp_path):
+    stem = tmp_path / "deep" / "figures" / "a.b"
+    paths = plots.figure(stem, [panel(LABELS, log_y=log_y) for log_y in (True, False)])
+    assert paths == [stem.parent / "a.b.png", stem.parent / "a.b.pdf"]
+    assert sorted(os.listdir(stem.parent)) == ["a.b.pdf", "a.b.png"]
+    assert paths[1].read_bytes().startswith(b"%PDF")
+    assert paths[1].read_bytes().rstrip().endswith(b"%%EOF")
+    pixels = np.asarray(Image.open(paths[0]).convert("RGB")).astype(int)
+    assert 0.02 < (pixels != 255).any(-1).mean() < 0.6
+    for colour in plots.COLOURS[: len(LABELS)]:
+        rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (np.abs(pixels - rgb).max(-1) < 3).sum() > 100
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_one_to_six_panels_apart_from_each_other_and_the_legend(tmp_path, figures, count):
+    panels = [panel(LABELS, log_y=i % 2 == 0) for i in range(count)]
+    plots.figure(tmp_path / "f", panels, title="A title")
+    fig = figures[0]
+    axes, legends = boxes(fig)
+    assert len(axes) == count
+    assert len(legends) == 1
+    everything = [*axes, *legends, fig._suptitle.get_window_extent()]
+    for i, box in enumerate(everything):
+        assert not any(box.overlaps(other) for other in everything[:i])
+        assert box.x0 >= -1
+        assert box.y0 >= -1
+        assert box.x1 <= fig.bbox.width + 1
+        assert box.y1 <= fig.bbox.height + 1
+
+
+def test_the_legend_names_every_label_once(tmp_path, figures):
+    plots.figure(tmp_path / "f", [panel(LABELS[:2]), panel(LABELS[1:]), panel(LABELS)])
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == LABELS
+    plots.figure(tmp_path / "f", [panel(LABELS[:1])])
+    assert figures[-1].legends == []
+
+
+def test_long_labels_fit_the_page(tmp_path, figures):
+    labels = [f"a label that is rather long, number {i}" for i in range(6)]
+    plots.figure(tmp_path / "f", [panel(labels)], columns=1)
+    axes, (legend,) = boxes(figures[0])
+    assert legend.x0 >= 0
+    assert legend.x1 <= figures[0].bbox.width
+    assert not legend.overlaps(axes[0])
+
+
+def test_a_label_has_one_colour_in_all_panels(tmp_path, figures):
+    order = [LABELS, LABELS[::-1], LABELS[2:]]
+    marked = {label: [5.0] for label in LABELS[2:]}
+    plots.figure(tmp_path / "f", [panel(labels, marks=marked) for labels in order])
+    (legend,) = figures[0].legends
+    of = {line.get_label(): to_hex(line.get_color()) for line in legend.get_lines()}
+    assert len(set(of.values())) == len(LABELS)
+    for ax, labels in zip(figures[0].axes, order, strict=False):
+        assert colours(ax) == [of[label] for label in labels]
+        bands = [
+            to_hex(c.get_facecolor()[0]) for c in ax.collections if isinstance(c, PolyCollection)
+        ]
+        assert bands == [of[label] for label in labels]
+        dotted = [to_hex(li.get_color()) for li in ax.get_lines() if li.get_linestyle() == ":"]
+        assert dotted == [of[label] for label in LABELS[2:]]
+
+
+def test_labels_beyond_the_palette_differ_by_their_dashes(tmp_path, figures):
+    labels = [f"run {i}" for i in range(20)]
+    plots.figure(tmp_path / "f", [panel(labels)])
+    lines = figures[0].legends[0].get_lines()
+    assert len({(to_hex(line.get_color()), line.get_linestyle()) for line in lines}) == 20
+    drawn = {(to_hex(ln.get_color()), ln.get_linestyle()) for ln in figures[0].axes[0].get_lines()}
+    assert len(drawn) == 20
+
+
+def test_the_median_and_the_band_are_drawn(tmp_path, figures):
+    y = np.random.default_rng(0).normal(size=(30, 6))
+    y[0] = np.inf
+    one = np.arange(6.0)
+    lines = {"many": (np.arange(6), y), "one": (np.arange(6), one)}
+    plots.figure(tmp_path / "f", [plots.Panel("T", "y", lines, xlabel="x", marks={"one": [2]})])
+    (ax,) = figures[0].axes
+    assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("T", "x", "y")
+    median, single, mark = ax.get_lines()
+    low, middle, high = np.percentile(y[1:], (5, 50, 95), axis=0)
+    np.testing.assert_array_equal(median.get_ydata(), middle)
+    np.testing.assert_array_equal(single.get_ydata(), one)
+    assert list(mark.get_xdata()) == [2, 2]
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert {*low, *high} <= {*heights}
+    assert heights.min() == low.min()
+    assert heights.max() == high.max()
+
+
+def test_on_a_log_axis_what_is_not_positive_is_a_gap(tmp_path, figures):
+    y = np.array([1.0, 0.0, -1.0, np.inf, 2.0])
+    plots.figure(tmp_path / "f", [plots.Panel("T", "y", {"a": (np.arange(5), y)}, log_y=True)])
+    drawn = figures[0].axes[0].get_lines()[0].get_ydata()
+    np.testing.assert_array_equal(drawn, [1, np.nan, np.nan, np.nan, 2])
+
+
+def test_no_panels_is_a_value_error(tmp_path):
+    with pytest.raises(ValueError, match="panel"):
+        plots.figure(tmp_path / "f", [])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawing_leaves_matplotlib_as_it_was(tmp_path):
+    before = dict(matplotlib.rcParams)
+    plots.figure(tmp_path / "f", [panel(LABELS[:1])])
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    plots.figure(tmp_path / "f", [panel(LABELS[:1])])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left") as error:
+        plots.figure(tmp_path / "f", [panel(LABELS[1:2])])
+    assert error.value.filename == str(tmp_path / "f.png")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
