@@ -328,9 +328,9 @@ def progress_bar(done: int, parts: Parts, config: Config) -> Iterator[tuple[Call
             progress.update(task, completed=step, description=f"{rate:.0f} images/s {last[0]}")
 
         def on_row(row: dict[str, Any]) -> None:
+            share = " / ".join(f"{row[f'train/distinct/{block}']:.0%}" for block in blocks(row))
             last[0] = (
-                f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}, "
-                f"block 4 {row['train/distinct/block4']:.1%}"
+                f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}, active {share}"
             )
             progress.console.print(f"step {row['step']}: {last[0]}")
             since[:] = row["step"], time.perf_counter()  # evaluations are no training time
@@ -344,9 +344,8 @@ def draw(folder: Path, config: Config, parts: Parts) -> list[Path]:
     epochs = np.array([row["epoch"] for row in rows])
     column = lambda name: np.array([row[name] for row in rows], float)
     curves = lambda names: {label: (epochs, column(name)) for label, name in names.items()}
-    blocks = [f"block{i}" for i in range(1, 6)]
-    distinct = {f"block {b[-1]}": f"train/distinct/{b}" for b in blocks}
-    active = {f"block {b[-1]}": f"train/active/{b}" for b in blocks}
+    distinct = {block: f"train/distinct/{block}" for block in blocks(rows[0])}
+    active = {block: f"train/active/{block}" for block in blocks(rows[0])}
     panels = [
         plots.Panel(
             "Cross-entropy",
@@ -377,14 +376,21 @@ def draw(folder: Path, config: Config, parts: Parts) -> list[Path]:
     return plots.figure(folder / "figures" / "resnet_cifar", panels, title=title)
 
 
+def blocks(row: dict[str, Any]) -> list[str]:
+    """The blocks that a row has the sparsity of, in depth order."""
+    head = "train/distinct/"
+    return [name.removeprefix(head) for name in row if name.startswith(head)]
+
+
 def print_last_row(folder: Path) -> None:
     """The last evaluation, in a line or two."""
     row = records.read_rows(folder)[-1]
-    sparsity = " / ".join(f"{row[f'train/distinct/block{i}']:.1%}" for i in range(1, 6))
+    sparsity = " / ".join(f"{row[f'train/distinct/{block}']:.1%}" for block in blocks(row))
     print(
         f"step {row['step']}: train loss {row['train/loss']:.4f}, train error "
         f"{row['train/error']:.2%}, test error {row['test/error']:.2%} (averaged weights "
-        f"{row['test_average/error']:.2%})\nactive units without duplicates, blocks 1-5: {sparsity}"
+        f"{row['test_average/error']:.2%})\n"
+        f"active units without duplicates, block by block: {sparsity}"
     )
 
 

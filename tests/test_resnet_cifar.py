@@ -1,0 +1,201 @@
+"""The command as its user runs it, in small: a data set of 64 images in the cache's layout."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import records, resnet_cifar
+from experiments.resnet_cifar import Config
+from sgd_sparse_jax import models
+
+NUM_STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def single_precision():
+    with jax.enable_x64(False):  # as the command runs
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def shallow():
+    """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.NETWORKS, "shallow", lambda **sizes: models.ResNet((1,), **sizes))
+        yield
+
+
+def data_folder(root: Path, n: int = 64) -> str:
+    rng = np.random.default_rng(0)
+    (root / "cifar10").mkdir(parents=True)
+    for split in ("train", "test"):
+        images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
+        np.save(root / "cifar10" / f"{split}_images.npy", images)
+        np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, n, dtype=np.int32))
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return Config(
+        model="shallow",
+        model_width=2,
+        batch_size=16,
+        batch_size_eval=32,
+        epochs=4,
+        max_steps=NUM_STEPS,
+        eval_iter_freq=3,
+        lr_init=0.05,
+        lr_schedule="constant",
+        sparsity_images=40,
+        bn_images=32,
+        data_dir=data_folder(tmp_path_factory.mktemp("data")),
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(base, tmp_path_factory):
+    with jax.enable_x64(False):
+        config = replace(base, runs_dir=str(tmp_path_factory.mktemp("runs")))
+        return config, resnet_cifar.run(config)
+
+
+def saved_state(folder: Path, step: int):
+    import orbax.checkpoint as ocp
+
+    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "default")
+
+
+def test_the_run_folder_holds_everything(whole):
+    _, folder = whole
+    rows = records.read_rows(folder)
+    assert [row["step"] for row in rows] == [0, 3, 5]
+    assert [row["epoch"] for row in rows] == [0, 0.75, 1.25]
+    for row in rows:
+        assert row["lr"] == pytest.approx(0.05) and 0 <= row["test/error"] <= 1
+        for block in (1, 2):
+            distinct, active = (
+                row[f"train/distinct/block{block}"],
+                row[f"train/active/block{block}"],
+            )
+            assert 0 <= distinct <= 1 and 0 < active <= 1
+    assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".pdf"}
+    assert json.loads((folder / "config.json").read_text())["lr_init"] == 0.05
+    (start,) = records.read_json(folder / "manifest.json")["starts"]
+    assert start["from_step"] == 0 and start["steps"] == NUM_STEPS and "finished" in start
+
+
+def test_a_run_cut_and_resumed_is_the_same_run(whole, base, tmp_path):
+    config = replace(base, runs_dir=str(tmp_path))
+    folder = resnet_cifar.run(replace(config, max_steps=3))
+    records.append_row(folder, {"step": 4, "left": "by a run that was killed before it saved"})
+    resnet_cifar.run(config)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        saved_state(folder, NUM_STEPS),
+        saved_state(whole[1], NUM_STEPS),
+    )
+    untimed = lambda row: {key: value for key, value in row.items() if key != "eval_seconds"}
+    ours, theirs = (list(map(untimed, records.read_rows(f))) for f in (folder, whole[1]))
+    assert ours == theirs  # and the row that no saved state covers is gone
+    starts = records.read_json(folder / "manifest.json")["starts"]
+    assert [start["from_step"] for start in starts] == [0, 3]
+
+
+def test_a_finished_run_is_only_drawn_again(whole, capsys):
+    config, folder = whole
+    before = (folder / "metrics.jsonl").read_bytes()
+    resnet_cifar.run(config)
+    assert "is at its last step, 5, already" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_max_steps_behind_the_saved_step_is_refused(whole):
+    config, folder = whole
+    before = (folder / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"--max_steps is 2, but .* is at step 5 already"):
+        resnet_cifar.run(replace(config, max_steps=2))
+    assert (folder / "config.json").read_bytes() == before
+
+
+def test_other_settings_under_the_same_name_are_refused(whole):
+    with pytest.raises(ValueError, match=r"momentum 0.9 -> 0.5"):
+        resnet_cifar.run(replace(whole[0], momentum=0.5))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path):
+    config = replace(base, lr_init=1e30, runs_dir=str(tmp_path))
+    with pytest.raises(FloatingPointError, match="lower the step size"):
+        resnet_cifar.run(config)
+    (folder,) = (tmp_path / "resnet_cifar").iterdir()
+    assert [row["step"] for row in records.read_rows(folder)] == [0]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"lr_init": -0.1}, "--lr_init is -0.1; it must be positive"),
+        ({"lr_init": float("nan")}, "--lr_init is nan"),
+        ({"lr_schedule": "piecewise_04epochs"}, "Unknown schedule .* known are constant"),
+        ({"model": "resnet19"}, "Unknown model .* known are resnet18_plain"),
+        ({"dataset": "cifar11"}, "Unknown data set .* known are cifar10"),
+        ({"batch_size": 12}, "--batch_size is 12, which can't be split over 8 devices"),
+        ({"batch_size": 72}, "--batch_size is 72, more than the 64 training images"),
+        ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
+        ({"momentum": 1.0}, "--momentum is 1.0"),
+        ({"swa_tau": 1.0}, "--swa_tau is 1.0"),
+        ({"exp_name": "../up"}, "plain file name"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_is_written(base, wrong, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        resnet_cifar.run(replace(base, runs_dir=str(tmp_path), **wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_that_cannot_be_written_is_refused(base, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PermissionError, match="--runs_dir"):
+        resnet_cifar.run(replace(base, runs_dir=str(tmp_path / "file")))
+
+
+def test_the_papers_command_lines_are_understood():
+    from experiments import cli
+
+    large = (
+        "--dataset=cifar10 --lr_init=0.75 --lr_schedule=piecewise_05epochs --warmup_exp=1.05 "
+        "--model=resnet18_plain --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 "
+        "--l2_reg=0.0 --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg"
+    )
+    config = cli.parse(Config, large.split())
+    assert config.no_data_augm and config.warmup_exp == 1.05 and config.momentum == 0.0
+    small = large.replace("0.75", "0.01").replace(
+        "piecewise_05epochs --warmup_exp=1.05", "constant"
+    )
+    assert cli.parse(Config, small.split()).lr_schedule == "constant"
+    assert resnet_cifar.run_name(config) != resnet_cifar.run_name(cli.parse(Config, small.split()))
+    art = large.replace("--warmup_exp=1.05", "").replace("--no_data_augm", "--l2_reg=0.0005")
+    assert not cli.parse(Config, art.split()).no_data_augm
+    resnet_cifar.validate(config)
+
+
+def test_the_penalty_passes_the_momentum():
+    """Coupled L2: two steps of zero gradient still build up velocity from the weights alone."""
+    import jax.numpy as jnp
+    import optax
+
+    config = Config(l2_reg=0.1, lr_init=0.5, momentum=0.9)
+    tx = optax.chain(
+        optax.add_decayed_weights(config.l2_reg), optax.sgd(config.lr_init, config.momentum)
+    )
+    p, state = jnp.ones(()), tx.init(jnp.ones(()))
+    for _ in range(2):
+        update, state = tx.update(jnp.zeros(()), state, p)
+        p = optax.apply_updates(p, update)
+    velocity = 0.9 * 0.1 + 0.1 * 0.95
+    np.testing.assert_allclose(p, 0.95 - 0.5 * velocity, rtol=1e-6)
