@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> Result:
     """Runs the sweep into its folder, or reads it where it is finished; draws and prints."""
     validate(config)
-    folder = records.open_run(config.runs_dir, "diag_nets", config.exp_name, config)
+    folder = records.open_run(
+        config.runs_dir, "diag_nets", config.exp_name, config, may_change=("runs_dir",)
+    )
     if records.is_finished(folder):
         print(f"{folder} is finished: its results are shown again. (--exp_name starts another.)")
         result = Result(**{name: records.load_arrays(folder)[name] for name in Result._fields})

@@ -13,7 +13,7 @@ from experiments import records
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 DASHES = ("-", "--", "-.")  # of the first eight labels, the next eight, ...
 LARGEST = 1e150  # the margins of an axis that reaches further overflow
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 8,
     "axes.titlesize": 8,
     "axes.labelsize": 8,

@@ -45,7 +45,7 @@ def test_the_run_folder_holds_everything(finished):
 
 
 def test_what_is_recorded_is_what_it_is_called(finished):
-    config, result = finished
+    _, result = finished
     np.testing.assert_array_equal(result.support[..., 0], 0)  # v = 0 at initialization
     np.testing.assert_allclose(result.balancedness[..., 0], 30 * 0.1**2)
     np.testing.assert_array_equal(result.rank[..., 0], 30)

@@ -28,7 +28,9 @@ def test_means_are_exact_for_every_batch_size(batch, n):
     row = evaluation(batch)(jr.key(0), PARAMS, STATS, n)
     loss = train.cross_entropy(LOGITS, Y)[:n].mean()
     np.testing.assert_allclose(row["loss"], loss, rtol=1e-12)
-    np.testing.assert_allclose(row["error"], np.mean(np.asarray(LOGITS.argmax(-1) != Y)[:n]), rtol=1e-12)
+    np.testing.assert_allclose(
+        row["error"], np.mean(np.asarray(LOGITS.argmax(-1) != Y)[:n]), rtol=1e-12
+    )
     assert list(row) == ["loss", "error"]
 
 

@@ -169,7 +169,7 @@ def test_states_that_are_all_damaged_are_no_fresh_start(tmp_path):
             path.write_bytes(b"")
     with (
         train.open_checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match="No state under .* can be read"),
+        pytest.raises(ValueError, match=r"No state under .* can be read"),
     ):
         train.restore(checkpoints, state)
 
@@ -182,7 +182,7 @@ def test_another_networks_state_is_refused(tmp_path):
         with pytest.raises(ValueError, match=r"params/Dense_0/kernel is \(\(4, 4\).*\(\(4, 5\)"):
             train.restore(checkpoints, wider)
         double = state._replace(params=jax.tree.map(lambda p: p.astype(jnp.float64), state.params))
-        with pytest.raises(ValueError, match="float32.* there and .*float64"):
+        with pytest.raises(ValueError, match=r"float32.* there and .*float64"):
             train.restore(checkpoints, double)
 
 
@@ -190,7 +190,7 @@ def test_a_step_is_not_saved_twice_in_silence(tmp_path):
     state = saved(tmp_path)
     with (
         train.open_checkpoints(tmp_path) as checkpoints,
-        pytest.raises(ValueError, match="Step 1 isn't newer than .*step 2"),
+        pytest.raises(ValueError, match=r"Step 1 isn't newer than .*step 2"),
     ):
         train.save(checkpoints, state._replace(step=jnp.asarray(1, jnp.int32)))
 
