@@ -124,6 +124,7 @@ def run(config: Config) -> Result:
         start = time.perf_counter()
         result = simulate(config)
         records.save_arrays(folder, result._asdict() | axes(config))
+        (folder / "metrics.jsonl").unlink(missing_ok=True)  # of a start that was killed
         for row in summary_rows(config, result):
             records.append_row(folder, row)
         records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - start, 1))

@@ -213,13 +213,15 @@ def schedule_of(config: Config, steps_per_epoch: int) -> optax.Schedule:
     )
 
 
+def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too."""
+    penalty = optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity()
+    return optax.chain(penalty, optax.sgd(schedule, momentum=config.momentum or None))
+
+
 def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh):
     """The compiled segment, the order of examples, and key -> fresh state."""
-    tx = optax.chain(
-        # Inside the loss, as in the released code: the penalty's gradient passes the momentum.
-        optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity(),
-        optax.sgd(parts.schedule, momentum=config.momentum or None),
-    )
+    tx = optimizer(config, parts.schedule)
     step = train.make_step(parts.model, train.cross_entropy, tx, ema_decay=config.swa_tau)
     segment = train.make_segment(
         step,

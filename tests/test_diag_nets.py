@@ -73,7 +73,11 @@ def test_other_settings_under_the_same_name_are_refused(finished):
 
 def test_seeds_do_not_depend_on_how_many_there_are(finished, tmp_path):
     config, result = finished
-    fewer = diag_nets.run(replace(config, seeds=2, runs_dir=str(tmp_path)))
+    fewer_seeds = replace(config, seeds=2, runs_dir=str(tmp_path))
+    folder_of(fewer_seeds).mkdir(parents=True)
+    records.append_row(folder_of(fewer_seeds), {"left": "by a run that was killed"})
+    fewer = diag_nets.run(fewer_seeds)
+    assert len(records.read_rows(folder_of(fewer_seeds))) == 4
     np.testing.assert_allclose(fewer.train_loss, result.train_loss[:2], rtol=1e-10)
 
 

@@ -189,10 +189,7 @@ def test_the_penalty_passes_the_momentum():
     import jax.numpy as jnp
     import optax
 
-    config = Config(l2_reg=0.1, lr_init=0.5, momentum=0.9)
-    tx = optax.chain(
-        optax.add_decayed_weights(config.l2_reg), optax.sgd(config.lr_init, config.momentum)
-    )
+    tx = resnet_cifar.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
     p, state = jnp.ones(()), tx.init(jnp.ones(()))
     for _ in range(2):
         update, state = tx.update(jnp.zeros(()), state, p)
