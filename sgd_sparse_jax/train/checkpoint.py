@@ -1,16 +1,20 @@
 """A TrainState on disk: the one module that knows orbax."""
 
 import logging
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from sgd_sparse_jax._types import TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
+
+ODD = 1_000_003  # so that no set bit is ever multiplied away
 
 
 def open_checkpoints(directory: str | PathLike[str], *, keep: int = 2) -> "ocp.CheckpointManager":
@@ -20,11 +24,18 @@ def open_checkpoints(directory: str | PathLike[str], *, keep: int = 2) -> "ocp.C
     """
     import orbax.checkpoint as ocp
 
-    return ocp.CheckpointManager(
-        Path(directory).expanduser().absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
-        item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
-    )
+    folder = Path(directory).expanduser().absolute()
+    try:
+        return ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
+        )
+    except ValueError as error:  # it reads all descriptions before one can be passed over
+        raise ValueError(
+            f"The states under {folder} can't be listed ({_in_a_line(error)}); move the damaged "
+            "step's folder, in most cases the newest, out of it."
+        ) from error
 
 
 def latest_step(directory: str | PathLike[str]) -> int | None:
@@ -34,59 +45,128 @@ def latest_step(directory: str | PathLike[str]) -> int | None:
     return max((int(name) for name in names if name.isdigit()), default=None)
 
 
-def save(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None:
-    """Files `state` under its own step, in the background; the state's buffers are copied first."""
+def save(
+    checkpoints: "ocp.CheckpointManager",
+    state: TrainState,
+    about: Mapping[str, Any] | None = None,
+) -> None:
+    """Files `state` under its own step, in the background; the state's buffers are copied first.
+
+    `about` (JSON values: the net, the batch size, ...) is what a state is only continued under.
+    """
     import orbax.checkpoint as ocp
 
     step = int(state.step)
-    if not checkpoints.save(step, args=ocp.args.StandardSave(state._asdict())):
+    beside = {"about": dict(about or {}), "digest": int(digest(state))}
+    args = ocp.args.StandardSave(state._asdict())
+    if not checkpoints.save(step, args=args, custom_metadata=beside):
         raise ValueError(
             f"Step {step} isn't newer than what {checkpoints.directory} holds (step "
             f"{checkpoints.latest_step()}); choose another folder."
         )
 
 
-def restore(checkpoints: "ocp.CheckpointManager", like: TrainState) -> TrainState:
+def restore(
+    checkpoints: "ocp.CheckpointManager",
+    like: TrainState,
+    about: Mapping[str, Any] | None = None,
+) -> TrainState:
     """The newest state that can be read, laid out on devices like `like`; `like` if none is there.
 
-    A damaged newest state is passed over, and the log says so. Raises ValueError where the saved
-    arrays have other names, shapes or dtypes than `like`, or where all states are damaged.
+    A damaged newer state is passed over and moved aside, and the log says so. Raises ValueError
+    where a state was saved under another `about`, where the saved arrays have other names, shapes
+    or dtypes than `like`, or where all states are damaged.
     """
     import orbax.checkpoint as ocp
 
     steps = sorted(checkpoints.all_steps(), reverse=True)
     target = jax.tree.map(ocp.tree.to_shape_dtype_struct, like._asdict())
+    damaged: dict[int, str] = {}
     for step in steps:
+        where = f"{checkpoints.directory}, step {step}"
         try:
-            saved = jax.tree.map(_described, checkpoints.item_metadata(step))
-            if saved is None:
-                raise FileNotFoundError("its description is missing")
-        except Exception as error:
-            _pass_over(checkpoints, step, error)
+            saved, beside = _description(checkpoints, step)
+        except Exception as error:  # each layer of a saved state has its own exceptions
+            damaged[step] = _in_a_line(error)
             continue
-        _assert_alike(saved, target, f"{checkpoints.directory}, step {step}")
+        _assert_same_run(beside["about"], about or {}, where)
+        _assert_alike(saved, target, where)
         try:
-            return TrainState(**checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
+            state = TrainState(**checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
+            if int(digest(state)) != beside["digest"]:
+                raise ValueError("its numbers are not those that were saved")
         except Exception as error:
-            _pass_over(checkpoints, step, error)
+            damaged[step] = _in_a_line(error)
+            continue
+        # Only now, with a good state at hand: else the run could not save these steps again.
+        _move_aside(checkpoints, damaged, step)
+        return state
     if steps:
         raise ValueError(
-            f"No state under {checkpoints.directory} can be read (steps {steps}); remove that "
-            "folder to start from the beginning."
+            f"No state under {checkpoints.directory} can be read (steps {steps}; "
+            f"{damaged[steps[0]]}); remove that folder to start from the beginning."
         )
     return like
 
 
-def _pass_over(checkpoints: "ocp.CheckpointManager", step: int, error: Exception) -> None:
-    reason = " ".join(str(error).split())[:200]
-    logging.getLogger(__name__).warning(
-        "The state of step %d in %s is damaged (%s); going back to the one before.",
-        *(step, checkpoints.directory, reason),
-    )
+@jax.jit
+def digest(state: TrainState) -> jax.Array:
+    """Sum of the numbers' bit patterns times odd weights, modulo 2^32: one flipped bit shows.
+
+    Orbax checks lengths but not contents. A sum of integers is the same on any set of devices, and
+    computed where the numbers are: only the total travels to the host.
+    """
+    total = jnp.zeros((), jnp.uint32)
+    for leaf in jax.tree.leaves(state):
+        leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
+        words = jnp.dtype(f"uint{8 * min(leaf.dtype.itemsize, 4)}")
+        bits = jax.lax.bitcast_convert_type(leaf, words).ravel().astype(jnp.uint32)
+        weights = 2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1
+        total = total * jnp.uint32(ODD) + (weights * bits).sum(dtype=jnp.uint32)
+    return total
+
+
+def _description(checkpoints: "ocp.CheckpointManager", step: int) -> tuple[Any, Mapping[str, Any]]:
+    """Shapes and dtypes of a saved state, and what was saved beside it."""
+    saved = jax.tree.map(_described, checkpoints.item_metadata(step))
+    beside = dict(checkpoints.metadata(step).custom_metadata or {})
+    if saved is None or not {"about", "digest"} <= beside.keys():
+        raise FileNotFoundError("its description is missing")
+    return saved, beside
+
+
+def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, str], to: int) -> None:
+    for step, reason in damaged.items():
+        old = Path(checkpoints.directory) / str(step)
+        new = next(
+            path
+            for count in range(1_000_000)
+            if not (path := old.with_name(f"damaged-{step}" + f"-{count}" * bool(count))).exists()
+        )
+        old.rename(new)
+        logging.getLogger(__name__).warning(
+            "The state of step %d is damaged (%s) and now in %s; going back to step %d.",
+            *(step, reason, new, to),
+        )
+    if damaged:
+        checkpoints.reload()
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _described(leaf: Any) -> tuple[tuple[int, ...], str]:
     return tuple(leaf.shape), str(leaf.dtype)
+
+
+def _assert_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    both = [name for name in now if name in saved and saved[name] != now[name]]
+    if both:
+        changes = ", ".join(f"{name} {saved[name]!r} -> {now[name]!r}" for name in both)
+        raise ValueError(
+            f"The state saved in {where} is another run's ({changes}); use another folder."
+        )
 
 
 def _assert_alike(saved: Any, target: Any, where: str) -> None:

@@ -1,0 +1,218 @@
+"""What was saved is what comes back, or an error says why: never other numbers in silence."""
+
+import gc
+import logging
+import shutil
+import time
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from sgd_sparse_jax import train
+from sgd_sparse_jax._types import TrainState
+from sgd_sparse_jax.train.checkpoint import digest
+
+# Where one array can't be read, orbax abandons the reads of the others: they complain a moment later
+# or when they are collected. The fixture has that happen in the test that is to blame.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+ABOUT = {"model": "resnet18_plain", "model_width": 16, "l2_reg": 5e-4, "no_data_augm": False}
+W = jr.normal(jr.key(0), (64, 64), jnp.float32)
+
+
+def state_at(step):
+    """Different at every step, in two precisions, with an empty average."""
+    params = {"Dense": {"kernel": W + step, "bias": jnp.arange(5.0) + step}}
+    trace = ({"trace": W * step},)
+    return TrainState(jnp.asarray(step, jnp.int32), params, {"m": jnp.ones(3) * step}, trace, ())
+
+
+@pytest.fixture(autouse=True)
+def abandoned_reads(request):
+    yield
+    if "damage" in request.node.name:
+        time.sleep(0.1)
+        gc.collect()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("original")
+    with train.open_checkpoints(folder) as checkpoints:
+        for step in (1, 2):
+            train.save(checkpoints, state_at(step), ABOUT)
+    return folder
+
+
+@pytest.fixture
+def folder(original, tmp_path):
+    return shutil.copytree(original, tmp_path / "checkpoints")
+
+
+def restored(folder, like=None, about=ABOUT):
+    like = jax.tree.map(jnp.zeros_like, state_at(0)) if like is None else like
+    with train.open_checkpoints(folder) as checkpoints:
+        return train.restore(checkpoints, like, about)
+
+
+def assert_is(state, step):
+    jax.tree.map(np.testing.assert_array_equal, state, state_at(step))
+
+
+def array_file(folder, step):
+    """Where the numbers themselves are."""
+    files = [path for path in (folder / str(step)).rglob("d/*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def test_the_newest_state_comes_back(folder):
+    assert_is(restored(folder), 2)
+    assert train.latest_step(folder) == 2
+
+
+def test_nothing_saved_is_a_fresh_start(tmp_path):
+    assert_is(restored(tmp_path / "new", state_at(0)), 0)
+    assert train.latest_step(tmp_path / "absent") is None
+
+
+def test_only_the_newest_are_kept(folder):
+    with train.open_checkpoints(folder, keep=2) as checkpoints:
+        train.save(checkpoints, state_at(3), ABOUT)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def flipped(raw):
+    middle = len(raw) // 2
+    return raw[:middle] + bytes([raw[middle] ^ 0x10]) + raw[middle + 1 :]
+
+
+DAMAGES = {
+    "emptied": lambda raw: b"",
+    "truncated": lambda raw: raw[: len(raw) // 2],
+    "one bit flipped": flipped,
+    "zeroed": lambda raw: bytes(len(raw)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_numbers_fall_back_and_it_is_said(folder, damage, caplog):
+    path = array_file(folder, 2)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert_is(restored(folder), 1)
+    assert "The state of step 2 is damaged" in caplog.text and "back to step 1" in caplog.text
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "damaged-2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [*DAMAGES, "gone"])
+def test_no_damage_to_any_file_restores_other_numbers(original, tmp_path, damage):
+    files = [path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file()]
+    for count, file in enumerate(files):
+        folder = shutil.copytree(original, tmp_path / str(count))
+        path = folder / file
+        if damage == "gone":
+            path.unlink()
+        else:
+            path.write_bytes(DAMAGES[damage](path.read_bytes()))
+        try:
+            state = restored(folder)
+        except ValueError as error:
+            assert "move the damaged" in str(error)
+        else:
+            assert_is(state, int(state.step))
+
+
+def test_a_damaged_description_falls_back(folder):
+    (folder / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    assert_is(restored(folder), 1)
+
+
+def test_descriptions_that_cannot_be_listed_name_the_cure(folder):
+    path = folder / "2" / "_CHECKPOINT_METADATA"
+    path.write_text(path.read_text().replace("performance_metrics", "performance_metricz"))
+    with pytest.raises(ValueError, match=r"can't be listed .*metricz.*move the damaged step"):
+        restored(folder)
+
+
+def test_a_step_whose_state_was_damaged_can_be_saved_and_damaged_again(folder):
+    for names in (["1", "2", "damaged-2"], ["1", "2", "damaged-2", "damaged-2-1"]):
+        array_file(folder, 2).write_bytes(b"")
+        assert_is(restored(folder), 1)
+        with train.open_checkpoints(folder) as checkpoints:
+            train.save(checkpoints, state_at(2), ABOUT)
+        assert sorted(path.name for path in folder.iterdir()) == names
+    assert_is(restored(folder), 2)
+
+
+def test_states_that_are_all_damaged_are_no_fresh_start(folder):
+    for step in (1, 2):
+        array_file(folder, step).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"No state under .* can be read \(steps \[2, 1\]"):
+        restored(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]  # nothing is touched
+
+
+def test_another_runs_state_is_refused_field_by_field(folder):
+    words = r"step 2 is another run's \(model_width 16 -> 32, no_data_augm False -> True\)"
+    with pytest.raises(ValueError, match=words):
+        restored(folder, about=ABOUT | {"model_width": 32, "no_data_augm": True})
+    assert_is(restored(folder, about=ABOUT | {"a_later_flag": 1}), 2)  # as old runs lack it
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_other_shapes_and_precisions_are_refused(folder):
+    like = state_at(0)
+    dense = like.params["Dense"]
+    with pytest.raises(ValueError, match=r"params/Dense/kernel is \(\(64, 64\).*\(\(64, 5\)"):
+        restored(folder, like._replace(params={"Dense": dense | {"kernel": W[:, :5]}}))
+    double = {"Dense": dense | {"kernel": W.astype(jnp.float64)}}
+    with pytest.raises(ValueError, match=r"float32.* there and .*float64"):
+        restored(folder, like._replace(params=double))
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_step_is_not_saved_twice_in_silence(folder, step):
+    with (
+        train.open_checkpoints(folder) as checkpoints,
+        pytest.raises(ValueError, match=rf"Step {step} isn't newer than .*step 2"),
+    ):
+        train.save(checkpoints, state_at(step), ABOUT)
+
+
+def test_a_save_that_fails_in_the_background_is_heard_of(folder, monkeypatch):
+    from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    handler = pytree_checkpoint_handler.PyTreeCheckpointHandler
+    monkeypatch.setattr(handler, "finalize", full)
+    with pytest.raises(OSError, match="No space"), train.open_checkpoints(folder) as checkpoints:
+        train.save(checkpoints, state_at(3), ABOUT)
+    assert train.latest_step(folder) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2), (2, 1)])
+def test_a_state_moves_between_device_counts(tmp_path, before, after):
+    on = lambda devices, state: train.replicate(state, train.data_mesh(jax.devices()[:devices]))
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        train.save(checkpoints, on(before, state_at(4)), ABOUT)
+    moved = restored(tmp_path, on(after, state_at(0)))
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(moved)} == {after}
+    assert_is(moved, 4)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int32", "uint8", "bool"])
+def test_the_digest_sees_one_bit_and_one_exchange(dtype):
+    values = np.asarray([0, 1, 1, 0, 1, 0])
+    others = [values[::-1], *(np.where(np.arange(6) == i, 1 - values, values) for i in range(6))]
+
+    def of(values):
+        x = jnp.asarray(values, dtype)
+        return int(digest(TrainState(jnp.zeros((), jnp.int32), {"a": x, "b": x[:2]}, {}, (), ())))
+
+    assert of(values) == of(values.copy())
+    assert len({of(values), *map(of, others)}) == 1 + len(others)
