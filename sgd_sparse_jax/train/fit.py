@@ -1,9 +1,10 @@
 """One run with pauses: advance, evaluate, save, repeat."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
@@ -28,45 +29,75 @@ def fit(
 ) -> TrainState:
     """Runs from wherever `state` is to `num_steps`; its buffers are given up.
 
-    At step 0, every `eval_every` steps and at the end: one row to `on_row`, then `save(state)`. So
-    a saved state has its row, and a run that starts from one does not write it again.
-    `steps_per_call` steps go in one compiled call; between rows nothing waits for the device.
+    At step 0, every `eval_every` steps and at the end: one row to `on_row`, then, but for step 0,
+    which its key gives back, `save(state)`. So a saved state has its row, and a run that starts
+    from one does not write it again. `steps_per_call` steps go in one compiled call (what is left
+    of a window one by one: two programs at most); between rows nothing waits for the device.
     `on_call(step)` hears how far the calls have got. Raises FloatingPointError, with nothing
-    saved since the last row, when a loss isn't finite.
+    saved since the last row, when a loss or a weight isn't finite.
     """
     order, noise = jr.split(key)
     advance = jax.jit(segment, donate_argnums=1)
     draw = jax.jit(sampler, static_argnums=2)
-    step = int(state.step)
+    step, last = int(state.step), None
     if step == 0:
         on_row({"step": 0} | dict(evaluate(state)))
-        if save:
-            save(state)
     while step < num_steps:
         stop = min(step - step % eval_every + eval_every, num_steps)
         # Drawn once per window: a permutation of the data set is too dear for every step.
         indices = np.asarray(draw(order, step, stop - step))
         losses = []
-        for first in range(0, stop - step, steps_per_call):
-            state, loss = advance(noise, state, indices[first : first + steps_per_call])
+        for rows in _calls(indices, steps_per_call):
+            state, loss = advance(noise, state, rows)
             losses.append(loss)
-            on_call(min(step + first + steps_per_call, stop))
-        mean = _mean_if_finite(np.concatenate(jax.device_get(losses)), step)
-        step = stop
+            on_call(step + sum(map(len, losses)))
+        values = np.concatenate(jax.device_get(losses))
+        _assert_finite(values, step, last, bool(_is_finite(state)))
+        step, last = stop, float(values[-1])
+        mean = float(values.mean(dtype=np.float64))
         on_row({"step": step, "window_loss": mean} | dict(evaluate(state)))
         if save:
             save(state)
     return state
 
 
-def _mean_if_finite(losses: np.ndarray, start: int) -> float:
-    """Mean of a window's losses, the first of which belongs to step `start`."""
+def _calls(indices: np.ndarray, steps_per_call: int) -> Iterator[np.ndarray]:
+    """A window's rows in calls of `steps_per_call`, then one by one."""
+    whole = len(indices) - len(indices) % steps_per_call
+    for first in range(0, whole, steps_per_call):
+        yield indices[first : first + steps_per_call]
+    for first in range(whole, len(indices)):
+        yield indices[first : first + 1]
+
+
+@jax.jit
+def _is_finite(state: TrainState) -> jax.Array:
+    floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
+    return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
+
+
+def _assert_finite(
+    losses: np.ndarray, start: int, last: float | None, state_is_finite: bool
+) -> None:
+    """Of a window's losses, the first of which belongs to step `start`, and the state after it.
+
+    A loss is that before its step: what the last step of a window did shows in the state alone.
+    """
     bad = np.flatnonzero(~np.isfinite(losses))
-    if len(bad):
-        before = f"{losses[bad[0] - 1]:g} the step before" if bad[0] else "finite until there"
-        raise FloatingPointError(
-            f"The loss is {losses[bad[0]]} at step {start + bad[0]} ({before}; window of steps "
-            f"{start} to {start + len(losses) - 1}); lower the step size. "
-            f"The state of step {start} is the last good one."
-        )
-    return float(losses.mean(dtype=np.float64))
+    if not len(bad) and state_is_finite:
+        return
+    stop = start + len(losses)
+    first = bad[0] if len(bad) else len(losses)
+    before = losses[first - 1] if first else last
+    what = (
+        f"The loss is {losses[first]} at step {start + first}"
+        if len(bad)
+        else (f"The state after step {stop - 1} isn't finite")
+    )
+    known = (
+        "no loss is known before it" if before is None else f"the last finite loss is {before:g}"
+    )
+    raise FloatingPointError(
+        f"{what} ({known}; window of steps {start} to {stop - 1}); lower the step size. "
+        f"The state of step {start} is the last good one."
+    )
