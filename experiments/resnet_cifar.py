@@ -11,7 +11,7 @@ The flags are the released code's. The same command again goes on from the newes
 import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from experiments import cli, plots, records
 from sgd_sparse_jax import data, measure, models, train
 from sgd_sparse_jax._types import Batch, TrainState
 
-MAY_CHANGE = ("max_steps", "data_dir", "runs_dir")
+MAY_CHANGE = ("max_steps", "data_dir", "runs_dir", "debug")
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,8 @@ class Config:
     """Where the data are (else TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     runs_dir: str = "runs"
     """Where run folders go."""
+    debug: bool = False
+    """Stop at the first operation that makes a NaN, with a traceback (slow)."""
 
 
 class Parts(NamedTuple):
@@ -90,6 +92,7 @@ class Parts(NamedTuple):
     test_images: data.Images
     num_steps: int
     steps_per_epoch: int
+    bn_images: int
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -112,7 +115,12 @@ def run(config: Config) -> Path:
     if saved == parts.num_steps:
         print(f"{folder} is at its last step, {saved}, already: its figures are drawn again.")
     else:
-        go_on(config, parts, folder)
+        try:
+            with jax.debug_nans(config.debug):
+                go_on(config, parts, folder)
+        except FloatingPointError as error:
+            cure = f"--lr_init is {config.lr_init:g}, the run is {folder}"
+            raise FloatingPointError(f"{error} ({cure})") from error
     draw(folder, config, parts)
     print_last_row(folder)
     print(folder)
@@ -123,11 +131,13 @@ def go_on(config: Config, parts: Parts, folder: Path) -> None:
     """Trains from the newest saved state, or from the beginning, to the last step."""
     mesh = train.data_mesh()
     init_key, fit_key = jr.split(jr.key(config.seed))
-    segment, sampler, fresh = training(config, parts, mesh)
+    pixels, test_pixels = place(parts.images, mesh), place(parts.test_images, mesh)
+    segment, sampler, fresh = training(config, parts, mesh, pixels)
+    about = {name: value for name, value in asdict(config).items() if name not in MAY_CHANGE}
     with train.open_checkpoints(folder / "checkpoints") as checkpoints:
-        state = train.restore(checkpoints, train.replicate(fresh(init_key), mesh))
+        state = train.restore(checkpoints, train.replicate(fresh(init_key), mesh), about)
         done = int(state.step)
-        records.drop_rows_after(folder, done if checkpoints.all_steps() else -1)
+        records.drop_rows_after(folder, done or -1)  # step 0 is no saved state: its row comes anew
         devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
         records.start_manifest(folder, seed=config.seed, devices=devices, from_step=done)
         with progress_bar(done, parts, config) as (on_call, on_row):
@@ -138,9 +148,9 @@ def go_on(config: Config, parts: Parts, folder: Path) -> None:
                 segment,
                 num_steps=parts.num_steps,
                 eval_every=config.eval_iter_freq,
-                evaluate=evaluation(config, parts, mesh),
+                evaluate=evaluation(config, parts, mesh, pixels, test_pixels),
                 on_row=lambda row: on_row(add_row(folder, row, parts)),
-                save=lambda state: train.save(checkpoints, state),
+                save=lambda state: train.save(checkpoints, state, about),
                 steps_per_call=steps_per_call(config),
                 on_call=on_call,
             )
@@ -189,6 +199,12 @@ def assemble(config: Config) -> Parts:
             f"--batch_size is {config.batch_size}, more than the {n} training images of "
             f"{config.dataset}; choose {n} or less."
         )
+    bn_images = min(config.bn_images, n)
+    if bn_images < config.batch_size_eval:
+        raise ValueError(
+            f"--batch_size_eval is {config.batch_size_eval}, more than the {bn_images} training "
+            "images that re-estimate BatchNorm moments; lower it, or raise --bn_images."
+        )
     total = config.epochs * steps_per_epoch
     model = models.build(config.model, classes=len(images.class_names), width=config.model_width)
     return Parts(
@@ -198,6 +214,7 @@ def assemble(config: Config) -> Parts:
         test_images=test_images,
         num_steps=min(config.max_steps or total, total),
         steps_per_epoch=steps_per_epoch,
+        bn_images=bn_images,
     )
 
 
@@ -219,13 +236,13 @@ def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransfo
     return optax.chain(penalty, optax.sgd(schedule, momentum=config.momentum or None))
 
 
-def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh):
+def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batch):
     """The compiled segment, the order of examples, and key -> fresh state."""
     tx = optimizer(config, parts.schedule)
     step = train.make_step(parts.model, train.cross_entropy, tx, ema_decay=config.swa_tau)
     segment = train.make_segment(
         step,
-        fetch_from(parts.images, mesh, augmented=not config.no_data_augm),
+        fetch_from(pixels, augmented=not config.no_data_augm),
         shard=train.split_examples(mesh),
         unroll=1,
     )
@@ -240,26 +257,30 @@ def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh):
     return segment, sampler, fresh
 
 
-def fetch_from(images: data.Images, mesh: jax.sharding.Mesh, *, augmented: bool):
-    """Gathers from uint8 images that live on every device; [0, 1] floats come out."""
-    placed: Any = train.replicate((np.asarray(images.images), np.asarray(images.labels)), mesh)
-    pixels, labels = placed
+def place(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
+    """A data set, as uint8, on every device."""
+    placed: Any = (np.asarray(images.images), np.asarray(images.labels))
+    return Batch(*train.replicate(placed, mesh))
+
+
+def fetch_from(pixels: Batch, *, augmented: bool):
+    """Gathers from a data set on the device; [0, 1] floats come out."""
 
     def fetch(key, idx):
-        x = pixels[idx]
+        x = pixels.x[idx]
         x = data.crop_and_flip(key, x) if augmented else x
-        return Batch(x.astype(jnp.float32) / 255, labels[idx])
+        return Batch(x.astype(jnp.float32) / 255, pixels.y[idx])
 
     return fetch
 
 
 def evaluation(
-    config: Config, parts: Parts, mesh: jax.sharding.Mesh
+    config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batch, test_pixels: Batch
 ) -> Callable[[TrainState], dict[str, Any]]:
     """State -> a row: one forward pass over training images, one over the test set per weights."""
     key = jr.key(config.seed)
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
-    plain = fetch_from(parts.images, mesh, augmented=False)
+    plain = fetch_from(pixels, augmented=False)
     placed = {"batch": config.batch_size_eval, "shard": train.split_examples(mesh)}
     on_train = measure.make_evaluation(
         parts.model,
@@ -269,10 +290,10 @@ def evaluation(
         sparsity=measure.feature_sparsity,
         **placed,
     )
-    test_fetch = fetch_from(parts.test_images, mesh, augmented=False)
+    test_fetch = fetch_from(test_pixels, augmented=False)
     on_test = measure.make_evaluation(parts.model, train.cross_entropy, test_fetch, **placed)
     moments = measure.make_moments(parts.model.clone(norm_momentum=0.0), plain, **placed)
-    n_train, n_test = len(parts.images.images), len(parts.test_images.images)
+    n_train, n_test = len(pixels.y), len(test_pixels.y)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         started = time.perf_counter()
@@ -280,7 +301,7 @@ def evaluation(
             "train": on_train(key, state.params, state.stats, min(config.sparsity_images, n_train))
         }
         on["test"] = on_test(key, state.params, state.stats, n_test)
-        stats = moments(key, state.average, state.stats, min(config.bn_images, n_train))
+        stats = moments(key, state.average, state.stats, parts.bn_images)
         on["test_average"] = on_test(key, state.average, stats, n_test)
         row = {
             f"{where}/{name}": value for where, part in on.items() for name, value in part.items()
@@ -343,6 +364,8 @@ def progress_bar(done: int, parts: Parts, config: Config) -> Iterator[tuple[Call
 def draw(folder: Path, config: Config, parts: Parts) -> list[Path]:
     """Loss, error, step size and the sparsity of every block along the run."""
     rows = records.read_rows(folder)
+    if not rows:
+        raise ValueError(f"{folder} has lost its metrics.jsonl; remove that folder and run again.")
     epochs = np.array([row["epoch"] for row in rows])
     column = lambda name: np.array([row[name] for row in rows], float)
     curves = lambda names: {label: (epochs, column(name)) for label, name in names.items()}

@@ -1,6 +1,7 @@
 """The command as its user runs it, in small: a data set of 64 images in the cache's layout."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -129,11 +130,31 @@ def test_other_settings_under_the_same_name_are_refused(whole):
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path):
     config = replace(base, lr_init=3e38, runs_dir=str(tmp_path))
-    with pytest.raises(FloatingPointError, match="lower the step size"):
+    with pytest.raises(FloatingPointError, match=r"lower the step size.*--lr_init is 3e\+38"):
         resnet_cifar.run(config)
     (folder,) = (tmp_path / "resnet_cifar").iterdir()
     assert [row["step"] for row in records.read_rows(folder)] == [0]
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0"]
+    assert list((folder / "checkpoints").iterdir()) == []
+    with pytest.raises(FloatingPointError, match="lower the step size"):
+        resnet_cifar.run(config)  # the same command again: the same story, no row twice
+    assert [row["step"] for row in records.read_rows(folder)] == [0]
+
+
+def test_a_saved_state_of_other_settings_is_refused_by_name(whole, tmp_path):
+    config, folder = whole
+    other = replace(config, batch_size=32, runs_dir=str(tmp_path), max_steps=6)
+    place = tmp_path / "resnet_cifar" / folder.name
+    shutil.copytree(folder / "checkpoints", place / "checkpoints")
+    with pytest.raises(ValueError, match=r"step 5 is another run's \(batch_size 16 -> 32\)"):
+        resnet_cifar.run(other)
+
+
+def test_a_finished_run_without_rows_says_so(whole, tmp_path):
+    config, folder = whole
+    shutil.copytree(folder, tmp_path / "resnet_cifar" / folder.name)
+    (tmp_path / "resnet_cifar" / folder.name / "metrics.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"has lost its metrics.jsonl; remove that folder"):
+        resnet_cifar.run(replace(config, runs_dir=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -149,6 +170,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_what_was_good(base, tmp_path)
         ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
         ({"momentum": 1.0}, "--momentum is 1.0"),
         ({"swa_tau": 1.0}, "--swa_tau is 1.0"),
+        ({"bn_images": 31}, "--batch_size_eval is 32, more than the 31 training images"),
+        ({"max_steps": -1}, "--max_steps is -1; it must be 0 or more"),
         ({"exp_name": "../up"}, "plain file name"),
     ],
 )
