@@ -15,7 +15,7 @@ from sgd_sparse_jax import train
 from sgd_sparse_jax._types import TrainState
 from sgd_sparse_jax.train.checkpoint import digest
 
-# Where one array can't be read, orbax abandons the reads of the others: they complain a moment later
+# Where one array can't be read, orbax abandons the reads of the others: they complain a bit later
 # or when they are collected. The fixture has that happen in the test that is to blame.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ABOUT = {"model": "resnet18_plain", "model_width": 16, "l2_reg": 5e-4, "no_data_augm": False}
