@@ -140,8 +140,8 @@ def test_descriptions_that_cannot_be_listed_name_the_cure(folder):
 def test_a_step_whose_state_was_damaged_can_be_saved_and_damaged_again(folder):
     for names in (["1", "2", "damaged-2"], ["1", "2", "damaged-2", "damaged-2-1"]):
         array_file(folder, 2).write_bytes(b"")
-        assert_is(restored(folder), 1)
-        with train.open_checkpoints(folder) as checkpoints:
+        with train.open_checkpoints(folder) as checkpoints:  # as one run: restore, then save
+            assert_is(train.restore(checkpoints, state_at(0), ABOUT), 1)
             train.save(checkpoints, state_at(2), ABOUT)
         assert sorted(path.name for path in folder.iterdir()) == names
     assert_is(restored(folder), 2)
