@@ -10,7 +10,21 @@ from .augment import (
 )
 from .builders import prepare as prepare
 from .images import IMAGE_SETS as IMAGE_SETS, Images as Images
-from .synthetic import Problem as Problem, sparse_regression as sparse_regression
+from .label_noise import gaussian_label_noise as gaussian_label_noise
+from .synthetic import (
+    CIRCLE_TEACHER as CIRCLE_TEACHER,
+    DEEP_TEACHER as DEEP_TEACHER,
+    Examples as Examples,
+    Layer as Layer,
+    Problem as Problem,
+    binary_gaussians as binary_gaussians,
+    examples as examples,
+    random_teacher as random_teacher,
+    regression_1d as regression_1d,
+    relu_network as relu_network,
+    sparse_regression as sparse_regression,
+    teacher_student as teacher_student,
+)
 
 
 def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None) -> Images:

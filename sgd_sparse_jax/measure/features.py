@@ -4,23 +4,19 @@ import math
 
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from sgd_sparse_jax._types import PRNGKey, Scalar
 
 
-def feature_sparsity(
-    phi: Float[Array, "n m"], corr_threshold: float = 0.95
-) -> tuple[Scalar, Scalar]:
-    """Share of positive entries of `phi`: of all m units, and of the distinct ones, both over n m.
+def distinct_units(phi: Float[Array, "n m"], corr_threshold: float = 0.95) -> Bool[Array, " m"]:
+    """Which units are live and no duplicates, as a mask.
 
     A live unit (positive somewhere) is a duplicate if its |correlation| with a later live unit
     exceeds the threshold: what deleting duplicates one by one, in order, leaves behind. A constant
-    unit has no correlation and is distinct. NaN entries count as not positive, and a unit that
-    holds one correlates with none. Source: the paper's section 4 and its released code.
+    unit has no correlation and is distinct; a unit that holds NaN correlates with none.
     """
-    active = phi > 0
-    live = active.any(0)
+    live = (phi > 0).any(0)
     centred = phi - phi.mean(0, keepdims=True)
     norm = jnp.linalg.norm(centred, axis=0, keepdims=True)
     # A constant unit's deviations are rounding errors of its mean, which would correlate.
@@ -28,8 +24,34 @@ def feature_sparsity(
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1.0), 0.0)
     correlation = jnp.abs(jnp.matmul(unit.T, unit, precision="highest"))
     twins = jnp.triu(correlation > corr_threshold, k=1) & live[None]
-    kept = live & ~twins.any(1)
+    return live & ~twins.any(1)
+
+
+def feature_sparsity(
+    phi: Float[Array, "n m"], corr_threshold: float = 0.95, *, signed: bool = False
+) -> tuple[Scalar, Scalar]:
+    """Share of active entries of `phi`: of all m units, and of the distinct ones, both over n m.
+
+    Active is positive (the paper's deep nets), or with `signed` not zero (its fully connected
+    ones, whose features are given as `unit_rows(phi)`); NaN entries are not active.
+    Source: the paper's section 4 and its released code.
+    """
+    active = (phi > 0) | ((phi < 0) & signed)
+    kept = distinct_units(phi, corr_threshold)
     return active.mean(dtype=phi.dtype), (active & kept[None]).mean(dtype=phi.dtype)
+
+
+def unit_rows(phi: Float[Array, "n m"]) -> Float[Array, "n m"]:
+    """phi_i / |phi_i| for every example i; 0 where the whole row is 0."""
+    norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
+    return jnp.where(norm > 0, phi / jnp.where(norm > 0, norm, 1.0), jnp.where(phi == 0, 0.0, phi))
+
+
+def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scalar:
+    """Share of (example, unit) pairs whose ReLU is on in one of the two features and off in the
+    other: how far the activation pattern is from that at initialization, say.
+    """
+    return ((before > 0) != (after > 0)).mean(dtype=after.dtype)
 
 
 def sample_units(

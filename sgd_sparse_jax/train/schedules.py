@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
@@ -12,14 +13,19 @@ def exponential_warmup(
     init_value: ArrayLike, base: ArrayLike, total_steps: ArrayLike
 ) -> optax.Schedule:
     """`init_value * base ** (100 t)`, where t in [0, 1] is the fraction of the run."""
-    return lambda step: init_value * base ** (100.0 * step / total_steps)
+    return lambda step: init_value * base ** (100.0 * _share(step, total_steps))
 
 
 def power_warmup(
     init_value: ArrayLike, gain: ArrayLike, exponent: ArrayLike, total_steps: ArrayLike
 ) -> optax.Schedule:
     """`init_value * (1 + gain * t ** exponent)`, where t in [0, 1] is the fraction of the run."""
-    return lambda step: init_value * (1.0 + gain * (step / total_steps) ** exponent)
+    return lambda step: init_value * (1.0 + gain * _share(step, total_steps) ** exponent)
+
+
+def _share(step: ArrayLike, total_steps: ArrayLike) -> jax.Array:
+    """step / total in the default precision: an int32 count over a number would be float32."""
+    return jnp.asarray(step, float) / total_steps
 
 
 def piecewise_decay(

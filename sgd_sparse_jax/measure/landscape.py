@@ -1,0 +1,70 @@
+"""The loss around a path: the valley below it, and planes through three points."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Float
+
+from sgd_sparse_jax._types import Params, Scalar
+
+
+def valley_floor(
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    *,
+    step_size: ArrayLike = 0.5,
+    num_steps: int = 2000,
+) -> Params:
+    """Where `num_steps` of gradient descent from `params` end: the bottom below an iterate.
+
+    Source: the projection before each record in the paper's toy code (2000 steps of size 0.5).
+    """
+    descend = jax.grad(loss)
+
+    def step(_, params):
+        return jax.tree.map(lambda p, g: p - step_size * g, params, descend(params))
+
+    return jax.lax.fori_loop(0, num_steps, step, params)
+
+
+class Plane(NamedTuple):
+    """origin + alpha first + beta second, with orthonormal directions; pytrees of parameters."""
+
+    origin: Params
+    first: Params
+    second: Params
+
+
+def plane_through(origin: Params, first: Params, second: Params) -> Plane:
+    """The plane of three points: `first` lies on its first axis (Gram-Schmidt)."""
+    start, unravel = ravel_pytree(origin)
+    one, other = ravel_pytree(first)[0] - start, ravel_pytree(second)[0] - start
+    one = one / jnp.linalg.norm(one)
+    other = other - (other @ one) * one
+    return Plane(origin, unravel(one), unravel(other / jnp.linalg.norm(other)))
+
+
+def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
+    """(alpha, beta) of the point of the plane nearest to `params`."""
+    away = ravel_pytree(params)[0] - ravel_pytree(plane.origin)[0]
+    return jnp.stack([away @ ravel_pytree(plane.first)[0], away @ ravel_pytree(plane.second)[0]])
+
+
+def at(plane: Plane, point: Float[Array, "2"]) -> Params:
+    """The parameters at coordinates (alpha, beta)."""
+    shift = lambda o, a, b: o + point[0] * a + point[1] * b
+    return jax.tree.map(shift, *plane)
+
+
+def loss_map(
+    loss: Callable[[Params], Scalar],
+    plane: Plane,
+    alphas: Float[Array, " a"],
+    betas: Float[Array, " b"],
+) -> Float[Array, "b a"]:
+    """The loss at every (alpha, beta): rows are betas, so that it draws as it lies."""
+    row = jax.vmap(lambda alpha, beta: loss(at(plane, jnp.stack([alpha, beta]))), (0, None))
+    return jax.lax.map(lambda beta: row(alphas, beta), betas)

@@ -1,0 +1,44 @@
+"""Loss stabilization: at which level large steps hold the loss, and what became of a run."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from sgd_sparse_jax._types import Scalar
+
+OUTCOMES = ("converged", "stabilized", "period-2", "diverged")
+
+
+def plateau_level(losses: Float[Array, " t"]) -> Scalar:
+    """The geometric mean of losses: the level delta at which a run is held, which sets its noise.
+
+    0 where one of them vanishes, NaN where one isn't finite.
+    """
+    return jnp.where(jnp.isfinite(losses).all(), jnp.exp(jnp.log(losses).mean()), jnp.nan)
+
+
+def outcome(
+    trend: Float[Array, " t"], tail: Float[Array, " s"], *, converged_below: ArrayLike = 1e-8
+) -> Int[Array, ""]:
+    """Which of `OUTCOMES` a run shows, as its index.
+
+    `trend` are losses at 8 records or more, spread evenly over the run at its large step size;
+    `tail` those of 4 consecutive steps or more at its end.
+    diverged: a loss isn't finite. converged: the tail's mean is below `converged_below` times the
+    first loss, or the last quarter of the trend lies below half of the quarter before it.
+    period-2: losses two steps apart are ten times nearer than those of neighbouring steps, which
+    differ by more than a millionth. stabilized: all else.
+    """
+    if trend.shape[0] < 8 or tail.shape[0] < 4:
+        raise ValueError(
+            f"A trend of {trend.shape[0]} and a tail of {tail.shape[0]} losses show no outcome; "
+            "give 8 and 4 or more."
+        )
+    quarter = len(trend) // 4
+    level = lambda losses: jnp.log(jnp.maximum(losses, jnp.finfo(losses.dtype).tiny)).mean()
+    falls = level(trend[-quarter:]) < level(trend[-2 * quarter : -quarter]) - jnp.log(2.0)
+    converged = (tail.mean() < converged_below * trend[0]) | falls
+    one_apart, two_apart = jnp.abs(tail[1:] - tail[:-1]), jnp.abs(tail[2:] - tail[:-2])
+    period = 10 * two_apart.mean() < one_apart.mean()
+    period &= one_apart.mean() > 1e-6 * tail.mean()
+    bounded = jnp.isfinite(trend).all() & jnp.isfinite(tail).all()
+    return jnp.where(bounded, jnp.where(converged, 0, jnp.where(period, 2, 1)), 3)

@@ -1,0 +1,99 @@
+"""What a step descends along, as a function of the objective: the sharpness-aware ones.
+
+An objective is (params, stats, batch) -> (loss, stats); a gradient maker turns it into
+(params, stats, batch) -> ((loss, stats), gradient), the loss being that at `params`.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import ArrayLike
+
+from sgd_sparse_jax._types import Batch, LossFn, Params, Scalar, Stats
+
+Objective: TypeAlias = Callable[[Params, Stats, Batch], tuple[Scalar, Stats]]
+Gradient: TypeAlias = Callable[[Params, Stats, Batch], tuple[tuple[Scalar, Stats], Params]]
+
+
+def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Objective], Gradient]:
+    """The gradient of L at theta + rho dL(theta); `normalized` moves rho dL / |dL| instead.
+
+    Source: n-SAM of the paper's toy code (not normalized); Foret et al. 2021 (normalized).
+    """
+
+    def maker(objective: Objective) -> Gradient:
+        gradient = jax.value_and_grad(objective, has_aux=True)
+
+        def of(params: Params, stats: Stats, batch: Batch):
+            value_and_stats, ascent = gradient(params, stats, batch)
+            norm = optax.global_norm(ascent)
+            length = rho / jnp.where(norm > 0, norm, 1.0) if normalized else rho
+            _, grads = gradient(_moved(params, length, ascent), stats, batch)
+            return value_and_stats, grads
+
+        return of
+
+    return maker
+
+
+def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
+    """The mean over examples k of the gradient of l_k at theta + rho dl_k(theta).
+
+    With the half-squared loss, the paper's code (1-SAM) moves by 2 rho r_k dphi_k: its rho is half
+    of this one. For networks without batch statistics.
+    """
+
+    def maker(objective: Objective) -> Gradient:
+        gradient = jax.value_and_grad(objective, has_aux=True)
+
+        def of(params: Params, stats: Stats, batch: Batch):
+            if stats:
+                raise ValueError("Single-example SAM has no meaning for a net with BatchNorm.")
+
+            def of_example(x, y):
+                alone = Batch(x[None], y[None])
+                (value, _), ascent = gradient(params, stats, alone)
+                return value, gradient(_moved(params, rho, ascent), stats, alone)[1]
+
+            values, grads = jax.vmap(of_example)(batch.x, batch.y)
+            return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
+
+        return of
+
+    return maker
+
+
+def residual_sharpness_aware(
+    model: nn.Module, loss: LossFn, rho: ArrayLike
+) -> Callable[[Objective], Gradient]:
+    """As `example_sharpness_aware`, but of l'(f_k) df_k only l'(f_k) is taken at the moved point.
+
+    Source: `loss_derivative_only` of the paper's toy code. For scalar outputs [n].
+    """
+
+    def maker(objective: Objective) -> Gradient:
+        del objective  # the two factors of its gradient are taken at different parameters
+
+        def of(params: Params, stats: Stats, batch: Batch):
+            def of_example(x, y):
+                predict = lambda params: model.apply({"params": params}, x[None], train=True)[0][0]
+                loss_of = lambda out: loss(out[None], y[None])[0]
+                out, pull = jax.vjp(predict, params)
+                (ascent,) = pull(jax.grad(loss_of)(out))
+                moved = predict(_moved(params, rho, ascent))
+                return loss_of(out), pull(jax.grad(loss_of)(moved))[0]
+
+            values, grads = jax.vmap(of_example)(batch.x, batch.y)
+            return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
+
+        return of
+
+    return maker
+
+
+def _moved(params: Params, length: ArrayLike, direction: Params) -> Params:
+    return jax.tree.map(lambda p, g: p + length * g, params, direction)
