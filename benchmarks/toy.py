@@ -1,21 +1,16 @@
-"""Diagonal-net SGD (D1's sizes, float64): a NumPy loop, a numba loop and ours, in turn.
+"""Toy networks: the loops of the field and ours, in turn (sizes of the paper, float64).
 
     python -m benchmarks.toy --out benchmarks/results/toy.json
 
-The two ends are what the field runs (a NumPy loop over mini-batches; beside it the shortest one,
-which knows that b = 1) and a compiled scalar loop over all cores.
-Each round times every side once; the table shows medians over rounds of microseconds per step
-and run, and the median of the ratios taken round by round.
+Diagonal nets (D1): a NumPy loop over mini-batches, the shortest NumPy loop (which knows that
+b = 1), a numba loop over all cores, ours. Fully connected nets (F1, T1, T3): a PyTorch loop on one
+thread (more make it slower), ours. Jacobian ranks of D1's records: NumPy's SVD of [X*u, X*v], ours.
+Each round times every side once; numbers are medians over rounds, ratios are taken round by round.
 """
 
-import argparse
-import json
 import os
-import platform
-import statistics
-import time
-from importlib.metadata import version
-from pathlib import Path
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for ours; NumPy's own BLAS reads it as well
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +18,14 @@ import jax.random as jr
 import numba
 import numpy as np
 import optax
+import torch
 
+from benchmarks import timing
+from experiments import problems
+from sgd_sparse_jax import measure
 from sgd_sparse_jax._types import Batch
-from sgd_sparse_jax.data import sparse_regression
-from sgd_sparse_jax.models import DiagonalNet
 from sgd_sparse_jax.train import (
     Gauge,
-    half_squared,
     init_state,
     make_segment,
     make_step,
@@ -38,12 +34,13 @@ from sgd_sparse_jax.train import (
     with_replacement,
 )
 
-STEP_SIZE, INIT_SCALE = 0.25, 0.1
+DIAGONAL_STEP_SIZE, FC_STEP_SIZE = 0.25, 1e-4
+INIT_SCALE = 0.1
 
 
-def numpy_side(problem, steps: int, batch: int = 1):
+def numpy_side(toy: problems.Toy, steps: int, batch: int = 1):
     """One run for any batch size, as the equations are; draws its batches like ours does."""
-    x, y = problem.train
+    x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
 
     def side():
         rng = np.random.RandomState(1)
@@ -51,22 +48,22 @@ def numpy_side(problem, steps: int, batch: int = 1):
         for _ in range(steps):
             idx = rng.randint(0, len(y), size=batch)
             gradient = x[idx].T @ (x[idx] @ (u * v) - y[idx]) / batch
-            u, v = u - STEP_SIZE * gradient * v, v - STEP_SIZE * gradient * u
+            u, v = u - DIAGONAL_STEP_SIZE * gradient * v, v - DIAGONAL_STEP_SIZE * gradient * u
         return u
 
     return side
 
 
-def numpy_single_side(problem, steps: int):
+def numpy_single_side(toy: problems.Toy, steps: int):
     """One run of single-example steps, with the order drawn beforehand and not timed."""
-    x, y = problem.train
+    x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
     order = np.random.RandomState(1).randint(0, len(y), size=steps)
 
     def side():
         u, v = np.full(x.shape[1], INIT_SCALE), np.zeros(x.shape[1])
         for i in order:
             gradient = (x[i] @ (u * v) - y[i]) * x[i]
-            u, v = u - STEP_SIZE * gradient * v, v - STEP_SIZE * gradient * u
+            u, v = u - DIAGONAL_STEP_SIZE * gradient * v, v - DIAGONAL_STEP_SIZE * gradient * u
         return u
 
     return side
@@ -92,96 +89,130 @@ def numba_runs(x, y, order, step_size, init_scale):
     return out
 
 
-def numba_side(problem, steps: int, runs: int):
+def numba_side(toy: problems.Toy, steps: int, runs: int):
     """The same runs in a compiled loop over all cores; drawing the order isn't timed."""
-    x, y = problem.train
+    x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
     order = np.random.RandomState(1).randint(0, len(y), size=(runs, steps)).astype(np.int32)
-    return lambda: numba_runs(x, y, order, STEP_SIZE, INIT_SCALE)
+    return lambda: numba_runs(x, y, order, DIAGONAL_STEP_SIZE, INIT_SCALE)
 
 
-def our_side(problem, steps: int, runs: int):
+def torch_side(toy: problems.Toy, steps: int):
+    """One run of a torch.nn net with the widths, biases and data of `toy`."""
+    params = toy.network(1.0).init(jr.key(0), toy.train.x)["params"]
+    layers: list[torch.nn.Module] = []
+    for layer in params.values():
+        linear = torch.nn.Linear(*layer["kernel"].shape, bias="bias" in layer, dtype=torch.float64)
+        layers += [linear, torch.nn.ReLU()]
+    net = torch.nn.Sequential(*layers[:-1])
+    x = torch.from_numpy(np.array(toy.train.x))
+    y = torch.from_numpy(np.array(toy.train.y))[:, None]
+    optimizer = torch.optim.SGD(net.parameters(), lr=FC_STEP_SIZE)
+
+    def side():
+        for _ in range(steps):
+            idx = torch.from_numpy(np.random.choice(len(y), size=1, replace=False))
+            loss = ((net(x[idx]) - y[idx]) ** 2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+    return side
+
+
+def our_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
     """The generic path: linen, autodiff, optax; draws its own order."""
-    train = jax.tree.map(jnp.asarray, problem.train)
-    model = DiagonalNet(INIT_SCALE)
+    return sweep_side(toy, steps, runs, jnp.array([step_size]))
+
+
+def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array):
+    """Seeds x step sizes, final parameters."""
+    model, train = toy.network(1.0), toy.train
 
     def run(key, step_size):
         tx = optax.sgd(step_size)
         fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-        segment = make_segment(make_step(model, half_squared, tx), fetch)
+        segment = make_segment(make_step(model, toy.loss, tx), fetch)
         sampler = with_replacement(len(train.y), 1)
         start = Gauge(lambda state: state.step, [0])
         state = init_state(key, model, tx, train.x)
-        return record_run(key, sampler, segment, state, [start], steps)[0].params["u"]
+        return record_run(key, sampler, segment, state, [start], steps)[0].params
 
-    sweep = make_sweep(run)
-    keys, points = jr.split(jr.key(0), runs), jnp.array([STEP_SIZE])
-    return lambda: sweep(keys, points)
+    sweep, keys = make_sweep(run), jr.split(jr.key(0), seeds)
+    return lambda: sweep(keys, step_sizes)
 
 
-def rounds(sides: dict, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each side in each round; a first, uncounted round compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, side in sides.items():
-            start = time.perf_counter()
-            side()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def diagonal_net_sides(steps: int, runs: int) -> dict:
+    """Diagonal nets: (callable, steps x runs) by name."""
+    toy = problems.PROBLEMS["diagonal"]()
+    short = max(steps // 10, 1)  # the NumPy loops are long enough at a tenth
+    ours = lambda runs: our_side(toy, steps, runs, DIAGONAL_STEP_SIZE)
+    return {
+        "NumPy loop over mini-batches, one run": (numpy_side(toy, short), short),
+        "NumPy loop for b = 1 only, one run": (numpy_single_side(toy, short), short),
+        "ours, one run": (ours(1), steps),
+        f"ours, {runs} runs": (ours(runs), steps * runs),
+        f"numba loop on all cores, {runs} runs": (numba_side(toy, steps, runs), steps * runs),
+    }
+
+
+def fully_connected_sides(name: str, steps: int, runs: int) -> dict:
+    """Fully connected nets: (callable, steps x runs) by name."""
+    toy = problems.PROBLEMS[name]()
+    short = max(steps // 50, 1)
+    ours = lambda runs: our_side(toy, steps, runs, FC_STEP_SIZE)
+    return {
+        "PyTorch loop, one run": (torch_side(toy, short), short),
+        "ours, one run": (ours(1), steps),
+        f"ours, {runs} runs": (ours(runs), steps * runs),
+    }
+
+
+def rank_sides(count: int) -> dict:
+    """Ranks of D1's Jacobian at `count` points: (callable, matrices) by name."""
+    toy = problems.PROBLEMS["diagonal"]()
+    x = np.asarray(toy.test.x[: 2 * toy.train.x.shape[1]])
+    rng = np.random.RandomState(0)
+    sizes = 10.0 ** rng.uniform(-9, 0, (count, 1, x.shape[1]))
+    uv = sizes * rng.randn(count, 2, x.shape[1])
+    few = max(count // 10, 1)
+
+    def numpy_ranks():
+        for u, v in uv[:few]:
+            s = np.linalg.svd(np.hstack([x * u, x * v]))[1]
+            (s > 1e-15 * s[0]).sum()
+
+    def of_one(key, uv):
+        return toy.spectra({"u": uv[0], "v": uv[1]})
+
+    sweep, keys, points = make_sweep(of_one), jr.split(jr.key(0), 1), jnp.asarray(uv)
+    general = jax.jit(lambda uv: measure.numerical_rank(jnp.hstack([x * uv[0], x * uv[1]]), 1e-15))
+    return {
+        "NumPy's SVD of [X*u, X*v]": (numpy_ranks, few),
+        "ours, the same matrix": (
+            lambda: [general(pair).block_until_ready() for pair in points[:few]],
+            few,
+        ),
+        "ours, R diag(sqrt(u^2 + v^2))": (lambda: sweep(keys, points), count),
+    }
 
 
 def main() -> None:
-    """Times all sides and prints a table; `--out` also writes it as JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--runs", type=int, default=128, help="runs in the ensembles")
-    parser.add_argument("--steps", type=int, default=100_001, help="SGD steps of a run")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count")
-    parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
-    args = parser.parse_args()
+    """Times all sides and prints tables; `--out` also writes them as JSON."""
+    args = timing.arguments(__doc__, runs=128, steps=100_001, ranks=348, repeats=5)
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     jax.config.update("jax_enable_x64", True)
-
-    problem = sparse_regression(0)
-    short = max(args.steps // 10, 1)  # the NumPy loop is long enough at a tenth
-    counted = {  # side -> (callable, steps x runs)
-        "numpy, one run": (numpy_side(problem, short), short),
-        "numpy, one run, b = 1 only": (numpy_single_side(problem, short), short),
-        "numba, ensemble, all cores": (
-            numba_side(problem, args.steps, args.runs),
-            args.steps * args.runs,
-        ),
-        "ours, one run": (our_side(problem, args.steps, 1), args.steps),
-        "ours, ensemble": (our_side(problem, args.steps, args.runs), args.steps * args.runs),
-    }
-    seconds = rounds({name: side for name, (side, _) in counted.items()}, args.repeats)
-    micros = {n: [1e6 * s / counted[n][1] for s in seconds[n]] for n in counted}
-    table = {
-        name: {
-            "us_per_step_and_run": statistics.median(us),
-            "times_faster_than_numpy": statistics.median(
-                base / mine for base, mine in zip(micros["numpy, one run"], us, strict=True)
-            ),
-            "rounds_us": us,
-        }
-        for name, us in micros.items()
-    }
-    for name, row in table.items():
-        print(
-            f"{name:28s} {row['us_per_step_and_run']:8.3f} us per step and run  "
-            f"{row['times_faster_than_numpy']:7.1f} x the NumPy loop"
-        )
-    if args.out:
-        result = {
-            "command": f"python -m benchmarks.toy --runs {args.runs} --steps {args.steps} "
-            f"--repeats {args.repeats}",
-            "devices": [str(device) for device in jax.devices()],
-            "cpu_count": os.cpu_count(),
-            "machine": platform.machine(),
-            "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", "numba")},
-            "sides": table,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    torch.set_num_threads(1)
+    per_step, tables = "step_and_run", {}
+    sides = diagonal_net_sides(args.steps, args.runs)
+    tables["diagonal nets"] = timing.compare(sides, args.repeats, unit=per_step)
+    for name in ("1d", "two-layer", "three-layer"):
+        print(f"-- {name}")
+        sides = fully_connected_sides(name, args.steps, args.runs)
+        tables[f"fully connected, {name}"] = timing.compare(sides, args.repeats, unit=per_step)
+    print("-- Jacobian ranks")
+    tables["Jacobian ranks"] = timing.compare(rank_sides(args.ranks), args.repeats, unit="matrix")
+    flags = f"--runs {args.runs} --steps {args.steps} --ranks {args.ranks} --repeats {args.repeats}"
+    timing.write(args.out, f"python -m benchmarks.toy {flags}", ("numba", "torch"), tables=tables)
 
 
 if __name__ == "__main__":

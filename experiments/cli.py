@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 ConfigT = TypeVar("ConfigT")
@@ -26,13 +26,16 @@ def main(
     config_type: type[ConfigT],
     run: Callable[[ConfigT], object],
     argv: Sequence[str] | None = None,
+    *,
+    settings: Mapping[str, ConfigT] | None = None,
 ) -> None:
     """Parses the flags and runs; what a user can cure ends in one line and not in a traceback.
 
+    Of several `settings`, `--setting NAME` chooses whose values the other flags' defaults are.
     SGD_SPARSE_TRACEBACK=1 shows the traceback as well.
     """
     try:
-        config = parse(config_type, argv)
+        config = parse(config_type, argv, settings=settings)
         try:
             run(config)
         except CURABLE as error:
@@ -43,36 +46,59 @@ def main(
         _stop("interrupted; the same command goes on from the last saved state", 130)
 
 
-def parse(config_type: type[ConfigT], argv: Sequence[str] | None = None) -> ConfigT:
+def parse(
+    config_type: type[ConfigT],
+    argv: Sequence[str] | None = None,
+    *,
+    settings: Mapping[str, ConfigT] | None = None,
+) -> ConfigT:
     """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    default = _setting(settings, argv) if settings else None
     fields = dataclasses.fields(config_type)  # pyright: ignore[reportArgumentType]
     if not {"-h", "--help"} & set(argv) and (misuse := _misuse(argv, fields)):
         _stop(f"{misuse}; {MORE}", 2)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            return _tyro(config_type, argv)
+            return _tyro(config_type, argv, default)
     except SystemExit as stop:
         if stop.code in (0, None):  # --help
             raise
-    message = _first_sentence(_box(config_type, argv)).rstrip(".")
+    message = _first_sentence(_box(config_type, argv, default)).rstrip(".")
     suggestion = _suggestion(message, argv, [f"--{field.name}" for field in fields])
     return _stop(message + suggestion, 2)
 
 
-def _tyro(config_type: type[ConfigT], argv: Sequence[str]) -> ConfigT:
+def _setting(settings: Mapping[str, ConfigT], argv: Sequence[str]) -> ConfigT:
+    """The one that `--setting` names, else the first."""
+    chosen = next(iter(settings))
+    for word, after in itertools.pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        if name == "--setting":
+            chosen = value if equals else after
+    if chosen not in settings:
+        near = difflib.get_close_matches(chosen, settings, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        _stop(f"unknown --setting {chosen!r}; {hint}Known are {', '.join(settings)}", 2)
+    return settings[chosen]
+
+
+def _tyro(
+    config_type: type[ConfigT], argv: Sequence[str], default: ConfigT | None = None
+) -> ConfigT:
     import tyro
 
     return tyro.cli(
         config_type,
         args=argv,
+        **({} if default is None else {"default": default}),
         prog=_program(),
         use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff,),
     )
 
 
-def _box(config_type: type, argv: Sequence[str]) -> str:
+def _box(config_type: type, argv: Sequence[str], default: Any) -> str:
     """What tyro says about wrong flags, on a screen so wide that it breaks no line."""
     screen = io.StringIO()
     with (
@@ -81,7 +107,7 @@ def _box(config_type: type, argv: Sequence[str]) -> str:
         contextlib.redirect_stderr(screen),
         contextlib.suppress(SystemExit),
     ):
-        _tyro(config_type, argv)
+        _tyro(config_type, argv, default)
     return screen.getvalue()
 
 

@@ -11,6 +11,7 @@ from experiments import records
 
 # Okabe & Ito's palette, which all common kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
+CLASS_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 DASHES = ("-", "--", "-.")  # of the first eight labels, the next eight, ...
 LARGEST = 1e150  # the margins of an axis that reaches further overflow
 STYLE: dict[Any, Any] = {
@@ -43,6 +44,38 @@ class Panel(NamedTuple):
     log_y: bool = False
     log_x: bool = False
     marks: Mapping[str, Sequence[float]] = {}
+    points: tuple[np.ndarray, np.ndarray] | None = None  # examples, as black dots
+    ylim: tuple[float, float] | None = None
+
+
+class Moves(NamedTuple):
+    """Points [k, 2] that moved, and directions to compare with; NaN where the run diverged."""
+
+    title: str
+    before: np.ndarray
+    after: np.ndarray
+    directions: np.ndarray
+
+
+class Map(NamedTuple):
+    """`z` [y, x] over two named axes; `overlay` are curves on it, each x, y with a label.
+
+    Of `classes`, z is the index: discrete colours with a legend. Else a colour bar labelled
+    `zlabel`, logarithmic with `log_z`.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: np.ndarray
+    y: np.ndarray
+    z: np.ndarray
+    zlabel: str = ""
+    log_z: bool = False
+    classes: Sequence[str] = ()
+    overlay: Mapping[str, tuple[np.ndarray, np.ndarray]] = {}
+    points: Mapping[str, tuple[float, float]] = {}
+    filled: bool = False  # contours in place of cells
 
 
 def figure(
@@ -78,7 +111,151 @@ def figure(
             fig.suptitle(title, fontsize=9)
         if len(labels) > 1:
             _legend(fig, styles)
-        return [_save(fig, stem.with_name(f"{stem.name}.{kind}"), kind) for kind in ("png", "pdf")]
+        return _save_both(fig, stem)
+
+
+def moves(stem: Path, panels: Sequence[Moves], *, title: str | None = None) -> list[Path]:
+    """Arrows from where points were to where they are, directions to compare with in black."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    everything = np.concatenate([np.concatenate(panel[1:]) for panel in panels])
+    reach = 1.1 * np.nanmax(np.abs(everything[np.isfinite(everything).all(1)]))
+    styles = {
+        "at initialization": {"color": COLOURS[4], "marker": "o", "linestyle": ""},
+        "after training": {"color": COLOURS[0], "marker": "o", "linestyle": ""},
+        "teacher": {"color": COLOURS[6], "linestyle": "-"},
+    }
+    with matplotlib.rc_context(STYLE | {"lines.markersize": 3}):
+        columns = min(len(panels), 4)
+        rows = -(-len(panels) // columns)
+        fig = Figure(figsize=(2.3 * columns, 2.5 * rows + 0.4), layout="constrained")
+        for panel, ax in zip(panels, fig.subplots(rows, columns, squeeze=False).flat, strict=False):
+            ax.set_title(panel.title)
+            ax.set_xlabel("first weight")
+            ax.set_ylabel("second weight")
+            for end in panel.directions:
+                ax.plot([0, end[0]], [0, end[1]], **styles["teacher"])
+            for start, end in zip(panel.before, panel.after, strict=True):
+                ax.plot(*np.stack([start, end], 1), color="0.6", linewidth=0.5, zorder=1)
+            ax.plot(*panel.before.T, **styles["at initialization"])
+            ax.plot(*panel.after.T, **styles["after training"])
+            ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+        if title:
+            fig.suptitle(title, fontsize=9)
+        _legend(fig, styles)
+        return _save_both(fig, stem)
+
+
+def maps(
+    stem: Path, panels: Sequence[Map], *, columns: int = 2, title: str | None = None
+) -> list[Path]:
+    """Draws maps beside each other, and writes STEM.png and STEM.pdf."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        fig = Figure(figsize=(3.6 * columns, 2.9 * rows), layout="constrained")
+        axes = fig.subplots(rows, columns, squeeze=False)
+        for panel, ax in zip(panels, axes.flat, strict=False):
+            draw_map(fig, ax, panel)
+        for ax in axes.flat[len(panels) :]:
+            ax.set_visible(False)
+        labels = list(dict.fromkeys(label for panel in panels for label in panel.overlay))
+        if labels:
+            _legend(fig, {label: _overlay_style(i) for i, label in enumerate(labels)})
+        if title:
+            fig.suptitle(title, fontsize=9)
+        return _save_both(fig, stem)
+
+
+def animation(path: Path, frames: Sequence[Map], *, per_second: int = 12) -> Path:
+    """One map after another as a GIF that stays on the last one for a while."""
+    import matplotlib
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    images = []
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        for frame in frames:
+            fig = Figure(figsize=(4.2, 3.6), layout="constrained")
+            draw_map(fig, fig.subplots(), frame)
+            _legend(fig, {label: _overlay_style(i) for i, label in enumerate(frame.overlay)})
+            content = io.BytesIO()
+            fig.savefig(content, format="png", dpi=120)
+            images.append(Image.open(content).convert("P", palette=Image.Palette.ADAPTIVE))
+    content = io.BytesIO()
+    each = 1000 // per_second
+    images[0].save(
+        content,
+        format="GIF",
+        save_all=True,
+        append_images=images[1:],
+        duration=[each] * (len(images) - 1) + [2000],
+        loop=0,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    records.write_bytes(path, content.getvalue())
+    return path
+
+
+def draw_map(fig: Any, ax: Any, panel: Map) -> None:
+    """One map with its colour bar, or the names of its classes, outside the data."""
+    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+    from matplotlib.ticker import LogLocator
+
+    z = np.ma.masked_invalid(panel.z)
+    look: dict[str, Any] = {"cmap": "Greys" if panel.filled else "viridis"}
+    if panel.classes:
+        count = len(panel.classes)
+        look["cmap"] = ListedColormap(list(CLASS_COLOURS[:count]))
+        look["norm"] = BoundaryNorm(np.arange(count + 1) - 0.5, count)
+    elif panel.log_z:
+        z = np.ma.masked_less_equal(z, 0)
+        lighter = 100.0 if panel.filled else 1.0
+        look["norm"] = LogNorm(z.min(), lighter * z.max()) if z.count() else None
+    if panel.filled:
+        levels = LogLocator(base=2, numticks=60) if panel.log_z else None
+        drawn = ax.contourf(panel.x, panel.y, z, locator=levels, **look)
+    else:
+        # Equal cells whatever the axis's spacing; its values are the tick labels.
+        drawn = ax.imshow(z, origin="lower", aspect="auto", interpolation="nearest", **look)
+        _cell_ticks(ax.set_xticks, panel.x)
+        _cell_ticks(ax.set_yticks, panel.y)
+    for i, (x, y) in enumerate(panel.overlay.values()):
+        ax.plot(x, y, **_overlay_style(i))
+    for label, (x, y) in panel.points.items():
+        ax.plot([x], [y], marker="o", color="white", markeredgecolor="black", markersize=4)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        ax.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", bbox=box)
+    ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+    bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9)
+    if panel.classes:
+        bar.set_ticks(range(len(panel.classes)), labels=list(panel.classes))
+    elif panel.log_z and z.count():
+        low, high = np.log10(z.min()), np.log10(z.max())
+        powers = np.arange(np.ceil(low), np.floor(high) + 1)
+        if len(powers) > 1:
+            bar.set_ticks(10.0 ** powers[:: -(-len(powers) // 6)])
+            bar.minorticks_off()
+
+
+def _overlay_style(i: int) -> dict[str, Any]:
+    colour = (COLOURS[0], COLOURS[4], COLOURS[1])[i % 3]
+    return {"color": colour, "marker": ".", "markersize": 2, "linewidth": 0.7}
+
+
+def _cell_ticks(set_ticks: Any, values: np.ndarray) -> None:
+    """At most eight labelled cells of an axis."""
+    step = max(1, -(-len(values) // 8))
+    places = np.arange(0, len(values), step)
+    set_ticks(places, labels=[f"{values[i]:.3g}" for i in places])
+
+
+def _save_both(fig: Any, stem: Path) -> list[Path]:
+    return [_save(fig, stem.with_name(f"{stem.name}.{kind}"), kind) for kind in ("png", "pdf")]
 
 
 def _save(fig: Any, path: Path, kind: str) -> Path:
@@ -125,6 +302,10 @@ def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> Non
         )
         ax.fill_between(x, low, high, color=styles[label]["color"], alpha=0.18, linewidth=0)
         ax.plot(x, middle, **styles[label])
+    if panel.points:
+        ax.plot(*panel.points, "k.", zorder=3)
+    if panel.ylim:
+        ax.set_ylim(panel.ylim)
     for label, places in panel.marks.items():
         for place in places:
             ax.axvline(place, color=styles[label]["color"], linestyle=":", linewidth=0.9)

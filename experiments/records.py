@@ -24,10 +24,14 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+if TYPE_CHECKING:
+    import xarray
+
+AXES = "axes of each array, as JSON"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -210,6 +214,30 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     except Exception as error:
         raise ValueError(
             f"{path} can't be read ({error}); remove {folder} and run again."
+        ) from error
+
+
+def save_dataset(folder: Path, dataset: "xarray.Dataset") -> None:
+    """arrays.npz with one array per variable and coordinate, and the names of their axes."""
+    arrays = {str(name): variable.values for name, variable in dataset.variables.items()}
+    axes = {str(name): variable.dims for name, variable in dataset.variables.items()}
+    save_arrays(folder, {**arrays, AXES: np.array(json.dumps(axes))})
+
+
+def load_dataset(folder: Path) -> "xarray.Dataset":
+    """What `save_dataset` wrote."""
+    import xarray
+
+    arrays = load_arrays(folder)
+    try:
+        axes = json.loads(str(arrays.pop(AXES)))
+        variables = {name: (tuple(axes[name]), array) for name, array in arrays.items()}
+        coords = {dim for dims in axes.values() for dim in dims} & variables.keys()
+        return xarray.Dataset(variables).set_coords(sorted(coords))
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"{folder / 'arrays.npz'} is no labelled data set ({error!r}); remove {folder} and run "
+            "again."
         ) from error
 
 

@@ -2,67 +2,80 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import diag_nets, records
-from experiments.diag_nets import Config
+from experiments import diag_nets, ensemble, records
+from experiments.diag_nets import SETTINGS, Config
 
-SMALL = Config(seeds=3, num_steps=2_000, n=20, d=30, support=3, rank_records=5)
+SMALL = Config(seeds=3, num_steps=2_000, n=20, d=30, support=3, spectra_records=5)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = replace(SMALL, runs_dir=str(tmp_path_factory.mktemp("runs")))
-    return config, diag_nets.run(config)
+    return config, diag_nets.run(config).dataset
 
 
 def folder_of(config):
-    from pathlib import Path
-
-    return Path(config.runs_dir) / "diag_nets" / config.exp_name
+    return Path(config.runs_dir) / "diag_nets" / (config.exp_name or config.setting)
 
 
 def test_the_run_folder_holds_everything(finished):
-    config, result = finished
+    config, dataset = finished
     folder = folder_of(config)
     names = {path.name for path in folder.iterdir()}
-    assert names == {"config.json", "manifest.json", "metrics.jsonl", "arrays.npz", "figures"}
-    assert {path.name for path in (folder / "figures").iterdir()} == {
-        "diag_nets.png",
-        "diag_nets.pdf",
-    }
+    assert names == {"config.json", "manifest.json", "summary.json", "arrays.npz", "figures"}
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"diag_nets_d1.png", "diag_nets_d1.pdf"}
     assert json.loads((folder / "config.json").read_text())["seeds"] == 3
     start = records.read_json(folder / "manifest.json")["starts"][0]
     assert start["seed"] == 0 and start["versions"]["jax"] and "finished" in start
     assert len(start["devices"]) == 8
-    arrays = records.load_arrays(folder)
-    for name, leaf in result._asdict().items():
-        np.testing.assert_array_equal(arrays[name], leaf)
-    assert arrays["train_loss"].shape == (3, 4, len(arrays["step"]))
-    assert arrays["rank"].shape == (3, 4, 5) == (3, 4, len(arrays["rank_step"]))
+    assert records.load_dataset(folder).identical(dataset)
+    assert dataset["train_loss"].dims == ("seed", "schedule", "step")
+    assert dataset["rank"].dims == ("seed", "schedule", "spectra_step")
+    assert dataset.sizes["spectra_step"] == 5
+    assert dataset["shown_rank"].dims == ("schedule", "step")
 
 
 def test_what_is_recorded_is_what_it_is_called(finished):
-    _, result = finished
-    np.testing.assert_array_equal(result.support[..., 0], 0)  # v = 0 at initialization
-    np.testing.assert_allclose(result.balancedness[..., 0], 30 * 0.1**2)
-    np.testing.assert_array_equal(result.rank[..., 0], 30)
-    assert (np.diff(result.balancedness[:, 0]) <= 1e-12).all()  # steps only shrink it
-    problem = diag_nets.data.sparse_regression(0, n=20, d=30, support=3)
+    _, dataset = finished
+    first, last = dataset.isel(step=0), dataset.isel(step=-1)
+    np.testing.assert_array_equal(first["support"], 0)  # v = 0 at initialization
+    np.testing.assert_allclose(first["balancedness"], 30 * 0.1**2)
+    np.testing.assert_allclose(first["imbalance"], 0.1 * 30**0.5)
+    np.testing.assert_array_equal(dataset["rank"][..., 0], 30)
+    small_steps = dataset["balancedness"].values[:, 0]
+    assert (np.diff(small_steps) <= 1e-12).all()  # steps only shrink it
+    problem = diag_nets.problems.data.sparse_regression(0, n=20, d=30, support=3)
     silent = 0.5 * np.mean(problem.train.y**2)
-    np.testing.assert_allclose(result.train_loss[..., 0], silent, rtol=1e-12)
-    assert (result.train_loss[:, 0, -1] < 0.1 * silent).all()
+    np.testing.assert_allclose(first["train_loss"], silent, rtol=1e-12)
+    assert (last["train_loss"][:, 0] < 0.1 * silent).all()
+
+
+def test_snapshots_are_the_parameters_that_were_measured(finished):
+    _, dataset = finished
+    u, v = np.split(dataset["theta"].values[:, :, 1], 2, axis=-1)
+    problem = diag_nets.problems.data.sparse_regression(0, n=20, d=30, support=3)
+    residual = np.einsum("nd,scd->scn", problem.train.x, u * v) - problem.train.y
+    ours = 0.5 * (residual**2).mean(-1)
+    np.testing.assert_allclose(dataset["train_loss"][..., -1], ours, rtol=1e-9)
+    shown = int(dataset["shown_seed"][0])
+    np.testing.assert_array_equal(dataset["shown_theta"][:, -1], dataset["theta"][shown, :, 1])
+    at = np.isin(dataset["step"], dataset["spectra_step"])
+    np.testing.assert_array_equal(dataset["shown_rank"][:, at], dataset["rank"][shown])
 
 
 def test_the_same_command_again_shows_the_same_run(finished, capsys):
-    config, result = finished
+    config, dataset = finished
     before = (folder_of(config) / "arrays.npz").stat().st_mtime_ns
-    again = diag_nets.run(config)
+    again = diag_nets.run(config).dataset
     assert "is finished" in capsys.readouterr().out
     assert (folder_of(config) / "arrays.npz").stat().st_mtime_ns == before
-    np.testing.assert_array_equal(again.u, result.u)
+    assert again.identical(dataset)
 
 
 def test_other_settings_under_the_same_name_are_refused(finished):
@@ -71,14 +84,44 @@ def test_other_settings_under_the_same_name_are_refused(finished):
         diag_nets.run(replace(config, seeds=4))
 
 
-def test_seeds_do_not_depend_on_how_many_there_are(finished, tmp_path):
-    config, result = finished
-    fewer_seeds = replace(config, seeds=2, runs_dir=str(tmp_path))
-    folder_of(fewer_seeds).mkdir(parents=True)
-    records.append_row(folder_of(fewer_seeds), {"left": "by a run that was killed"})
-    fewer = diag_nets.run(fewer_seeds)
-    assert len(records.read_rows(folder_of(fewer_seeds))) == 4
-    np.testing.assert_allclose(fewer.train_loss, result.train_loss[:2], rtol=1e-10)
+def test_seeds_do_not_depend_on_how_many_there_are_nor_on_blocks(finished, monkeypatch):
+    config, dataset = finished
+    toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
+    monkeypatch.setattr(ensemble, "RUNS_AT_A_TIME", 1)  # two seeds a block, one of them left over
+    fewer = ensemble.simulate(replace(config, seeds=2), toy)
+    for name in ("train_loss", "support", "rank", "theta"):
+        np.testing.assert_allclose(fewer[name], dataset[name][:2], rtol=1e-10, atol=1e-14)
+
+
+def test_gradient_descent_and_sgd_stand_side_by_side_in_the_order_asked(tmp_path):
+    config = replace(
+        SMALL,
+        num_steps=200,
+        step_sizes=(0.2, 0.5, 0.2, 0.5),
+        decay_times=(1.0,) * 4,
+        decay_factors=(1.0,) * 4,
+        batch_sizes=(1, 20, 20, 4),
+        runs_dir=str(tmp_path),
+    )
+    dataset = diag_nets.run(config).dataset
+    labels = [str(label) for label in dataset["schedule"].values]
+    assert labels == [
+        "η = 0.2, constant",
+        "GD, η = 0.5, constant",
+        "GD, η = 0.2, constant",
+        "b = 4, η = 0.5, constant",
+    ]
+    problem = diag_nets.problems.data.sparse_regression(0, n=20, d=30, support=3)
+    x, y = problem.train
+    for j, eta in ((1, 0.5), (2, 0.2)):
+        u, v = np.full(30, 0.1), np.zeros(30)
+        for _ in range(int(dataset["step"][-1])):
+            g = x.T @ (x @ (u * v) - y) / 20
+            u, v = u - eta * g * v, v - eta * g * u
+        expected = np.mean((x @ (u * v) - y) ** 2) / 2
+        np.testing.assert_allclose(dataset["train_loss"][:, j, -1], expected, rtol=1e-4)
+    spread = dataset["train_loss"].isel(step=-1).std("seed").values
+    assert spread[0] > 1e-3 * spread[1] and 0 < spread[1] < 1e-6  # the jitter, and nothing else
 
 
 def test_diverged_runs_are_counted_and_shown(tmp_path, capsys):
@@ -87,20 +130,30 @@ def test_diverged_runs_are_counted_and_shown(tmp_path, capsys):
         step_sizes=(0.2, 50.0),
         decay_times=(1.0, 0.5),
         decay_factors=(1.0, 2.0),
+        warmup_gains=(0.0, 0.0),
+        batch_sizes=(1, 1),
         runs_dir=str(tmp_path),
     )
-    result = diag_nets.run(wild)
-    assert np.isnan(result.train_loss[:, 1, -1]).all() and np.isnan(result.rank[:, 1, -1]).all()
-    assert np.isfinite(result.train_loss[:, 0]).all()
+    finding = diag_nets.run(wild)
+    dataset = finding.dataset
+    assert (
+        np.isnan(dataset["train_loss"][:, 1, -1]).all()
+        and np.isnan(dataset["rank"][:, 1, -1]).all()
+    )
+    assert np.isfinite(dataset["train_loss"][:, 0]).all()
     assert "100%" in capsys.readouterr().out
-    rows = records.read_rows(folder_of(wild))
-    assert [row["share_diverged"] for row in rows] == [0.0, 1.0]
+    shares = {row.schedule: row.share_diverged for row in finding.rows}
+    assert list(shares.values()) == [0.0, 1.0]
 
 
 def test_the_decay_comes_after_the_step_that_it_names():
     config = replace(SMALL, num_steps=11, decay_times=(1.0, 0.3, 0.5, 0.9))
-    schedule = diag_nets.schedules(config)
+    schedule = ensemble.schedules(config)
     assert schedule.decay_step.tolist() == [11, 3, 5, 9]  # int(share * steps)
+    toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
+    one = ensemble.Schedule(*(leaf[1] for leaf in schedule))
+    sizes = [float(ensemble.step_size(one, toy, 11)(step)) for step in range(6)]
+    np.testing.assert_allclose(sizes, [0.282] * 4 + [0.282 / 4.8] * 2)
 
 
 @pytest.mark.parametrize(
@@ -110,9 +163,14 @@ def test_the_decay_comes_after_the_step_that_it_names():
         ({"step_sizes": (-0.1,) * 4}, "--step_sizes holds -0.1"),
         ({"step_sizes": (float("nan"),) * 4}, "--step_sizes holds nan"),
         ({"decay_times": (2.0,) * 4}, "--decay_times holds 2.0"),
-        ({"decay_factors": (1.0,)}, "--decay_factors 1; give each schedule one of each"),
+        ({"decay_factors": (1.0,)}, "--decay_factors 1,.* give each schedule one of each"),
+        ({"batch_sizes": (1, 1, 1, 21)}, "--batch_sizes holds 21; .* 20 training examples"),
+        ({"warmup_gains": (-2.0,) * 4}, "--warmup_gains holds -2.0"),
+        ({"warmup_exponent": 0.0}, "--warmup_exponent is 0.0"),
+        ({"init_scale": -1.0}, "--init_scale is -1.0"),
+        ({"gd_jitter": 2.0}, "--gd_jitter is 2.0"),
         ({"support": 31}, "--support is 31, more than --d 30"),
-        ({"rank_records": 0}, "--rank_records is 0"),
+        ({"spectra_records": 0}, "--spectra_records is 0"),
         ({"exp_name": "a/b"}, "plain file name"),
     ],
 )
@@ -122,8 +180,12 @@ def test_bad_settings_are_refused_before_anything_is_written(wrong, words, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_papers_setting_is_recognized():
-    assert diag_nets.is_the_papers(Config(seeds=5, exp_name="x", runs_dir="y"))
-    assert not diag_nets.is_the_papers(Config(n=81))
-    steps = diag_nets.record_steps(Config())
-    assert len(steps) == 348 and len(diag_nets.rank_steps(Config())) >= 30
+def test_the_papers_settings_are_recognized():
+    assert diag_nets.published(Config(seeds=5, exp_name="x", runs_dir="y", spectra_records=3))
+    assert not diag_nets.published(Config(n=81))
+    for name, setting in SETTINGS.items():
+        schedules = len(setting.step_sizes)
+        assert {len(values) for values in diag_nets.published(setting).values()} == {schedules}
+        assert setting.setting == name
+    steps = ensemble.record_steps(Config())
+    assert len(steps) == 348 and len(ensemble.spectra_steps(Config())) == 40

@@ -128,3 +128,22 @@ def test_warmups_and_decays_compose_and_vmap():
 def test_an_unknown_name_lists_the_known():
     with pytest.raises(ValueError, match=r"'piecewise_04epochs'; known are constant, cosine, "):
         released_schedule("piecewise_04epochs", 0.1, steps_per_epoch=1, epochs=1)
+
+
+def test_an_integer_step_and_python_floats_give_double_precision():
+    steps = np.arange(0, 1000, 7)
+    t = steps / 1000.0
+    power = power_warmup(0.04, 5.0, 0.3, 1000.0)
+    exponential = exponential_warmup(0.1, 1.03, 1000.0)
+    decayed = piecewise_decay(power, [300.0, 800.0], [3.0, 7.0])
+    held = 0.04 * (1 + 5.0 * np.minimum(t, 0.3) ** 0.3)
+    expected = [
+        (power, 0.04 * (1 + 5.0 * t**0.3)),
+        (exponential, 0.1 * 1.03 ** (100 * t)),
+        (decayed, held / np.where(steps < 300, 1, 3) / np.where(steps < 800, 1, 7)),
+    ]
+    for schedule, values in expected:
+        for count in (schedule, jax.jit(schedule)):
+            rows = [count(jnp.asarray(step, jnp.int32)) for step in steps]
+            assert {row.dtype for row in rows} == {np.dtype(np.float64)}
+            np.testing.assert_allclose(rows, values, rtol=1e-15)

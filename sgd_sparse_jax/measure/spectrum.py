@@ -16,7 +16,9 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
     With several CPU devices, OPENBLAS_NUM_THREADS=1 makes them three times faster: each device
     has a core of its own already.
     """
-    return jnp.linalg.svd(matrix, compute_uv=False)
+    finite = jnp.isfinite(matrix).all()
+    values = jnp.linalg.svd(jnp.where(finite, matrix, 0.0), compute_uv=False)
+    return jnp.where(finite, values, jnp.nan)
 
 
 @jax.custom_batching.sequential_vmap

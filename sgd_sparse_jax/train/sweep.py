@@ -112,6 +112,7 @@ def make_sweep(
     )
 
     def sweep(keys, points, on_chunk: Callable[[int], None] = lambda done: None):
+        _check(keys, points)
         shape = (len(keys), _common_length(points))
         total = shape[0] * shape[1]
         if total == 0:
@@ -143,6 +144,26 @@ def sweep(
 ) -> PyTree[np.ndarray]:
     """`run(key, point)` over keys x points, once: `make_sweep` says how."""
     return make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, on_chunk)
+
+
+def _check(keys: jax.Array, points: PyTree[jax.Array]) -> None:
+    """ValueError, by the name of the argument and its leaf, for what would fail inside a trace."""
+    if keys.ndim != 1 or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
+        raise ValueError(
+            f"keys has shape {keys.shape} and dtype {keys.dtype}; give one key per seed, "
+            "as jax.random.split(jax.random.key(0), seeds) does."
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(points):
+        name = f"points{jax.tree_util.keystr(path)}"
+        values = np.asarray(leaf)
+        if values.ndim == 0 or values.dtype.kind not in "iufb":
+            raise ValueError(
+                f"{name} has shape {values.shape} and dtype {values.dtype}; "
+                "give an array of numbers with one entry per point."
+            )
+        bad = np.flatnonzero(np.isnan(values.reshape(len(values), -1)).any(1))
+        if bad.size:
+            raise ValueError(f"{name} of shape {values.shape} holds NaN at point {bad[0]}.")
 
 
 def _common_length(points: PyTree[jax.Array]) -> int:

@@ -1,0 +1,77 @@
+"""Sides of a comparison timed in turn, and results as JSON with what they ran on."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+
+
+def rounds(sides: Mapping[str, Callable], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each side in each round; a first, uncounted round compiles."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(repeats + 1):
+        for name, side in sides.items():
+            start = time.perf_counter()
+            side()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(
+    counted: Mapping[str, tuple[Callable, int]], repeats: int, *, unit: str
+) -> dict[str, dict]:
+    """Microseconds per `unit` of each side (callable, units it does), and how often the first's.
+
+    Medians over rounds; of the ratios too, which are taken round by round. Prints a table.
+    """
+    seconds = rounds({name: side for name, (side, _) in counted.items()}, repeats)
+    micros = {n: [1e6 * s / counted[n][1] for s in seconds[n]] for n in counted}
+    first = next(iter(micros))
+    table = {}
+    for name, us in micros.items():
+        ratios = [base / mine for base, mine in zip(micros[first], us, strict=True)]
+        table[name] = {
+            f"us_per_{unit}": statistics.median(us),
+            "times_faster": statistics.median(ratios),
+            "rounds_us": us,
+        }
+        row = table[name]
+        print(
+            f"{name:40s} {row[f'us_per_{unit}']:10.3f} us per {unit}  "
+            f"{row['times_faster']:9.1f} x “{first}”",
+            flush=True,
+        )
+    return table
+
+
+def write(path: Path | None, command: str, packages: tuple[str, ...], **results) -> None:
+    """JSON of the results, the command, and the machine they were measured on."""
+    if path is None:
+        return
+    entry = {
+        "command": command,
+        "devices": [str(device) for device in jax.devices()],
+        "cpu_count": os.cpu_count(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("jax", "jaxlib", "numpy", *packages)},
+        **results,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(entry, indent=2) + "\n")
+
+
+def arguments(doc: str | None, **defaults: int) -> argparse.Namespace:
+    """Integer flags by name, and `--out FILE`."""
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    for name, value in defaults.items():
+        parser.add_argument(f"--{name}", type=int, default=value, help=f"default {value}")
+    parser.add_argument("--out", type=Path, default=None, help="where to write the JSON")
+    return parser.parse_args()

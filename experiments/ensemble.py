@@ -1,0 +1,382 @@
+"""Many seeds of a few step-size schedules on one toy problem, with everything watched.
+
+A Config says what runs; `results` runs it into its folder (or reads it there) and returns one
+xarray.Dataset: variables over seed, schedule and step, those of singular values over spectra_step.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from experiments import records
+from experiments.problems import Toy
+from sgd_sparse_jax import train
+from sgd_sparse_jax._types import Batch, Params, TrainState
+
+if TYPE_CHECKING:
+    import xarray
+
+RUNS_AT_A_TIME = 64  # per device: what fills a core
+
+
+@dataclass(frozen=True)
+class Config:
+    """One entry of each tuple per schedule."""
+
+    setting: str = ""
+    """Which of the paper's settings."""
+    exp_name: str = ""
+    """Name of the run's folder; empty: the setting's name."""
+    seeds: int = 32
+    """Seeds per schedule: of the initialization (where it is random) and of SGD."""
+    seed: int = 0
+    """Seed of the seeds: seed i of the ensemble is fold_in(key(seed), i)."""
+    step_sizes: tuple[float, ...] = ()
+    """Step size at the start of each schedule."""
+    decay_times: tuple[float, ...] = ()
+    """Share of the run after which each schedule decays; 1 is never."""
+    decay_factors: tuple[float, ...] = ()
+    """What each schedule divides its step size by."""
+    warmup_gains: tuple[float, ...] = ()
+    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
+    warmup_exponent: float = 1.0
+    """The exponent of the warm-up."""
+    batch_sizes: tuple[int, ...] = ()
+    """Examples per step, drawn with replacement; all of them is gradient descent."""
+    num_steps: int = 100_001
+    """Steps of each run."""
+    init_scale: float = 1.0
+    """Multiplies the paper's scale of the initial weights."""
+    gd_jitter: float = 1e-9
+    """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
+    log_records: bool = False
+    """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
+    spectra_records: int = 40
+    """At how many of the records singular values are taken for every seed (for one seed at all)."""
+    runs_dir: str = "runs"
+    """Where run folders go."""
+
+
+class Schedule(NamedTuple):
+    """eta (1 + gain t^exponent), t = step / num_steps, up to `decay_step`; then over the factor."""
+
+    step_size: jax.Array
+    warmup_gain: jax.Array
+    warmup_exponent: jax.Array
+    decay_step: jax.Array
+    decay_factor: jax.Array
+    init_scale: jax.Array
+
+
+def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Dataset]":
+    """The run's folder and its data, computed unless the folder holds them already."""
+    validate(config, toy)
+    folder = records.open_run(
+        config.runs_dir,
+        experiment,
+        config.exp_name or config.setting,
+        config,
+        may_change=("runs_dir",),
+    )
+    if records.is_finished(folder):
+        print(f"{folder} is finished: its results are shown again. (--exp_name starts another.)")
+        return folder, records.load_dataset(folder)
+    devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
+    records.start_manifest(folder, seed=config.seed, devices=devices)
+    start = time.perf_counter()
+    dataset = simulate(config, toy)
+    records.save_dataset(folder, dataset)
+    records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - start, 1))
+    return folder, dataset
+
+
+def validate(config: Config, toy: Toy) -> None:
+    """Raises ValueError, in the words of the flags, for what can't be run."""
+    per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
+    lengths = {field: len(getattr(config, field)) for field in per_schedule}
+    if len(set(lengths.values())) != 1 or not config.step_sizes:
+        counts = ", ".join(f"--{field} {length}" for field, length in lengths.items())
+        raise ValueError(f"Values per schedule: {counts}; give each schedule one of each.")
+    for field in ("seeds", "num_steps", "spectra_records"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
+    for field in ("step_sizes", "decay_factors"):
+        for value in getattr(config, field):
+            if not 0 < value < np.inf:
+                raise ValueError(f"--{field} holds {value}; each must be positive and finite.")
+    for value in config.warmup_gains:
+        if not -1 < value < np.inf:
+            raise ValueError(f"--warmup_gains holds {value}; each must be finite and above -1.")
+    for value in config.decay_times:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--decay_times holds {value}; each is a share of the run, 0 to 1.")
+    for value in config.batch_sizes:
+        if not 1 <= value <= len(toy.train.y):
+            raise ValueError(
+                f"--batch_sizes holds {value}; each is between 1 and the {len(toy.train.y)} "
+                "training examples."
+            )
+    for field in ("warmup_exponent", "init_scale"):
+        if not 0 < getattr(config, field) < np.inf:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be positive.")
+    if not 0 <= config.gd_jitter < 1:
+        raise ValueError(f"--gd_jitter is {config.gd_jitter}; give a small share, such as 1e-9.")
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def like(config: ConfigT, setting: ConfigT) -> ConfigT:
+    """`config` but for what says how often, where and how closely it is watched."""
+    free = ("exp_name", "seeds", "seed", "spectra_records", "gd_jitter", "runs_dir")
+    return replace(config, **{field: getattr(setting, field) for field in free})
+
+
+def schedules(config: Config) -> Schedule:
+    """The sweep's points, one per schedule."""
+    fill = lambda value: jnp.full(len(config.step_sizes), value)
+    return Schedule(
+        jnp.asarray(config.step_sizes),
+        jnp.asarray(config.warmup_gains),
+        fill(config.warmup_exponent),
+        jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
+        jnp.asarray(config.decay_factors),
+        fill(config.init_scale),
+    )
+
+
+def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
+    """The optax schedule that `schedule` describes."""
+    return train.piecewise_decay(
+        train.power_warmup(
+            schedule.step_size, schedule.warmup_gain, schedule.warmup_exponent, num_steps
+        ),
+        [schedule.decay_step + toy.decay_after_step],
+        [schedule.decay_factor],
+    )
+
+
+def make_run(
+    toy: Toy,
+    *,
+    num_steps: int,
+    batch_size: int,
+    at: np.ndarray,
+    snapshots_at: np.ndarray,
+    gd_jitter: float = 0.0,
+    watched: bool = True,
+):
+    """(key, schedule) -> (rows at `at`, parameters [snapshots, p] at `snapshots_at`) of one run."""
+    n = len(toy.train.y)
+    everything = batch_size == n
+
+    def run(key: jax.Array, schedule: Schedule):
+        drawing, running = jr.split(key)
+        model = toy.network(schedule.init_scale)
+        tx = optax.sgd(step_size(schedule, toy, num_steps))
+        state = train.init_state(drawing, model, tx, toy.train.x)
+        if everything:
+            state = state._replace(params=_jittered(drawing, state.params, gd_jitter))
+        initial = state.params
+
+        def row(state: TrainState) -> dict:
+            losses = {
+                "train_loss": toy.mean_loss(state.params, toy.train),
+                "test_loss": toy.mean_loss(state.params, toy.test),
+            }
+            return losses | (toy.watch(initial, state.params) if watched else {})
+
+        def fetch(key, idx) -> Batch:
+            return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
+
+        _, rows = train.record_run(
+            running,
+            train.cyclic(1, 1) if everything else train.with_replacement(n, batch_size),
+            train.make_segment(train.make_step(model, toy.loss, tx), fetch),
+            state,
+            [
+                train.Gauge(row, at),
+                train.Gauge(lambda state: ravel_pytree(state.params)[0], snapshots_at),
+            ],
+            num_steps,
+        )
+        return rows
+
+    return run
+
+
+def simulate(config: Config, toy: Toy) -> "xarray.Dataset":
+    """All seeds x schedules, blocks of seeds at a time, a share of each on every device."""
+    groups = [
+        np.flatnonzero(np.equal(config.batch_sizes, size)) for size in set(config.batch_sizes)
+    ]
+    with progress_bar(config.seeds * len(config.step_sizes)) as on_runs:
+        parts = [_simulate_group(config, toy, group, on_runs) for group in groups]
+    order = np.argsort(np.concatenate(groups))
+    return _dataset(config, toy, jax.tree.map(lambda *p: np.concatenate(p, 1)[:, order], *parts))
+
+
+def _simulate_group(config: Config, toy: Toy, group: np.ndarray, on_runs: Callable) -> dict:
+    """The schedules of one batch size, in one compiled program: arrays [seeds, schedules, …].
+
+    By what their further axes are: records, records with singular values, ends of the run, and all
+    records of one seed.
+    """
+    at = record_steps(config)
+    run = make_run(
+        toy,
+        num_steps=config.num_steps,
+        batch_size=config.batch_sizes[group[0]],
+        at=at,
+        snapshots_at=at,
+        gd_jitter=config.gd_jitter,
+    )
+    points = jax.tree.map(lambda leaf: leaf[group], schedules(config))
+    block = min(config.seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(group)))
+    # At least four turns a block, so that the last one is not mostly padding.
+    chunk = -(-block * len(group) // (4 * jax.device_count()))
+    sweep = train.make_sweep(run, chunk=min(chunk, RUNS_AT_A_TIME))
+    keys, blocks, of_one = seed_keys(config.seed, config.seeds), [], {}
+    for first in range(0, config.seeds, block):
+        ours = np.arange(first, first + block) % config.seeds  # the last block repeats early seeds
+        rows, snapshots = sweep(keys[ours], points)
+        if first == 0:
+            alive = np.isfinite(rows["train_loss"]).all((1, 2))
+            shown = int(np.argmax(alive))  # the first seed that no schedule lost, else seed 0
+            of_one = spectra(toy, snapshots[shown][None]) | {"theta": snapshots[shown][None]}
+            of_one["seed"] = np.full((1, len(group)), shown)
+        found = {
+            "step": rows,
+            "spectra_step": spectra(toy, snapshots[:, :, np.isin(at, spectra_steps(config))]),
+            "end": {"theta": snapshots[:, :, [0, -1]]},
+        }
+        left = config.seeds - first
+        blocks.append(jax.tree.map(lambda leaf, left=left: leaf[:left], found))
+        on_runs(min(block, left) * len(group))
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks) | {"of_one": of_one}
+
+
+def spectra(toy: Toy, snapshots: np.ndarray) -> dict[str, np.ndarray]:
+    """`toy.spectra` of every snapshot [seeds, schedules, records, p]; NaN where it isn't finite."""
+    flat = snapshots.reshape(-1, snapshots.shape[-1])
+    finite = np.isfinite(flat).all(1)
+    of_one = lambda key, theta: toy.spectra(parameters(toy, theta))
+    some = jnp.asarray(flat[finite] if finite.any() else np.ones_like(flat[:1]))
+    chunk = min(64, -(-len(some) // jax.device_count()))
+    values = train.sweep(of_one, jr.split(jr.key(0), 1), some, chunk=chunk)
+    out = {name: np.full(len(flat), np.nan) for name in values}
+    if finite.any():
+        for name, value in values.items():
+            out[name][finite] = value[0]
+    return {name: value.reshape(snapshots.shape[:-1]) for name, value in out.items()}
+
+
+def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:
+    """The network's parameters from a snapshot [p]."""
+    template = toy.network(1.0).init(jr.key(0), toy.train.x[:1])["params"]
+    return ravel_pytree(template)[1](jnp.asarray(theta))
+
+
+def seed_keys(seed: int, seeds: int) -> jax.Array:
+    """Key i is fold_in(key(seed), i), whatever the number of seeds."""
+    return jax.vmap(lambda i: jr.fold_in(jr.key(seed), i))(jnp.arange(seeds))
+
+
+def record_steps(config: Config) -> np.ndarray:
+    """The first 100 steps, then points spread over the whole run (the reference's cadence).
+
+    With `log_records`: the first 500, then 200 spaced logarithmically.
+    """
+    if config.log_records:
+        spread = np.geomspace(1, config.num_steps - 1, 201).astype(int)
+        return np.unique(np.concatenate([np.arange(min(500, config.num_steps)), spread]))
+    intervals = 249 if config.num_steps > 50_000 else 150
+    spread = np.rint(np.arange(intervals) * config.num_steps / intervals).astype(int)
+    return np.unique(np.concatenate([np.arange(min(100, config.num_steps)), spread]))
+
+
+def spectra_steps(config: Config) -> np.ndarray:
+    """`spectra_records` of the record steps, the first and the last among them."""
+    at = record_steps(config)
+    return at[np.unique(np.rint(np.linspace(0, len(at) - 1, config.spectra_records)).astype(int))]
+
+
+def labels(config: Config, toy: Toy) -> list[str]:
+    """`η = 0.282, /3.4 at 30 %`, one per schedule."""
+    out = []
+    for j, size in enumerate(config.batch_sizes):
+        share, gain, factor = (
+            config.decay_times[j],
+            config.warmup_gains[j],
+            config.decay_factors[j],
+        )
+        kind = {1: "", len(toy.train.y): "GD, "}.get(size, f"b = {size}, ")
+        reached = config.step_sizes[j] * (1 + gain * share**config.warmup_exponent)
+        warm = f" → {reached:.2g}" if gain else ""
+        decay = f", /{factor:g} at {share:.0%}" if factor != 1 else ", constant"
+        out.append(f"{kind}η = {config.step_sizes[j]:g}{warm}{decay}")
+    return out
+
+
+def decay_marks(config: Config, toy: Toy) -> dict[str, list[float]]:
+    """Where each schedule's step size decays, for figures."""
+    decays = zip(labels(config, toy), config.decay_times, config.decay_factors, strict=True)
+    return {label: [share * config.num_steps] for label, share, factor in decays if factor != 1}
+
+
+def _jittered(key: jax.Array, params: Params, jitter: float) -> Params:
+    flat, unravel = ravel_pytree(params)
+    return unravel(flat * (1 + jitter * jr.normal(jr.fold_in(key, 1), flat.shape, flat.dtype)))
+
+
+def _dataset(config: Config, toy: Toy, found: dict) -> "xarray.Dataset":
+    """Names for axes; a run that diverged is NaN from there on."""
+    import xarray
+
+    at, sampled_at = record_steps(config), spectra_steps(config)
+    gone = ~np.isfinite(found["step"]["train_loss"])
+    gone_at = {"step": gone, "spectra_step": gone[..., np.isin(at, sampled_at)]}
+    variables: dict = {
+        name: (("seed", "schedule", axis), np.where(gone_at[axis], np.nan, array))
+        for axis in gone_at
+        for name, array in found[axis].items()
+    }
+    variables["theta"] = (("seed", "schedule", "end", "parameter"), found["end"]["theta"])
+    for name, array in found["of_one"].items():
+        axes = ("schedule", "step", "parameter")[: array.ndim - 1]
+        variables[f"shown_{name}"] = (axes, array[0])
+    coords = {
+        "seed": np.arange(config.seeds),
+        "schedule": np.array(labels(config, toy)),
+        "step": at,
+        "spectra_step": sampled_at,
+        "end": np.array(["start", "end"]),
+    }
+    return xarray.Dataset(variables, coords)
+
+
+def progress_bar(total: int):
+    """A bar over runs; `on_runs(more)` moves it."""
+    import contextlib
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    @contextlib.contextmanager
+    def bar():
+        columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns) as progress:
+            task = progress.add_task("compiling, then running", total=total)
+            yield lambda more: progress.update(task, advance=more, description="runs")
+
+    return bar()

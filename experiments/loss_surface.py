@@ -1,0 +1,212 @@
+"""The loss around a diagonal net's path: small steps, large steps and noise (D3 of the paper).
+
+python -m experiments.loss_surface                 # maps, paths, losses along them, animation
+
+The plane goes through the initialization, the sparse solution (√θ*, √θ*) and what small steps of
+gradient descent find. A path leaves the plane, so that the loss at its projection is not its loss:
+both are drawn.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import cli, devices, ensemble, plots, problems, tables
+from sgd_sparse_jax import data, measure
+
+if TYPE_CHECKING:
+    import xarray
+
+
+@dataclass(frozen=True)
+class Config(ensemble.Config):
+    """n=20, d=30, 3-sparse; three ways down: flow (GD with small steps), GD and SGD with large."""
+
+    setting: Literal["d3"] = "d3"
+    """The paper's."""
+    step_sizes: tuple[float, ...] = (0.03, 3.0, 0.6)
+    """Step size of each way; the first is taken for the flow."""
+    decay_times: tuple[float, ...] = (1.0, 0.5, 0.5)
+    """Share of the run after which each step size decays; 1 is never."""
+    decay_factors: tuple[float, ...] = (1.0, 3.0, 3.0)
+    """What each way divides its step size by."""
+    warmup_gains: tuple[float, ...] = (0.0,) * 3
+    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
+    batch_sizes: tuple[int, ...] = (20, 20, 1)
+    """Examples per step; all of them is gradient descent."""
+    num_steps: int = 10_001
+    """Steps of each run."""
+    log_records: bool = True
+    """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
+    grid: int = 100
+    """Points of the maps in each direction."""
+    low: float = -0.5
+    """Least coordinate of the maps."""
+    high: float = 2.3
+    """Greatest coordinate of the maps."""
+    frames: int = 60
+    """Frames of the animation; 0 for none."""
+
+
+SETTINGS = {"d3": Config()}
+PUBLISHED = {"test_loss": (0.0149, 0.126, 4.0e-8)}
+QUANTITIES = {
+    "test_loss": ("test loss", ".2g"),
+    "train_loss": ("training loss", ".2g"),
+    "support": ("‖u⊙v‖₀", ".0f"),
+}
+WAYS = ("flow", "GD", "SGD")
+
+
+class Surface(NamedTuple):
+    """Losses over the plane [grid, grid], and where points and paths lie in it."""
+
+    at: np.ndarray  # the coordinates of rows and of columns
+    train: np.ndarray
+    test: np.ndarray
+    points: dict[str, tuple[float, float]]
+    paths: dict[str, np.ndarray]  # [records, 2]
+    steps: np.ndarray
+    loss: dict[str, np.ndarray]  # training loss of the path
+    loss_in_plane: dict[str, np.ndarray]  # at its projection
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    devices.set_up_toys()
+    cli.main(Config, run, argv, settings=SETTINGS)
+
+
+def run(config: Config) -> tables.Finding:
+    """Runs the three ways into a folder, or reads them there; draws, animates and prints."""
+    if len(config.step_sizes) != len(WAYS):
+        raise ValueError(
+            f"--step_sizes has {len(config.step_sizes)} values; give one each for {WAYS}."
+        )
+    if config.grid < 2 or config.frames < 0 or not config.low < config.high:
+        raise ValueError(
+            f"--grid {config.grid} --frames {config.frames} --low {config.low} "
+            f"--high {config.high}: a map needs 2 points or more, 0 frames or more, low < high."
+        )
+    toy = problems.PROBLEMS["diagonal-plane"]()
+    folder, dataset = ensemble.results("loss_surface", config, toy)
+    surface = map_out(config, toy, dataset)
+    figures = draw(folder, surface) + draw_losses(folder, surface)
+    if config.frames:
+        figures.append(animate(folder, surface, config.frames))
+    rows = tables.rows(dataset, QUANTITIES, published(config))
+    tables.write(folder, rows)
+    tables.show(rows, title=f"Paths over the loss, {config.seeds} seeds")
+    print(folder)
+    return tables.Finding(folder, dataset, rows, figures)
+
+
+def published(config: Config) -> dict[str, tuple[float, ...]]:
+    """The paper's numbers, where all but the seeds is the paper's setting."""
+    setting = SETTINGS[config.setting]
+    drawn = {field: getattr(setting, field) for field in ("grid", "low", "high", "frames")}
+    return PUBLISHED if ensemble.like(replace(config, **drawn), setting) == setting else {}
+
+
+def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Surface:
+    """The plane through initialization, sparse solution and end of the flow, and all over it."""
+    snapshots = jnp.asarray(dataset["shown_theta"].values)
+    unravel = lambda theta: ensemble.parameters(toy, theta)
+    root = jnp.sqrt(jnp.asarray(data.sparse_regression(0, n=20, d=30, support=3).target))
+    sparse, flow = {"u": root, "v": root}, unravel(snapshots[0, -1])
+    plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)
+    at = jnp.linspace(config.low, config.high, config.grid)
+    loss = lambda batch: jax.jit(lambda params: toy.mean_loss(params, batch))
+
+    def folded(theta):
+        """The same predictor with u >= 0, as at initialization: (u, v) and (-u, -v) are alike."""
+        params = unravel(theta)
+        sign = jnp.where(params["u"] < 0, -1.0, 1.0)
+        return {"u": sign * params["u"], "v": sign * params["v"]}
+
+    place = jax.jit(jax.vmap(lambda theta: measure.coordinates(plane, folded(theta))))
+    along = jax.jit(jax.vmap(lambda point: toy.mean_loss(measure.at(plane, point), toy.train)))
+    paths = {way: place(snapshots[j]) for j, way in enumerate(WAYS)}
+    points = {
+        "init": plane.origin,
+        "flow": flow,
+        "√θ*": sparse,
+    }
+    seeds = dataset["shown_seed"].values.astype(int)
+    train = [dataset["train_loss"].values[seed, j] for j, seed in enumerate(seeds)]
+    return Surface(
+        at=np.asarray(at),
+        train=np.asarray(measure.loss_map(loss(toy.train), plane, at, at)),
+        test=np.asarray(measure.loss_map(loss(toy.test), plane, at, at)),
+        points={
+            name: tuple(np.asarray(measure.coordinates(plane, params)).tolist())
+            for name, params in points.items()
+        },
+        paths={way: np.asarray(path) for way, path in paths.items()},
+        steps=dataset["step"].values,
+        loss={way: train[j] for j, way in enumerate(WAYS)},
+        loss_in_plane={way: np.asarray(along(path)) for way, path in paths.items()},
+    )
+
+
+def draw(folder: Path, surface: Surface) -> list[Path]:
+    """Training and test loss over the plane, with the three paths."""
+    panels = [_map(surface, surface.train, "Training"), _map(surface, surface.test, "Test")]
+    stem = folder / "figures" / "loss_surface"
+    return plots.maps(stem, panels, title="Loss over a plane through three points, and three paths")
+
+
+def draw_losses(folder: Path, surface: Surface) -> list[Path]:
+    """The loss of each path beside that of its projection to the plane."""
+    panels = [
+        plots.Panel(
+            way,
+            "½ mean squared error",
+            {
+                "of the path": (surface.steps, surface.loss[way]),
+                "of its projection to the plane": (surface.steps, surface.loss_in_plane[way]),
+            },
+            log_x=True,
+            log_y=True,
+        )
+        for way in WAYS
+    ]
+    stem = folder / "figures" / "loss_surface_along"
+    return plots.figure(stem, panels, columns=3, title="Training loss along the paths")
+
+
+def animate(folder: Path, surface: Surface, frames: int) -> Path:
+    """The paths as they grow, as a GIF."""
+    ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
+    return plots.animation(
+        folder / "figures" / "loss_surface.gif",
+        [
+            _map(surface, surface.train, f"Step {surface.steps[end - 1]:,}: training", until=end)
+            for end in ends
+        ],
+    )
+
+
+def _map(surface: Surface, z: np.ndarray, name: str, until: int | None = None) -> plots.Map:
+    return plots.Map(
+        f"{name} loss",
+        "towards √θ*",
+        "towards the flow's solution",
+        surface.at,
+        surface.at,
+        np.clip(z, 1e-7, 100.0),
+        zlabel="½ mean squared error",
+        log_z=True,
+        overlay={way: tuple(path[:until].T) for way, path in surface.paths.items()},
+        points=surface.points,
+        filled=True,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""The paper's toy problems: data, network, and what is watched in it."""
+
+import itertools
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike
+
+from sgd_sparse_jax import data, measure
+from sgd_sparse_jax._types import Batch, LossFn, Params, Scalar
+from sgd_sparse_jax.models import MLP, DiagonalNet, gaussian, rademacher
+from sgd_sparse_jax.train import half_squared, squared
+
+SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # float64 is part of these definitions
+RANK_TOL = 1e-4
+
+
+class Toy(NamedTuple):
+    """All that a sweep over schedules and seeds does not vary."""
+
+    train: Batch
+    test: Batch
+    network: Callable[[ArrayLike], nn.Module]  # of the scale of its initialization
+    loss: LossFn
+    watch: Callable[[Params, Params], dict]  # (initial, current): cheap, taken at every record
+    spectra: Callable[[Params], dict]  # singular values: taken at some of them
+    # The reference divides the step size after the step of the decay in diagonal nets, before it
+    # in fully connected ones.
+    decay_after_step: bool
+
+    def predict(self, params: Params, x: ArrayLike) -> jax.Array:
+        """f(x) for each row of x."""
+        return self.network(1.0).apply({"params": params}, jnp.asarray(x))[0]
+
+    def mean_loss(self, params: Params, batch: Batch) -> Scalar:
+        """The loss over all of `batch`."""
+        return self.loss(self.predict(params, batch.x), batch.y).mean()
+
+
+def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float = 0.1) -> Toy:
+    """D1-D3: sparse regression with f(x) = <u * v, x>."""
+    drawn = data.sparse_regression(data_seed, n=n, d=d, support=support)
+    # The singular values of the Jacobian need R of X = QR alone: half the matrix, factored once.
+    r = jnp.asarray(np.linalg.qr(drawn.test.x[: min(2 * d, 1000)], mode="r"))
+
+    def watch(initial: Params, params: Params) -> dict:
+        u, v = params["u"], params["v"]
+        return {
+            "support": measure.support_size(u, v, SUPPORT_THRESHOLD),
+            "balancedness": measure.balancedness(u, v),
+            "imbalance": measure.imbalance(u, v),
+        }
+
+    def spectra(params: Params) -> dict:
+        jacobian = measure.diagonal_net_jacobian(r, params["u"], params["v"])
+        return {"rank": measure.numerical_rank(jacobian, DIAGONAL_RANK_TOL)}
+
+    network = lambda scale: DiagonalNet(alpha * scale)
+    return Toy(*_batches(drawn), network, half_squared, watch, spectra, decay_after_step=True)
+
+
+def regression_1d(units: int = 100) -> Toy:
+    """F1, F2: twelve points on a line; w1 = +-2.5, b1 = 2.5 N(0, 1), w2 = 4 N(0, 1), ReLU."""
+    network = lambda scale: MLP(
+        (units,),
+        biases=(True, False),
+        kernel_init=(rademacher(2.5 * scale), gaussian(4.0 * scale)),
+        bias_init=gaussian(2.5 * scale),
+    )
+    train, test = _batches(data.regression_1d())
+    kept = partial(measure.distinct_units, corr_threshold=0.999)
+
+    def gradient_dimension(params: Params):
+        model = network(1.0)
+        rows = measure.jacobian(lambda p, x: model.apply({"params": p}, x)[0], params, train.x)
+        return {
+            "gradient_dimension": measure.gradient_dimension(
+                kept,
+                rows.reshape(len(rows), 3, units),  # bias, weight, outgoing weight
+            )
+        }
+
+    low, high = float(train.x.min()), float(train.x.max())
+    points = jnp.linspace(low, high, 3 * units)[:, None]
+    watch = _watch_features(network, train, corr_threshold=0.999, more=gradient_dimension)
+    spectra = _two_layer_spectra(network, train, points)
+    return Toy(train, test, network, squared, watch, spectra, decay_after_step=False)
+
+
+def two_layer(units: int = 20) -> Toy:
+    """T1: teacher-student on the circle, weights N(0, .5^2) and 0, no biases."""
+    network = lambda scale: MLP(
+        (units,), biases=False, kernel_init=(gaussian(0.5 * scale), gaussian(0.0))
+    )
+    train, test = _batches(data.teacher_student(1, n=15))
+    watch = _watch_features(network, train)
+    spectra = _two_layer_spectra(network, train, test.x[: 3 * units])
+    return Toy(train, test, network, squared, watch, spectra, decay_after_step=False)
+
+
+def three_layer(widths: tuple[int, int] = (10, 10)) -> Toy:
+    """T3: teacher-student in five dimensions, weights N(0, .8^2), torch's default biases."""
+    network = lambda scale: MLP(widths, kernel_init=gaussian(0.8 * scale))
+    train, test = _batches(data.teacher_student(6, n=50, teacher=data.DEEP_TEACHER))
+    sizes = (train.x.shape[1], *widths, 1)
+    parameters = sum((i + 1) * o for i, o in itertools.pairwise(sizes))
+    points = test.x[: min(parameters, 1000)]
+
+    def spectra(params: Params) -> dict:
+        model = network(1.0)
+        rows = measure.jacobian(lambda p, x: model.apply({"params": p}, x)[0], params, points)
+        features = model.apply({"params": params}, points)[1]
+        last = measure.unit_rows(list(features.values())[-1])
+        return {
+            "rank": measure.numerical_rank(rows, RANK_TOL),
+            "effective_rank": measure.effective_rank(measure.singular_values(last)),
+        }
+
+    watch = _watch_features(network, train)
+    return Toy(train, test, network, squared, watch, spectra, decay_after_step=False)
+
+
+PROBLEMS: dict[str, Callable[[], Toy]] = {
+    "diagonal": partial(diagonal, n=80, d=200, support=20),
+    "diagonal-small": partial(diagonal, n=40, d=100, support=20),
+    "diagonal-plane": partial(diagonal, n=20, d=30, support=3),
+    "1d": regression_1d,
+    "two-layer": two_layer,
+    "three-layer": three_layer,
+}
+
+
+def _batches(drawn: data.Problem) -> tuple[Batch, Batch]:
+    as_batch = lambda examples: Batch(jnp.asarray(examples.x), jnp.asarray(examples.y))
+    return as_batch(drawn.train), as_batch(drawn.test)
+
+
+def _watch_features(network, train: Batch, *, corr_threshold: float = 0.99, more=lambda params: {}):
+    """Per hidden layer: share of active units, feature sparsity, ReLUs flipped since the start."""
+
+    def watch(initial: Params, params: Params) -> dict:
+        model = network(1.0)
+        features = lambda params: model.apply({"params": params}, train.x)[1]
+        seen: dict = more(params)
+        for layer, (phi, before) in enumerate(
+            zip(features(params).values(), features(initial).values(), strict=True), 1
+        ):
+            active, distinct = measure.feature_sparsity(
+                measure.unit_rows(phi), corr_threshold, signed=True
+            )
+            seen[f"active_{layer}"] = active
+            seen[f"sparsity_{layer}"] = distinct
+            seen[f"flips_{layer}"] = measure.relu_flips(before, phi)
+        return seen
+
+    return watch
+
+
+def _two_layer_spectra(network, train: Batch, points: jax.Array):
+    """Jacobian rank at `points`; nuclear norm of the features times their outgoing weights."""
+
+    def spectra(params: Params) -> dict:
+        first, outgoing = params["layer1"], params["layer2"]["kernel"][:, 0]
+        rows = measure.two_layer_jacobian(points, first["kernel"], outgoing, first.get("bias"))
+        phi = network(1.0).apply({"params": params}, train.x)[1]["layer1"]
+        scaled = measure.singular_values(phi * outgoing[None])
+        return {
+            "rank": measure.numerical_rank(rows, RANK_TOL),
+            "nuclear_norm": measure.schatten_sum(scaled),
+        }
+
+    return spectra

@@ -1,0 +1,110 @@
+"""The fully connected experiments as their user runs them, in small, and their schedules."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import ensemble, fc_nets, problems, records
+from experiments.fc_nets import SETTINGS
+
+
+@pytest.mark.parametrize("setting", ["1d", "two-layer", "three-layer"])
+def test_the_run_folder_holds_data_figures_and_summary(setting, tmp_path):
+    config = replace(
+        SETTINGS[setting], seeds=2, num_steps=300, spectra_records=3, runs_dir=str(tmp_path)
+    )
+    finding = fc_nets.run(config)
+    dataset = finding.dataset
+    folder = Path(tmp_path) / "fc_nets" / setting
+    assert finding.folder == folder
+    assert all(path.exists() for path in finding.figures)
+    extra = {"1d": "_functions", "two-layer": "_neurons"}
+    stems = {f"fc_nets_{setting}"} | {f"fc_nets_{setting}{extra[s]}" for s in extra if s == setting}
+    assert {path.stem for path in finding.figures} == stems
+    assert len(records.read_json(folder / "summary.json")["rows"]) == len(finding.rows)
+    assert not any(row.published for row in finding.rows)  # 300 steps aren't the paper's setting
+    # Flips count from the initialization, which all schedules of a seed share.
+    np.testing.assert_array_equal(dataset["flips_1"][..., 0], 0)
+    starts = dataset["theta"].sel(end="start").values
+    np.testing.assert_array_equal(starts[:, 0], starts[:, -1])
+    assert not np.array_equal(starts[0], starts[1])
+    toy = problems.PROBLEMS[setting]()
+    params = ensemble.parameters(toy, dataset["theta"].sel(end="end").values[1, 0])
+    loss = float(toy.mean_loss(params, toy.test))
+    np.testing.assert_allclose(dataset["test_loss"][1, 0, -1], loss, rtol=1e-9)
+    seen = jax.tree.map(float, toy.spectra(params))
+    np.testing.assert_allclose(dataset["rank"][1, 0, -1], seen["rank"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "schedule", "reference"),
+    [
+        # eta (1 + (400 f - 1) i / N) up to i = f N, then over the factor from that step on.
+        ("1d", 0, lambda i: 2e-4 * (1 + 7 * min(i, 632) / 31623) / (2.5 if i >= 632 else 1)),
+        ("1d", 1, lambda i: 2e-4 * (1 + 199 * min(i, 15811) / 31623) / (3 if i >= 15811 else 1)),
+        (
+            "1d-overregularized",
+            1,
+            lambda i: 2e-4 * (1 + 249 * min(i, 15811) / 31623) / (3 if i >= 15811 else 1),
+        ),
+        ("two-layer", 0, lambda i: 0.13),
+        ("two-layer", 2, lambda i: 0.455 / (4 if i >= 4237 else 1)),
+        ("three-layer", 0, lambda i: 0.011),
+        (
+            "three-layer",
+            3,
+            lambda i: 0.04 * (1 + 5 * (min(i, 5000) / 10001) ** 0.5) / (5 if i >= 5000 else 1),
+        ),
+    ],
+)
+def test_step_sizes_are_the_papers(setting, schedule, reference):
+    config = SETTINGS[setting]
+    toy = problems.PROBLEMS[fc_nets.PROBLEM.get(setting, setting)]()
+    points = ensemble.schedules(config)
+    ours = ensemble.step_size(
+        ensemble.Schedule(*(leaf[schedule] for leaf in points)), toy, config.num_steps
+    )
+    steps = np.unique([631, 632, *np.linspace(0, config.num_steps - 1, 301).astype(int)])
+    np.testing.assert_allclose(
+        jax.vmap(ours)(jnp.asarray(steps)), [reference(int(i)) for i in steps], rtol=1e-12
+    )
+
+
+def test_initializations_are_the_papers():
+    def drawn(name):
+        toy = problems.PROBLEMS[name]()
+        many = jax.vmap(lambda key: toy.network(1.0).init(key, toy.train.x)["params"])
+        return jax.tree.map(np.asarray, many(jax.random.split(jax.random.key(0), 500)))
+
+    one = drawn("1d")
+    assert set(np.unique(one["layer1"]["kernel"])) == {-2.5, 2.5}
+    np.testing.assert_allclose(one["layer1"]["bias"].std(), 2.5, rtol=0.02)
+    np.testing.assert_allclose(one["layer2"]["kernel"].std(), 4.0, rtol=0.02)
+    assert "bias" not in one["layer2"]
+    two = drawn("two-layer")
+    np.testing.assert_allclose(two["layer1"]["kernel"].std(), 0.5, rtol=0.02)
+    np.testing.assert_array_equal(two["layer2"]["kernel"], 0.0)
+    three = drawn("three-layer")
+    np.testing.assert_allclose(three["layer2"]["kernel"].std(), 0.8, rtol=0.02)
+    assert 0.9 < np.abs(three["layer1"]["bias"]).max() * 5**0.5 <= 1
+
+
+def test_published_numbers_fit_their_schedules():
+    for name, setting in SETTINGS.items():
+        numbers = fc_nets.published(setting)
+        assert numbers and {len(row) for row in numbers.values()} == {len(setting.step_sizes)}
+        assert not fc_nets.published(replace(setting, num_steps=100))
+        problem = fc_nets.PROBLEM.get(name, name)
+        assert numbers.keys() <= fc_nets.QUANTITIES[problem].keys()
+
+
+def test_scaled_initializations_scale_the_network():
+    toy = problems.PROBLEMS["1d"]()
+    key = jax.random.key(3)
+    of = lambda scale: toy.network(scale).init(key, toy.train.x)["params"]
+    whole, half = of(1.0), jax.jit(of)(0.5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(0.5 * a, b, rtol=1e-12), whole, half)

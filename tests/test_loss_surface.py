@@ -1,0 +1,62 @@
+"""The loss over a plane, in small."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import ensemble, loss_surface, problems
+from experiments.loss_surface import Config
+
+SMALL = Config(seeds=2, num_steps=400, spectra_records=2, grid=12, frames=3)
+
+
+@pytest.fixture(scope="module")
+def finding(tmp_path_factory):
+    return loss_surface.run(replace(SMALL, runs_dir=str(tmp_path_factory.mktemp("runs"))))
+
+
+def test_maps_paths_and_animation_are_drawn(finding):
+    names = {path.name for path in finding.figures}
+    stems = ("loss_surface", "loss_surface_along")
+    assert names == {f"{s}.{k}" for s in stems for k in ("png", "pdf")} | {"loss_surface.gif"}
+    assert all(path.stat().st_size > 5_000 for path in finding.figures)
+
+
+def test_the_surface_is_the_loss_and_the_path_lies_where_it_was(finding):
+    toy = problems.PROBLEMS["diagonal-plane"]()
+    surface = loss_surface.map_out(SMALL, toy, finding.dataset)
+    assert surface.points["init"] == (0.0, 0.0)
+    np.testing.assert_allclose(surface.paths["flow"][0], 0, atol=1e-12)
+    np.testing.assert_allclose(surface.paths["flow"][-1], surface.points["flow"], atol=1e-12)
+    assert abs(surface.points["√θ*"][1]) < 1e-12  # the first axis points to it
+    # Init and the flow's end lie in the plane: there the two losses are one.
+    flow = surface.loss["flow"], surface.loss_in_plane["flow"]
+    np.testing.assert_allclose(flow[0][[0, -1]], flow[1][[0, -1]], rtol=1e-9)
+    assert (np.abs(flow[0] / flow[1] - 1) > 1e-3).any()  # and elsewhere on the path they aren't
+    # The map's cell nearest to the init has nearly the init's loss.
+    i = np.abs(surface.at).argmin()
+    assert abs(np.log(surface.train[i, i] / flow[0][0])) < 0.7
+    assert surface.test[:, -1].min() < surface.test[:, 0].min()  # the right edge is nearer to √θ*
+
+
+def test_published_numbers_stand_beside_the_papers_setting_only():
+    assert loss_surface.published(Config(seeds=7, frames=0, grid=5, low=-1.0, high=3.0))
+    assert not loss_surface.published(SMALL)
+    steps = ensemble.record_steps(Config())
+    assert steps[0] == 0 and steps[-1] == 10_000 and len(steps) > 560
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"grid": 1}, "--grid 1"),
+        ({"frames": -1}, "--frames -1"),
+        ({"low": 3.0}, "--low 3.0"),
+        ({"step_sizes": (0.1,)}, "--step_sizes has 1 values; give one each for"),
+    ],
+)
+def test_bad_settings_are_refused(wrong, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        loss_surface.run(replace(SMALL, runs_dir=str(tmp_path), **wrong))
+    assert list(tmp_path.iterdir()) == []
