@@ -50,12 +50,12 @@ def main() -> None:
         peak_gib_of_large_sweep=peak,
     )
     if args.out:
-        x = jnp.array(counts)
+        x = np.array(counts)
         panel = plots.Panel(
             f"{args.steps:,} steps of D1's diagonal nets",
             "seconds",
             {
-                "measured": (x, jnp.array(list(curve.values()))),
+                "measured": (x, np.array(list(curve.values()))),
                 "proportional to seeds": (x, x * curve[counts[-1]] / counts[-1]),
             },
             xlabel="seeds",

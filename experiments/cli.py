@@ -91,7 +91,7 @@ def _tyro(
     return tyro.cli(
         config_type,
         args=argv,
-        **({} if default is None else {"default": default}),
+        default=tyro.MISSING_NONPROP if default is None else default,
         prog=_program(),
         use_underscores=True,
         config=(tyro.conf.FlagCreatePairsOff,),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import xarray
 
 RUNS_AT_A_TIME = 64  # per device: what fills a core
+SNAPSHOTS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -222,12 +223,15 @@ def simulate(config: Config, toy: Toy) -> "xarray.Dataset":
         np.flatnonzero(np.equal(config.batch_sizes, size)) for size in set(config.batch_sizes)
     ]
     with progress_bar(config.seeds * len(config.step_sizes)) as on_runs:
-        parts = [_simulate_group(config, toy, group, on_runs) for group in groups]
+        spectra = make_spectra(toy)
+        parts = [_simulate_group(config, toy, group, spectra, on_runs) for group in groups]
     order = np.argsort(np.concatenate(groups))
     return _dataset(config, toy, jax.tree.map(lambda *p: np.concatenate(p, 1)[:, order], *parts))
 
 
-def _simulate_group(config: Config, toy: Toy, group: np.ndarray, on_runs: Callable) -> dict:
+def _simulate_group(
+    config: Config, toy: Toy, group: np.ndarray, spectra: Callable, on_runs: Callable
+) -> dict:
     """The schedules of one batch size, in one compiled program: arrays [seeds, schedules, …].
 
     By what their further axes are: records, records with singular values, ends of the run, and all
@@ -244,9 +248,7 @@ def _simulate_group(config: Config, toy: Toy, group: np.ndarray, on_runs: Callab
     )
     points = jax.tree.map(lambda leaf: leaf[group], schedules(config))
     block = min(config.seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(group)))
-    # At least four turns a block, so that the last one is not mostly padding.
-    chunk = -(-block * len(group) // (4 * jax.device_count()))
-    sweep = train.make_sweep(run, chunk=min(chunk, RUNS_AT_A_TIME))
+    sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
     keys, blocks, of_one = seed_keys(config.seed, config.seeds), [], {}
     for first in range(0, config.seeds, block):
         ours = np.arange(first, first + block) % config.seeds  # the last block repeats early seeds
@@ -254,11 +256,11 @@ def _simulate_group(config: Config, toy: Toy, group: np.ndarray, on_runs: Callab
         if first == 0:
             alive = np.isfinite(rows["train_loss"]).all((1, 2))
             shown = int(np.argmax(alive))  # the first seed that no schedule lost, else seed 0
-            of_one = spectra(toy, snapshots[shown][None]) | {"theta": snapshots[shown][None]}
+            of_one = spectra(snapshots[shown][None]) | {"theta": snapshots[shown][None]}
             of_one["seed"] = np.full((1, len(group)), shown)
         found = {
             "step": rows,
-            "spectra_step": spectra(toy, snapshots[:, :, np.isin(at, spectra_steps(config))]),
+            "spectra_step": spectra(snapshots[:, :, np.isin(at, spectra_steps(config))]),
             "end": {"theta": snapshots[:, :, [0, -1]]},
         }
         left = config.seeds - first
@@ -267,19 +269,28 @@ def _simulate_group(config: Config, toy: Toy, group: np.ndarray, on_runs: Callab
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks) | {"of_one": of_one}
 
 
-def spectra(toy: Toy, snapshots: np.ndarray) -> dict[str, np.ndarray]:
-    """`toy.spectra` of every snapshot [seeds, schedules, records, p]; NaN where it isn't finite."""
-    flat = snapshots.reshape(-1, snapshots.shape[-1])
-    finite = np.isfinite(flat).all(1)
-    of_one = lambda key, theta: toy.spectra(parameters(toy, theta))
-    some = jnp.asarray(flat[finite] if finite.any() else np.ones_like(flat[:1]))
-    chunk = min(64, -(-len(some) // jax.device_count()))
-    values = train.sweep(of_one, jr.split(jr.key(0), 1), some, chunk=chunk)
-    out = {name: np.full(len(flat), np.nan) for name in values}
-    if finite.any():
-        for name, value in values.items():
-            out[name][finite] = value[0]
-    return {name: value.reshape(snapshots.shape[:-1]) for name, value in out.items()}
+def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Snapshots [seeds, schedules, records, p] -> `toy.spectra` of each; NaN where not finite.
+
+    Compiled once, for `SNAPSHOTS_AT_A_TIME` of them, whatever their number.
+    """
+    chunk = -(-SNAPSHOTS_AT_A_TIME // jax.device_count())
+    sweep = train.make_sweep(lambda _, theta: toy.spectra(parameters(toy, theta)), chunk=chunk)
+    no_key = seed_keys(0, 1)
+
+    def spectra(snapshots: np.ndarray) -> dict[str, np.ndarray]:
+        flat = snapshots.reshape(-1, snapshots.shape[-1])
+        finite = np.flatnonzero(np.isfinite(flat).all(1))
+        out: dict[str, np.ndarray] = {}
+        for first in range(0, max(len(finite), 1), SNAPSHOTS_AT_A_TIME):
+            some = finite[first : first + SNAPSHOTS_AT_A_TIME]
+            padded = np.ones((SNAPSHOTS_AT_A_TIME, flat.shape[1]))
+            padded[: len(some)] = flat[some]
+            for name, values in sweep(no_key, jnp.asarray(padded)).items():
+                out.setdefault(name, np.full(len(flat), np.nan))[some] = values[0, : len(some)]
+        return {name: values.reshape(snapshots.shape[:-1]) for name, values in out.items()}
+
+    return spectra
 
 
 def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:

@@ -156,7 +156,7 @@ def draw_curves(
         curves = tables.lines(dataset[name] * scale)
         return plots.Panel(title, ylabel, curves, log_y=log_y, marks=marks)
 
-    layers = [name.removeprefix("sparsity_") for name in dataset if "sparsity_" in str(name)]
+    layers = [n.removeprefix("sparsity_") for n in map(str, dataset) if n.startswith("sparsity_")]
     panels = [panel("train_loss", "Training loss", "mean squared error", log_y=True)]
     if config.setting in ("two-layer", "three-layer"):
         panels.append(panel("test_loss", "Test loss", "mean squared error", log_y=True))

@@ -185,14 +185,13 @@ def animate(folder: Path, surface: Surface, frames: int) -> Path:
     ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
     return plots.animation(
         folder / "figures" / "loss_surface.gif",
-        [
-            _map(surface, surface.train, f"Step {surface.steps[end - 1]:,}: training", until=end)
-            for end in ends
-        ],
+        _map(surface, surface.train, "Training"),
+        ends.tolist(),
+        [f"Training loss, step {surface.steps[end - 1]:,}" for end in ends],
     )
 
 
-def _map(surface: Surface, z: np.ndarray, name: str, until: int | None = None) -> plots.Map:
+def _map(surface: Surface, z: np.ndarray, name: str) -> plots.Map:
     return plots.Map(
         f"{name} loss",
         "towards √θ*",
@@ -202,7 +201,7 @@ def _map(surface: Surface, z: np.ndarray, name: str, until: int | None = None) -
         np.clip(z, 1e-7, 100.0),
         zlabel="½ mean squared error",
         log_z=True,
-        overlay={way: tuple(path[:until].T) for way, path in surface.paths.items()},
+        overlay={way: (path[:, 0], path[:, 1]) for way, path in surface.paths.items()},
         points=surface.points,
         filled=True,
     )

@@ -78,7 +78,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> "xarray.Dataset":
     """Runs the grid into its folder, or reads it where it is finished; draws and prints."""
-    toy = problems.PROBLEMS[config.problem]() if config.problem in problems.PROBLEMS else None
+    if config.problem not in problems.PROBLEMS:
+        known = ", ".join(problems.PROBLEMS)
+        raise ValueError(f"Unknown --problem {config.problem!r}; known are {known}.")
+    toy = problems.PROBLEMS[config.problem]()
     validate(config, toy)
     name = config.exp_name or f"{config.problem}-{config.axis}"
     folder = records.open_run(
@@ -104,11 +107,8 @@ def run(config: Config) -> "xarray.Dataset":
     return dataset
 
 
-def validate(config: Config, toy: problems.Toy | None) -> None:
+def validate(config: Config, toy: problems.Toy) -> None:
     """Raises ValueError, in the words of the flags, for what can't be run."""
-    if toy is None:
-        known = ", ".join(problems.PROBLEMS)
-        raise ValueError(f"Unknown --problem {config.problem!r}; known are {known}.")
     if config.axis not in AXES:
         raise ValueError(f"Unknown --axis {config.axis!r}; known are {', '.join(AXES)}.")
     if not config.values or not config.step_sizes:
@@ -184,7 +184,7 @@ def _columns(config: Config, toy: problems.Toy, keys: jax.Array, values: Sequenc
     count = len(grid["step_size"])
     fixed = {"warmup_exponent": jnp.ones(count), "decay_step": jnp.full(count, decay_step)}
     rows, snapshots = train.sweep(one_run, keys, ensemble.Schedule(**(grid | fixed)))
-    seen = _observe(toy, snapshots) | ensemble.spectra(toy, snapshots[:, :, 1:])
+    seen = _observe(toy, snapshots) | ensemble.make_spectra(toy)(snapshots[:, :, 1:])
     last = {name: values[..., -1] for name, values in seen.items()}
     before_decay = rows["train_loss"][..., np.isin(at, trend)], rows["train_loss"][..., -9:-1]
     twice = lambda function: jax.vmap(jax.vmap(function))

@@ -127,7 +127,7 @@ def verdict(row: tables.Row, rows: Sequence[tables.Row]) -> Verdict | None:
     """
     if row.published is None:
         return None
-    half_digit = 0.5 * 10.0 ** Decimal(str(row.published)).as_tuple().exponent
+    half_digit = 0.5 * 10.0 ** int(Decimal(str(row.published)).as_tuple().exponent)
     low, high = row.percentile(1) - half_digit, row.percentile(99) + half_digit
     inside = len(row.values) >= ENOUGH and low <= row.published <= high
     same = [other for other in rows if other.name == row.name and other.published is not None]
@@ -140,14 +140,16 @@ def verdict(row: tables.Row, rows: Sequence[tables.Row]) -> Verdict | None:
 
 def order_confidence(row: tables.Row, other: tables.Row) -> float:
     """Bootstrap confidence that the medians of two rows stand in the order of the published."""
-    if not len(row.values) or not len(other.values) or row.published == other.published:
+    if row.published is None or other.published is None or row.published == other.published:
+        return float("nan")
+    if not len(row.values) or not len(other.values):
         return float("nan")
     rng = np.random.default_rng(0)
     medians = [
         np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
         for values in (row.values, other.values)
     ]
-    claimed = np.sign(row.published - other.published)  # pyright: ignore[reportOperatorIssue]
+    claimed = np.sign(row.published - other.published)
     return float(np.mean(np.sign(medians[0] - medians[1]) == claimed))
 
 

@@ -44,7 +44,7 @@ class Row(NamedTuple):
 def rows(
     dataset: "xarray.Dataset",
     quantities: Mapping[str, tuple[str, str]],
-    published: Mapping[str, Sequence[float]],
+    published: Mapping[str, Sequence[float | None]],
 ) -> list[Row]:
     """Per schedule and quantity (name -> words and format), what the seeds ended with."""
     out = []
@@ -96,7 +96,7 @@ def diverged_panel(
     dataset: "xarray.Dataset", marks: Mapping[str, Sequence[float]]
 ) -> list[plots.Panel]:
     """The share of runs that are gone at each record, where one is."""
-    gone = np.isnan(dataset["train_loss"]).mean(dim="seed").expand_dims(seed=1)
+    gone = dataset["train_loss"].isnull().mean(dim="seed").expand_dims(seed=1)
     panel = plots.Panel(
         "Diverged runs", "share (%)", lines(100 * gone), marks=marks, ylim=(-3, 103)
     )

@@ -130,17 +130,17 @@ def test_an_unknown_name_lists_the_known():
         released_schedule("piecewise_04epochs", 0.1, steps_per_epoch=1, epochs=1)
 
 
-def test_an_integer_step_and_python_floats_give_double_precision():
+@pytest.mark.parametrize("total", [1000, 1000.0])  # JAX divides an int32 by 1000 in float32
+def test_an_integer_step_and_python_numbers_give_double_precision(total):
     steps = np.arange(0, 1000, 7)
-    t = steps / 1000.0
-    power = power_warmup(0.04, 5.0, 0.3, 1000.0)
-    exponential = exponential_warmup(0.1, 1.03, 1000.0)
-    decayed = piecewise_decay(power, [300.0, 800.0], [3.0, 7.0])
-    held = 0.04 * (1 + 5.0 * np.minimum(t, 0.3) ** 0.3)
+    t = steps / 1000
+    power, exponential = power_warmup(0.04, 5.0, 0.3, total), exponential_warmup(0.1, 1.03, total)
+    decayed = piecewise_decay(power, [301.0, 798.0], [3.3, 7.7])
+    held = 0.04 * (1 + 5 * np.minimum(t, 0.301) ** 0.3)
     expected = [
-        (power, 0.04 * (1 + 5.0 * t**0.3)),
+        (power, 0.04 * (1 + 5 * t**0.3)),
         (exponential, 0.1 * 1.03 ** (100 * t)),
-        (decayed, held / np.where(steps < 300, 1, 3) / np.where(steps < 800, 1, 7)),
+        (decayed, held / np.where(steps < 301, 1, 3.3) / np.where(steps < 798, 1, 7.7)),
     ]
     for schedule, values in expected:
         for count in (schedule, jax.jit(schedule)):

@@ -30,8 +30,7 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 
         def of(params: Params, stats: Stats, batch: Batch):
             value_and_stats, ascent = gradient(params, stats, batch)
-            norm = optax.global_norm(ascent)
-            length = rho / jnp.where(norm > 0, norm, 1.0) if normalized else rho
+            length = rho / _positive(optax.tree.norm(ascent)) if normalized else rho
             _, grads = gradient(_moved(params, length, ascent), stats, batch)
             return value_and_stats, grads
 
@@ -51,8 +50,7 @@ def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
         gradient = jax.value_and_grad(objective, has_aux=True)
 
         def of(params: Params, stats: Stats, batch: Batch):
-            if stats:
-                raise ValueError("Single-example SAM has no meaning for a net with BatchNorm.")
+            _refuse_batch_statistics(stats)
 
             def of_example(x, y):
                 alone = Batch(x[None], y[None])
@@ -79,8 +77,17 @@ def residual_sharpness_aware(
         del objective  # the two factors of its gradient are taken at different parameters
 
         def of(params: Params, stats: Stats, batch: Batch):
+            _refuse_batch_statistics(stats)
+            outputs = lambda params, x: model.apply({"params": params}, x, train=True)[0]
+            shape = jax.eval_shape(outputs, params, batch.x).shape
+            if shape != batch.y.shape or len(shape) != 1:
+                raise ValueError(
+                    f"The model outputs {shape} for targets {batch.y.shape}; this kind of SAM is "
+                    "for scalar outputs [b]: MLP(outputs=None), or out[:, 0]."
+                )
+
             def of_example(x, y):
-                predict = lambda params: model.apply({"params": params}, x[None], train=True)[0][0]
+                predict = lambda params: outputs(params, x[None])[0]
                 loss_of = lambda out: loss(out[None], y[None])[0]
                 out, pull = jax.vjp(predict, params)
                 (ascent,) = pull(jax.grad(loss_of)(out))
@@ -93,6 +100,15 @@ def residual_sharpness_aware(
         return of
 
     return maker
+
+
+def _refuse_batch_statistics(stats: Stats) -> None:
+    if stats:
+        raise ValueError("Single-example SAM has no meaning for a net with BatchNorm.")
+
+
+def _positive(norm: jax.Array) -> jax.Array:
+    return jnp.where(norm > 0, norm, 1.0)
 
 
 def _moved(params: Params, length: ArrayLike, direction: Params) -> Params:
