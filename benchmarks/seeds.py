@@ -12,6 +12,7 @@ import statistics
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from benchmarks import timing, toy as toys
 from experiments import plots, problems
