@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +19,8 @@ from jax.flatten_util import ravel_pytree
 
 from experiments import records
 from experiments.problems import Toy
-from sgd_sparse_jax import train
-from sgd_sparse_jax._types import Batch, Params, TrainState
+from sgd_sparse_jax import data, measure, train
+from sgd_sparse_jax._types import Batch, Noise, Params, TrainState
 
 if TYPE_CHECKING:
     import xarray
@@ -57,6 +57,20 @@ class Config:
     """Steps of each run."""
     init_scale: float = 1.0
     """Multiplies the paper's scale of the initial weights."""
+    momentum: float = 0.0
+    """Heavy-ball momentum."""
+    weight_decay: float = 0.0
+    """Adds WEIGHT_DECAY * weights to each gradient."""
+    sam_rho: float = 0.0
+    """Gradients are taken at weights + SAM_RHO * gradient (not normalized)."""
+    sam_of: Literal["batch", "examples"] = "batch"
+    """Whether that point is the batch's or each example's own."""
+    label_noise: float = 0.0
+    """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
+    average: float = 0.0
+    """What is watched is the moving average of the weights with this memory; 0 for the weights."""
+    valley_steps: int = 0
+    """What is watched is the valley floor: the weights after so many steps of GD of size 0.5."""
     gd_jitter: float = 1e-9
     """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
     log_records: bool = False
@@ -65,6 +79,21 @@ class Config:
     """At how many of the records singular values are taken for every seed (for one seed at all)."""
     runs_dir: str = "runs"
     """Where run folders go."""
+
+
+class Descent(NamedTuple):
+    """What is not plain SGD, and which weights are watched: fields of Config."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sam_rho: float = 0.0
+    sam_of: str = "batch"
+    label_noise: float = 0.0
+    average: float = 0.0
+    valley_steps: int = 0
+
+
+PLAIN = Descent()
 
 
 class Schedule(NamedTuple):
@@ -129,6 +158,12 @@ def validate(config: Config, toy: Toy) -> None:
     for field in ("warmup_exponent", "init_scale"):
         if not 0 < getattr(config, field) < np.inf:
             raise ValueError(f"--{field} is {getattr(config, field)}; it must be positive.")
+    for field in ("weight_decay", "sam_rho", "label_noise", "valley_steps"):
+        if not 0 <= getattr(config, field) < np.inf:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 0 or more.")
+    for field in ("momentum", "average"):
+        if not 0 <= getattr(config, field) < 1:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be in [0, 1).")
     if not 0 <= config.gd_jitter < 1:
         raise ValueError(f"--gd_jitter is {config.gd_jitter}; give a small share, such as 1e-9.")
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
@@ -168,6 +203,30 @@ def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
     )
 
 
+def optimizer(schedule: Schedule, toy: Toy, descent: Descent, num_steps: int):
+    """SGD with the schedule's step sizes, momentum and weight decay."""
+    decay = [optax.add_decayed_weights(descent.weight_decay)] if descent.weight_decay else []
+    sizes = step_size(schedule, toy, num_steps)
+    return optax.chain(*decay, optax.sgd(sizes, momentum=descent.momentum or None))
+
+
+def ascent(descent: Descent) -> Callable | None:
+    """The gradient maker of `make_step`: SAM's, or None for the plain one."""
+    makers = {"batch": train.sharpness_aware, "examples": train.example_sharpness_aware}
+    return makers[descent.sam_of](descent.sam_rho) if descent.sam_rho else None
+
+
+def label_noise(schedule: Schedule, toy: Toy, descent: Descent) -> Noise | None:
+    """Noise on labels that decays with the step size; None for none."""
+    if not descent.label_noise:
+        return None
+    boundary = [schedule.decay_step + toy.decay_after_step]
+    constant = lambda step: jnp.asarray(descent.label_noise)
+    return data.gaussian_label_noise(
+        train.piecewise_decay(constant, boundary, [schedule.decay_factor])
+    )
+
+
 def make_run(
     toy: Toy,
     *,
@@ -177,6 +236,7 @@ def make_run(
     snapshots_at: np.ndarray,
     gd_jitter: float = 0.0,
     watched: bool = True,
+    descent: Descent = PLAIN,
 ):
     """(key, schedule) -> (rows at `at`, parameters [snapshots, p] at `snapshots_at`) of one run."""
     n = len(toy.train.y)
@@ -185,18 +245,33 @@ def make_run(
     def run(key: jax.Array, schedule: Schedule):
         drawing, running = jr.split(key)
         model = toy.network(schedule.init_scale)
-        tx = optax.sgd(step_size(schedule, toy, num_steps))
-        state = train.init_state(drawing, model, tx, toy.train.x)
+        tx = optimizer(schedule, toy, descent, num_steps)
+        initial = model.init(drawing, toy.train.x)["params"]
         if everything:
-            state = state._replace(params=_jittered(drawing, state.params, gd_jitter))
-        initial = state.params
+            initial = _jittered(drawing, initial, gd_jitter)
+        averaged = bool(descent.average)
+        state = train.init_state(drawing, model, tx, toy.train.x, averaged=averaged, params=initial)
+        step = train.make_step(
+            model,
+            toy.loss,
+            tx,
+            ema_decay=descent.average if averaged else None,
+            gradient=ascent(descent),
+        )
+
+        def seen(state: TrainState) -> Params:
+            if descent.valley_steps:
+                loss = lambda params: toy.mean_loss(params, toy.train)
+                return measure.valley_floor(loss, state.params, num_steps=descent.valley_steps)
+            return state.average if descent.average else state.params
 
         def row(state: TrainState) -> dict:
+            params = seen(state)
             losses = {
-                "train_loss": toy.mean_loss(state.params, toy.train),
-                "test_loss": toy.mean_loss(state.params, toy.test),
+                "train_loss": toy.mean_loss(params, toy.train),
+                "test_loss": toy.mean_loss(params, toy.test),
             }
-            return losses | (toy.watch(initial, state.params) if watched else {})
+            return losses | (toy.watch(initial, params) if watched else {})
 
         def fetch(key, idx) -> Batch:
             return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
@@ -204,11 +279,11 @@ def make_run(
         _, rows = train.record_run(
             running,
             train.cyclic(1, 1) if everything else train.with_replacement(n, batch_size),
-            train.make_segment(train.make_step(model, toy.loss, tx), fetch),
+            train.make_segment(step, fetch, noise=label_noise(schedule, toy, descent)),
             state,
             [
                 train.Gauge(row, at),
-                train.Gauge(lambda state: ravel_pytree(state.params)[0], snapshots_at),
+                train.Gauge(lambda state: ravel_pytree(seen(state))[0], snapshots_at),
             ],
             num_steps,
         )
@@ -245,6 +320,7 @@ def _simulate_group(
         at=at,
         snapshots_at=at,
         gd_jitter=config.gd_jitter,
+        descent=Descent(*(getattr(config, field) for field in Descent._fields)),
     )
     points = jax.tree.map(lambda leaf: leaf[group], schedules(config))
     block = min(config.seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(group)))

@@ -5,17 +5,26 @@ python -m experiments.reproduce --seeds 128 --exp_name more
 """
 
 import base64
+import contextlib
 import html
+import importlib
+import io
+import multiprocessing
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
-from experiments import cli, devices, diag_nets, fc_nets, loss_surface, records, tables
+from experiments import cli, devices, diag_nets, ensemble, fc_nets, loss_surface, records, tables
 
 AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
 ENOUGH = 8  # finite runs from which a 1-99 % range is read
@@ -34,6 +43,9 @@ class Config:
     """At how many records singular values are taken for every seed (for one seed at all)."""
     frames: int = 40
     """Frames of the animation; 0 for none."""
+    workers: int = 0
+    """Settings run side by side, each on one device; 0: one per core, or one after another where
+    there is an accelerator."""
     exp_name: str = "toys"
     """Name of the run's folder."""
     runs_dir: str = "runs"
@@ -49,13 +61,31 @@ class Verdict(NamedTuple):
     confidence: float  # that the order of the two medians is the published one
 
 
+class Task(NamedTuple):
+    """One setting to run."""
+
+    title: str
+    module: ModuleType
+    settings: ensemble.Config
+
+    @property
+    def command(self) -> str:
+        """What runs it alone."""
+        settings = self.settings
+        return (
+            f"python -m {self.module.__name__} --setting {settings.setting} "
+            f"--seeds {settings.seeds}"
+        )
+
+
 class Chapter(NamedTuple):
-    """One setting: its table and figures, and why rows that differ do."""
+    """One setting's table and figures, and why rows that differ do."""
 
     title: str
     command: str
-    finding: tables.Finding
+    rows: list[tables.Row]
     verdicts: list[Verdict | None]  # one per row, None where nothing is published
+    figures: list[Path]
     evidence: list[str]
 
 
@@ -67,44 +97,84 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> list[Chapter]:
     """Runs all settings (finished ones are read) and writes the two reports."""
-    if config.seeds < 2 or config.spectra_records < 1 or config.frames < 0:
+    if config.seeds < 2 or config.spectra_records < 1 or min(config.frames, config.workers) < 0:
         raise ValueError(
             f"--seeds {config.seeds} --spectra_records {config.spectra_records} --frames "
-            f"{config.frames}: give 2 seeds, 1 record, 0 frames or more."
+            f"{config.frames} --workers {config.workers}: give 2 seeds, 1 record, 0 frames, "
+            "0 workers or more."
         )
     folder = records.run_folder(config.runs_dir, "reproduce", config.exp_name)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
-    chapters = list(_chapters(config, str(folder)))
+    todo = tasks(config, str(folder))
+    workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
+    chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
     seconds = time.perf_counter() - start
     records.write_bytes(folder / "report.md", markdown(config, chapters, seconds).encode())
     records.write_bytes(folder / "report.html", page(config, chapters, seconds).encode())
     records.write_json(folder / "verdicts.json", summary(chapters, seconds))
-    print(f"{score(chapters)}\n{folder / 'report.html'}")
+    print(f"{score(chapters)}\n{folder / 'report.html'} ({seconds:.0f} s)")
     return chapters
 
 
-def _chapters(config: Config, runs_dir: str):
+def tasks(config: Config, runs_dir: str) -> list[Task]:
+    """The paper's settings in its order."""
     common = {
         "seeds": config.seeds,
         "seed": config.seed,
         "spectra_records": config.spectra_records,
         "runs_dir": runs_dir,
     }
-    yield _chapter("D1 · diagonal nets, SGD", diag_nets, "d1", common)
-    yield _chapter("D2 · diagonal nets, GD and SGD", diag_nets, "d2", common)
-    frames = {"frames": config.frames}
-    yield _chapter("D3 · over the loss", loss_surface, "d3", common | frames)
-    yield _chapter("F1 · 1-D regression", fc_nets, "1d", common)
-    yield _chapter("F2 · 1-D, over-regularized", fc_nets, "1d-overregularized", common)
-    eightfold = common | {"seeds": 8 * config.seeds}
-    yield _chapter("T1 · teacher-student, two layers", fc_nets, "two-layer", eightfold)
-    yield _chapter("T3 · teacher-student, three layers", fc_nets, "three-layer", common)
+
+    def task(title: str, module: ModuleType, setting: str, **changes: int) -> Task:
+        return Task(title, module, replace(module.SETTINGS[setting], **(common | changes)))
+
+    return [
+        task("D1 · diagonal nets, SGD", diag_nets, "d1"),
+        task("D2 · diagonal nets, GD and SGD", diag_nets, "d2"),
+        task("D3 · over the loss", loss_surface, "d3", frames=config.frames),
+        task("F1 · 1-D regression", fc_nets, "1d"),
+        task("F2 · 1-D, over-regularized", fc_nets, "1d-overregularized"),
+        task("T1 · teacher-student, two layers", fc_nets, "two-layer", seeds=8 * config.seeds),
+        task("T3 · teacher-student, three layers", fc_nets, "three-layer"),
+    ]
 
 
-def _chapter(title: str, module, setting: str, changes: dict) -> Chapter:
-    settings = replace(module.SETTINGS[setting], **changes)
-    finding = module.run(settings)
+def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
+    """The chapters in order, `workers` at a time, each in a process with one device.
+
+    Compiling takes one core; side by side, two settings take little longer than one.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, spawn, devices.set_up_toys, (1,)) as pool:
+        waiting = {
+            pool.submit(_quiet_chapter, task.title, task.module.__name__, task.settings): task
+            for task in todo
+        }
+        try:
+            for count, done in enumerate(as_completed(waiting), 1):
+                done.result()
+                print(f"{count} of {len(todo)}: {waiting[done].title}", flush=True)
+        except BrokenProcessPool as error:
+            raise OSError(
+                "A worker was killed, perhaps for lack of memory; try --workers 1. "
+                "The same command reads what is finished."
+            ) from error
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+        return [done.result() for done in waiting]
+
+
+def _quiet_chapter(title: str, module: str, settings: ensemble.Config) -> Chapter:
+    """`chapter_of` in another process, where tables and bars of others would mix with its own."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return chapter_of(Task(title, importlib.import_module(module), settings))
+
+
+def chapter_of(task: Task) -> Chapter:
+    """Runs one setting, and says of each published number whether it agrees."""
+    finding = task.module.run(task.settings)
     verdicts = [verdict(row, finding.rows) for row in finding.rows]
     evidence = [
         why(row, found, finding.rows)
@@ -112,10 +182,9 @@ def _chapter(title: str, module, setting: str, changes: dict) -> Chapter:
         if found is not None and found.word == DIFFERS
     ]
     lost = [row for row in finding.rows if row.published is not None and not len(row.values)]
-    if lost and module is diag_nets:
-        evidence.append(survival(settings))
-    command = f"python -m {module.__name__} --setting {setting} --seeds {settings.seeds}"
-    return Chapter(title, command, finding, verdicts, evidence)
+    if lost and isinstance(task.settings, diag_nets.Config):
+        evidence.append(survival(task.settings))
+    return Chapter(task.title, task.command, finding.rows, verdicts, finding.figures, evidence)
 
 
 def verdict(row: tables.Row, rows: Sequence[tables.Row]) -> Verdict | None:
@@ -223,7 +292,7 @@ HEADINGS = ("setting", "quantity", "published", "ours: median [5 %, 95 %]", "div
 def table(chapter: Chapter) -> list[tuple[str, ...]]:
     """Cells under HEADINGS, of the rows that have a published number."""
     cells = []
-    for row, found in zip(chapter.finding.rows, chapter.verdicts, strict=True):
+    for row, found in zip(chapter.rows, chapter.verdicts, strict=True):
         if found is not None and row.published is not None:
             low, middle, high = (row.show(row.percentile(level)) for level in (5, 50, 95))
             order = "" if found.word != ORDERED else f" ({found.confidence:.0%})"
@@ -267,7 +336,7 @@ def markdown(config: Config, chapters: Sequence[Chapter], seconds: float) -> str
         lines += [_line(cells) for cells in table(chapter)] + [""]
         lines += [f"- {sentence}" for sentence in chapter.evidence] + [""]
         for figure in _images(chapter):
-            name = f"{chapter.finding.folder.name}/{figure.name}"
+            name = f"{figure.parents[1].name}/{figure.name}"
             lines += [f"![{figure.stem}][{name}]", ""]
             embedded.append(f"[{name}]: {_data_uri(figure)}")
     return "\n".join([*lines, *embedded]) + "\n"
@@ -320,7 +389,7 @@ def summary(chapters: Sequence[Chapter], seconds: float) -> dict:
             **found._asdict(),
         }
         for chapter in chapters
-        for row, found in zip(chapter.finding.rows, chapter.verdicts, strict=True)
+        for row, found in zip(chapter.rows, chapter.verdicts, strict=True)
         if found is not None
     ]
     return {"score": score(chapters), "seconds": round(seconds, 1), "rows": rows}
@@ -335,7 +404,7 @@ def _cells(tag: str, cells: Sequence[str]) -> str:
 
 
 def _images(chapter: Chapter) -> list[Path]:
-    return [path for path in chapter.finding.figures if path.suffix in (".png", ".gif")]
+    return [path for path in chapter.figures if path.suffix in (".png", ".gif")]
 
 
 def _data_uri(path: Path) -> str:

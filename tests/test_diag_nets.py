@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -169,6 +170,8 @@ def test_the_decay_comes_after_the_step_that_it_names():
         ({"warmup_exponent": 0.0}, "--warmup_exponent is 0.0"),
         ({"init_scale": -1.0}, "--init_scale is -1.0"),
         ({"gd_jitter": 2.0}, "--gd_jitter is 2.0"),
+        ({"momentum": 1.0}, "--momentum is 1.0"),
+        ({"sam_rho": -1.0}, "--sam_rho is -1.0"),
         ({"support": 31}, "--support is 31, more than --d 30"),
         ({"spectra_records": 0}, "--spectra_records is 0"),
         ({"exp_name": "a/b"}, "plain file name"),
@@ -189,3 +192,77 @@ def test_the_papers_settings_are_recognized():
         assert setting.setting == name
     steps = ensemble.record_steps(Config())
     assert len(steps) == 348 and len(ensemble.spectra_steps(Config())) == 40
+
+
+def numpy_descent(steps, *, eta, momentum=0.0, decay=0.0, rho=0.0, examples=False, average=0.0):
+    """Full-batch descent of the small problem, and the losses at the recorded steps."""
+    x, y = diag_nets.problems.data.sparse_regression(0, n=20, d=30, support=3).train
+    gradient = lambda u, v, x, y: (
+        x.T @ (x @ (u * v) - y) * v / len(y),
+        x.T @ (x @ (u * v) - y) * u / len(y),
+    )
+    u, v = np.full(30, 0.1), np.zeros(30)
+    mu, mv, au, av, losses = np.zeros(30), np.zeros(30), u, v, []
+    for step in range(steps[-1] + 1):
+        if step in steps:
+            losses.append(np.mean((x @ (au * av) - y) ** 2) / 2)
+        if examples:
+            parts = []
+            for i in range(20):
+                one = x[i : i + 1], y[i : i + 1]
+                gu, gv = gradient(u, v, *one)
+                parts.append(gradient(u + rho * gu, v + rho * gv, *one))
+            gu, gv = (np.mean([part[k] for part in parts], axis=0) for k in (0, 1))
+        else:
+            gu, gv = gradient(u, v, x, y)
+            gu, gv = gradient(u + rho * gu, v + rho * gv, x, y)
+        mu, mv = momentum * mu + gu + decay * u, momentum * mv + gv + decay * v
+        u, v = u - eta * mu, v - eta * mv
+        au, av = average * au + (1 - average) * u, average * av + (1 - average) * v
+    return losses
+
+
+@pytest.mark.parametrize(
+    ("flags", "loop"),
+    [
+        ({"momentum": 0.5, "weight_decay": 0.01}, {"momentum": 0.5, "decay": 0.01}),
+        ({"sam_rho": 0.05}, {"rho": 0.05}),
+        (
+            {"sam_rho": 0.05, "sam_of": "examples", "average": 0.9},
+            {"rho": 0.05, "examples": True, "average": 0.9},
+        ),
+    ],
+)
+def test_the_flags_of_descent_do_what_they_say(flags, loop):
+    toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
+    descent = ensemble.Descent(**flags)
+    config = replace(SMALL, num_steps=120)
+    at = ensemble.record_steps(config)
+    run = ensemble.make_run(
+        toy, num_steps=120, batch_size=20, at=at, snapshots_at=at[-1:], descent=descent
+    )
+    never = ensemble.Schedule(*map(np.asarray, (0.3, 0.0, 1.0, 120, 1.0, 1.0)))
+    rows, _ = jax.jit(run)(ensemble.seed_keys(0, 1)[0], never)
+    np.testing.assert_allclose(rows["train_loss"], numpy_descent(at, eta=0.3, **loop), rtol=1e-8)
+
+
+def test_label_noise_and_the_valley_floor_are_there_and_decay():
+    toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
+    at = np.array([0, 50, 999])
+    never = ensemble.Schedule(*map(np.asarray, (0.1, 0.0, 1.0, 1000, 1.0, 1.0)))
+    key = ensemble.seed_keys(0, 1)[0]
+
+    def losses(**flags):
+        run = ensemble.make_run(
+            toy,
+            num_steps=1000,
+            batch_size=1,
+            at=at,
+            snapshots_at=at[:1],
+            descent=ensemble.Descent(**flags),
+        )
+        return np.asarray(jax.jit(run)(key, never)[0]["train_loss"])
+
+    plain, noisy, floor = losses(), losses(label_noise=0.5), losses(valley_steps=300)
+    assert plain[0] == noisy[0] and noisy[-1] > 10 * plain[-1]
+    assert (floor < 0.2 * plain).all()

@@ -86,7 +86,7 @@ def reports(tmp_path_factory):
         patch.setattr(module, "SETTINGS", short)
     runs_dir = tmp_path_factory.mktemp("runs")
     config = reproduce.Config(
-        seeds=2, spectra_records=2, frames=0, exp_name="<b>", runs_dir=str(runs_dir)
+        seeds=2, spectra_records=2, frames=0, workers=1, exp_name="<b>", runs_dir=str(runs_dir)
     )
     chapters = reproduce.run(config)
     patch.undo()
@@ -108,7 +108,7 @@ def test_the_reports_hold_every_row_and_figure_and_nothing_from_outside(reports)
     outline = Outline(text)
     assert outline.tags.count("tr") == len(published) + len(chapters)
     assert all(source.startswith("data:image/") for source in outline.sources)
-    figures = [p for c in chapters for p in c.finding.figures if p.suffix in (".png", ".gif")]
+    figures = [p for c in chapters for p in c.figures if p.suffix in (".png", ".gif")]
     assert len(outline.sources) == len(figures)
     markdown = (folder / "report.md").read_text()
     assert markdown.count("]: data:image/") == len(figures) and "http" not in markdown
@@ -118,6 +118,39 @@ def test_the_reports_hold_every_row_and_figure_and_nothing_from_outside(reports)
     assert words <= {AGREES, ORDERED, DIFFERS}
     differing = sum(v.word == DIFFERS for v in published)
     assert sum(len(chapter.evidence) for chapter in chapters) >= differing
+
+
+@pytest.mark.slow
+def test_side_by_side_in_processes_is_one_after_another(tmp_path):
+    def tasks(name):
+        settings = replace(
+            diag_nets.SETTINGS["d1"],
+            seeds=2,
+            num_steps=300,
+            spectra_records=2,
+            runs_dir=str(tmp_path / name),
+        )
+        three = replace(fc_nets.SETTINGS["three-layer"], seeds=2, num_steps=300, spectra_records=2)
+        three = replace(three, runs_dir=str(tmp_path / name))
+        return [
+            reproduce.Task("D1", diag_nets, settings),
+            reproduce.Task("T3", fc_nets, three),
+        ]
+
+    here = [reproduce.chapter_of(task) for task in tasks("here")]
+    there = reproduce.in_processes(tasks("there"), workers=2)
+    assert [chapter.title for chapter in there] == ["D1", "T3"]
+    for mine, other in zip(here, there, strict=True):
+        assert [row.name for row in mine.rows] == [row.name for row in other.rows]
+        for ours, theirs in zip(mine.rows, other.rows, strict=True):
+            np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-9)
+
+
+@pytest.mark.slow
+def test_what_a_worker_cannot_run_is_said(tmp_path):
+    wrong = replace(diag_nets.SETTINGS["d1"], seeds=0, runs_dir=str(tmp_path))
+    with pytest.raises(ValueError, match="--seeds is 0"):
+        reproduce.in_processes([reproduce.Task("D1", diag_nets, wrong)], workers=2)
 
 
 def test_cells_are_escaped():
