@@ -428,11 +428,11 @@ def _jittered(key: jax.Array, params: Params, jitter: float) -> Params:
 
 
 def _dataset(config: Config, toy: Toy, found: dict) -> "xarray.Dataset":
-    """Names for axes; a run that diverged is NaN from there on."""
+    """Names for axes; a run that diverged is NaN from where its loss left for good."""
     import xarray
 
     at, sampled_at = record_steps(config), spectra_steps(config)
-    gone = ~np.isfinite(found["step"]["train_loss"])
+    gone = departed(found["step"]["train_loss"])
     gone_at = {"step": gone, "spectra_step": gone[..., np.isin(at, sampled_at)]}
     variables: dict = {
         name: (("seed", "schedule", axis), np.where(gone_at[axis], np.nan, array))
@@ -451,6 +451,18 @@ def _dataset(config: Config, toy: Toy, found: dict) -> "xarray.Dataset":
         "end": np.array(["start", "end"]),
     }
     return xarray.Dataset(variables, coords)
+
+
+def departed(losses: np.ndarray) -> np.ndarray:
+    """Which records [..., records] lie behind the point where a run diverged.
+
+    It diverged if a loss isn't finite; and from the record on at which, before that, its loss
+    exceeded a thousand times its first: the last finite values are as large as floats get.
+    """
+    finite = np.isfinite(losses)
+    large = ~finite | (losses > 1e3 * losses[..., :1])
+    lost = ~finite.all(-1, keepdims=True)
+    return np.logical_or.accumulate(lost & large, axis=-1)
 
 
 def progress_bar(total: int):

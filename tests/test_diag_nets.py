@@ -266,3 +266,10 @@ def test_label_noise_and_the_valley_floor_are_there_and_decay():
     plain, noisy, floor = losses(), losses(label_noise=0.5), losses(valley_steps=300)
     assert plain[0] == noisy[0] and noisy[-1] > 10 * plain[-1]
     assert (floor < 0.2 * plain).all()
+
+
+def test_a_run_is_gone_from_where_its_loss_left_for_good():
+    inf, nan = np.inf, np.nan
+    losses = np.array([[1, 5e3, 2, 1, 1], [1, 2, 5e3, 1e200, inf], [1, 2, 3, nan, nan]])
+    expected = [[0, 0, 0, 0, 0], [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]]
+    np.testing.assert_array_equal(ensemble.departed(losses), np.array(expected, bool))
