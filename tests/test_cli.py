@@ -255,3 +255,42 @@ def test_as_a_process_with_an_ascii_terminal():
     assert re.fullmatch(r"error: .*--sedes=.*did you mean --seeds\?.*\n", wrong.stderr)
     right = call("--seeds=5")
     assert (right.returncode, right.stdout, right.stderr) == (0, "C(seeds=5)\n", "")
+
+
+SETTINGS = {"quick": Config(seeds=1, lr_init=0.1), "long": Config(seeds=50, lr_init=2.0)}
+
+
+@dataclass(frozen=True)
+class Chosen(Config):
+    setting: Literal["quick", "long"] = "quick"
+    """Whose defaults."""
+
+
+CHOSEN = {
+    name: Chosen(setting=name, seeds=config.seeds, lr_init=config.lr_init)  # pyright: ignore
+    for name, config in SETTINGS.items()
+}
+
+
+@pytest.mark.parametrize(
+    ("argv", "setting", "seeds"),
+    [
+        ([], "quick", 1),
+        (["--setting", "long"], "long", 50),
+        (["--setting=long"], "long", 50),
+        (["--seeds", "7", "--setting=long"], "long", 7),
+    ],
+)
+def test_a_setting_gives_the_defaults_and_flags_override_them(argv, setting, seeds):
+    config = cli.parse(Chosen, argv, settings=CHOSEN)
+    assert (config.setting, config.seeds) == (setting, seeds)
+    assert config.lr_init == CHOSEN[setting].lr_init
+
+
+def test_an_unknown_setting_is_answered_with_the_known(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Chosen, ["--setting", "lnog"], settings=CHOSEN)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert "unknown --setting 'lnog'; did you mean long? Known are quick, long" in message
+    assert message.count("\n") == 1

@@ -245,3 +245,81 @@ def test_a_figure_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatc
         plots.figure(tmp_path / "f", [panel(LABELS[1:2])])
     assert error.value.filename == str(tmp_path / "f.png")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def cells(z, **look):
+    x, y = np.array([0.1, 0.2, 0.5]), np.array([1.0, 10.0])
+    return plots.Map("A map", "step size", "batch size", x, y, z, "loss", **look)
+
+
+def test_a_map_shows_its_values_where_its_axes_say(figures, tmp_path):
+    z = np.arange(6.0).reshape(2, 3)
+    plots.maps(tmp_path / "map", [cells(z)])
+    ax, bar = figures[0].axes
+    np.testing.assert_array_equal(ax.images[0].get_array(), z)
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["0.1", "0.2", "0.5"]
+    assert [t.get_text() for t in ax.get_yticklabels()] == ["1", "10"]
+    assert ax.images[0].origin == "lower" and bar.get_ylabel() == "loss"
+
+
+def test_classes_have_a_colour_each_and_their_names_beside_the_map(figures, tmp_path):
+    names = ("converged", "stabilized", "diverged")
+    plots.maps(tmp_path / "map", [cells(np.array([[0, 1, 2], [2, 2, 0]]), classes=names)])
+    ax, bar = figures[0].axes
+    assert [t.get_text() for t in bar.get_yticklabels()] == list(names)
+    image = ax.images[0]
+    colours = {to_hex(image.cmap(image.norm(k))) for k in range(3)}
+    assert colours == {colour.lower() for colour in plots.CLASS_COLOURS[:3]}
+
+
+@pytest.mark.parametrize("z", [np.full((2, 3), np.nan), np.zeros((2, 3)), np.eye(3)[:2]])
+def test_a_logarithmic_map_can_lack_positive_values(z, figures, tmp_path):
+    plots.maps(tmp_path / "map", [cells(z, log_z=True)])
+    assert figures[0].axes
+
+
+def test_curves_over_a_map_have_their_legend_outside(figures, tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    over = {"GD": (np.array([0.1, 0.4]), np.array([2.0, 9.0]))}
+    panel = cells(z, log_z=True, filled=True, overlay=over, points={"init": (0.2, 3.0)})
+    plots.maps(tmp_path / "map", [panel])
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["GD"]
+    box = legend.get_window_extent()
+    assert all(not box.overlaps(ax.get_window_extent()) for ax in figures[0].axes)
+    np.testing.assert_array_equal(figures[0].axes[0].lines[0].get_xdata(), [0.1, 0.4])
+
+
+def test_moves_go_from_before_to_after_at_equal_scales(figures, tmp_path):
+    before, after = np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([[1.0, 1.0], [np.nan, 3.0]])
+    plots.moves(tmp_path / "moves", [plots.Moves("units", before, after, np.eye(2))])
+    (ax,) = figures[0].axes
+    assert ax.get_aspect() == 1 and ax.get_xlim() == ax.get_ylim()
+    assert ax.get_xlim()[1] > 2
+    arrows = [line.get_xydata().tolist() for line in ax.lines if line.get_color() == "0.6"]
+    assert arrows[0] == [[0.0, 1.0], [1.0, 1.0]]
+
+
+def test_an_animation_has_a_frame_for_each_length_and_stays_on_the_last(tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    over = {"GD": (np.linspace(0.1, 0.5, 6), np.linspace(1, 10, 6))}
+    frame = cells(z, filled=True, overlay=over)
+    path = plots.animation(tmp_path / "a.gif", frame, [2, 4, 6], ["one", "two", "three"])
+    with Image.open(path) as image:
+        assert image.n_frames == 3
+        shown, pixels = [], []
+        for k in range(3):
+            image.seek(k)
+            shown.append(image.info["duration"])
+            pixels.append(np.asarray(image.convert("RGB")).copy())
+    assert shown[-1] > 10 * shown[0]
+    assert (pixels[0] != pixels[1]).any() and (pixels[1] != pixels[2]).any()
+
+
+def test_examples_are_dots_and_the_axis_keeps_its_limits(figures, tmp_path):
+    x = np.arange(4.0)
+    dots = plots.Panel("f", "f(x)", {"f": (x, 100 * x)}, points=(x, x), ylim=(-1, 5))
+    plots.figure(tmp_path / "f", [dots])
+    ax = figures[0].axes[0]
+    assert ax.get_ylim() == (-1, 5)
+    assert any(line.get_marker() == "." and len(line.get_xdata()) == 4 for line in ax.lines)

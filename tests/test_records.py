@@ -516,3 +516,36 @@ def test_the_revision_says_whether_files_differ(monkeypatch):
 def test_a_dataclass_that_differs_in_nothing_opens_again(tmp_path):
     records.open_run(tmp_path, "exp", "one", Config(lr=1.0))
     records.open_run(tmp_path, "exp", "one", replace(Config(), lr=1))
+
+
+def test_a_labelled_data_set_comes_back_as_it_was(tmp_path):
+    import xarray
+
+    dataset = xarray.Dataset(
+        {
+            "loss": (("seed", "schedule"), np.array([[1.0, np.nan], [-0.0, np.inf]])),
+            "rank": (("seed", "record"), np.array([[1, 2, 3], [4, 5, 6]], np.int32)),
+        },
+        {"seed": [0, 1], "schedule": np.array(["η = 0.1, /3", "b"]), "record": [0, 10, 99]},
+    )
+    records.save_dataset(tmp_path, dataset)
+    again = records.load_dataset(tmp_path)
+    assert again.identical(dataset)
+    assert {n: v.dtype for n, v in again.variables.items()} == {
+        n: v.dtype for n, v in dataset.variables.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"loss": np.zeros(3)},
+        {"loss": np.zeros(3), records.AXES: np.array("{")},
+        {"loss": np.zeros(3), records.AXES: np.array('{"rank": ["seed"]}')},
+        {"loss": np.zeros(3), records.AXES: np.array('{"loss": ["seed", "step"]}')},
+    ],
+)
+def test_arrays_that_are_no_data_set_are_said_to_be_none(arrays, tmp_path):
+    records.save_arrays(tmp_path, arrays)
+    with pytest.raises(ValueError, match=r"arrays\.npz is no labelled data set .* remove"):
+        records.load_dataset(tmp_path)

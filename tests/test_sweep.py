@@ -204,3 +204,31 @@ def test_axes_that_do_not_fit_are_named():
         sweep(run, KEYS[:0], POINTS)
     with pytest.raises(ValueError, match="150 of a run of 150 steps"):
         run(KEYS[0], jax.tree.map(lambda leaf: leaf[0], POINTS), at=[0, 150])
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        (jnp.zeros(3), r"keys has shape \(3,\) and dtype float64; give one key per seed"),
+        (jr.key(0), r"keys has shape \(\)"),
+        (jr.split(jr.key(0), 4).reshape(2, 2), r"keys has shape \(2, 2\)"),
+    ],
+)
+def test_what_is_no_list_of_keys_is_named(keys, words):
+    with pytest.raises(ValueError, match=words):
+        sweep(lambda key, point: point, keys, jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    ("leaf", "words"),
+    [
+        (np.float64(0.1), r"points\['eta'\] has shape \(\) and dtype float64"),
+        (np.array(["a", "b"]), r"points\['eta'\] has shape \(2,\) and dtype <U1"),
+        (np.array([1j, 2.0]), r"points\['eta'\] .* dtype complex128; give an array of numbers"),
+        (np.array([0.1, np.nan]), r"points\['eta'\] of shape \(2,\) holds NaN at point 1"),
+    ],
+)
+def test_a_leaf_that_is_no_axis_is_named(leaf, words):
+    points = {"eta": leaf, "scale": np.ones(2)}
+    with pytest.raises(ValueError, match=words):
+        sweep(lambda key, point: point["scale"], jr.split(jr.key(0), 2), points)

@@ -113,6 +113,7 @@ def make_sweep(
 
     def sweep(keys, points, on_chunk: Callable[[int], None] = lambda done: None):
         _check(keys, points)
+        points = jax.tree.map(jnp.asarray, points)
         shape = (len(keys), _common_length(points))
         total = shape[0] * shape[1]
         if total == 0:
@@ -136,7 +137,7 @@ def make_sweep(
 def sweep(
     run: Callable[[PRNGKey, Any], PyTree[jax.Array]],
     keys: jax.Array,
-    points: PyTree[jax.Array],
+    points: Any,
     *,
     chunk: int = 64,
     mesh: Mesh | None = None,
@@ -146,7 +147,7 @@ def sweep(
     return make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, on_chunk)
 
 
-def _check(keys: jax.Array, points: PyTree[jax.Array]) -> None:
+def _check(keys: jax.Array, points: Any) -> None:
     """ValueError, by the name of the argument and its leaf, for what would fail inside a trace."""
     if keys.ndim != 1 or not jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
         raise ValueError(
@@ -166,7 +167,7 @@ def _check(keys: jax.Array, points: PyTree[jax.Array]) -> None:
             raise ValueError(f"{name} of shape {values.shape} holds NaN at point {bad[0]}.")
 
 
-def _common_length(points: PyTree[jax.Array]) -> int:
+def _common_length(points: Any) -> int:
     """The length that all leaves of `points` share."""
     lengths = {
         jax.tree_util.keystr(path): leaf.shape[0]
