@@ -1,0 +1,180 @@
+"""Outcomes of real runs: gradient descent in one dimension, SGD on a diagonal net."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from sgd_sparse_jax import measure
+from sgd_sparse_jax._types import Batch
+from sgd_sparse_jax.data import sparse_regression
+from sgd_sparse_jax.models import DiagonalNet
+from sgd_sparse_jax.train import (
+    Gauge,
+    half_squared,
+    init_state,
+    make_segment,
+    make_step,
+    record_run,
+    with_replacement,
+)
+
+
+def named(trend, tail, **kwargs) -> str:
+    code = measure.outcome(jnp.asarray(trend, float), jnp.asarray(tail, float), **kwargs)
+    return measure.OUTCOMES[int(code)]
+
+
+def double_well(eta: float, steps: int = 2000, theta: float = 0.3) -> np.ndarray:
+    """Losses of gradient descent on (1 - theta^2)^2 / 4, before each step."""
+    losses = []
+    with np.errstate(over="ignore", invalid="ignore"):
+        for _ in range(steps):
+            losses.append((1 - np.float64(theta) ** 2) ** 2 / 4)
+            theta = theta + eta * theta * (1 - np.float64(theta) ** 2)
+    return np.array(losses)
+
+
+def outcome_of(losses: np.ndarray, records: int = 16, tail: int = 16) -> str:
+    at = np.linspace(0, len(losses) - 1, records).astype(int)
+    return named(losses[at], losses[-tail:])
+
+
+# The minimum at 1 has curvature 2 and loses its stability at eta = 1; the orbit of period 2
+# around it does so at sqrt(5) - 1 = 1.236, and all orbits are unbounded beyond eta = 2.
+@pytest.mark.parametrize(
+    ("etas", "expected"),
+    [
+        ((0.02, 0.3, 0.7, 0.95), "converged"),
+        ((1.02, 1.1, 1.2, 1.23), "period-2"),
+        ((1.6, 1.7, 1.8, 1.95), "stabilized"),
+        ((2.1, 2.5, 10.0), "diverged"),
+    ],
+)
+def test_descent_into_a_double_well_converges_alternates_wanders_or_diverges(etas, expected):
+    for eta in etas:
+        for theta in (0.3, -0.71):
+            assert outcome_of(double_well(eta, theta=theta)) == expected, (eta, theta)
+
+
+def test_an_orbit_of_period_four_is_stabilized():
+    losses = double_well(1.27, 6000)
+    np.testing.assert_allclose(losses[-4:], losses[-8:-4], rtol=1e-9)
+    assert outcome_of(losses) == "stabilized"
+
+
+def test_outcomes_do_not_depend_on_the_number_of_records_nor_on_the_phase():
+    for eta, expected in ((0.5, "converged"), (1.1, "period-2"), (1.7, "stabilized")):
+        losses = double_well(eta)
+        for records, tail in ((8, 4), (9, 5), (50, 31)):
+            for end in (len(losses), len(losses) - 1):
+                assert outcome_of(losses[:end], records, tail) == expected, (eta, records, tail)
+
+
+def test_sgd_on_a_diagonal_net_converges_stabilizes_or_diverges_as_steps_grow():
+    problem = sparse_regression(0)
+    train = Batch(jnp.asarray(problem.train.x), jnp.asarray(problem.train.y))
+    steps, model = 5000, DiagonalNet(0.1)
+    trend, tail = np.linspace(0, steps - 1, 64).astype(int), np.arange(steps - 16, steps)
+
+    def run(step_size, key):
+        tx = optax.sgd(step_size)
+
+        def loss(state):
+            out = model.apply({"params": state.params}, train.x)[0]
+            return half_squared(out, train.y).mean()
+
+        fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
+        segment = make_segment(make_step(model, half_squared, tx), fetch)
+        state = init_state(jr.key(0), model, tx, train.x)
+        gauges = [Gauge(loss, trend), Gauge(loss, tail)]
+        _, losses = record_run(key, with_replacement(80, 1), segment, state, gauges, steps)
+        return measure.outcome(*losses), measure.plateau_level(losses[0][32:])
+
+    over_seeds = jax.vmap(run, (None, 0))
+    sizes = jnp.array([0.1, 0.282, 0.6])
+    codes, levels = jax.jit(jax.vmap(over_seeds, (0, None)))(sizes, jr.split(jr.key(1), 8))
+    small, large, huge = ([measure.OUTCOMES[code] for code in row] for row in np.asarray(codes))
+    assert small == ["converged"] * 8
+    assert huge == ["diverged"] * 8
+    # Large steps hold the loss; now and then a run of them escapes.
+    held = np.array(large) == "stabilized"
+    assert held.sum() >= 5 and set(large) <= {"stabilized", "diverged"}
+    at = np.asarray(levels)[1][held]
+    assert at.max() < 4 * at.min() and at.min() > 100 * np.asarray(levels)[0].max()
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_loss_that_is_not_finite_is_divergence(bad):
+    good = double_well(0.5)[:64]
+    for place in (0, 7, 15):
+        spoiled = good[::4].copy()
+        spoiled[place] = bad
+        assert named(spoiled, good[-8:]) == "diverged"
+    for place in (0, 7):
+        spoiled = good[-8:].copy()
+        spoiled[place] = bad
+        assert named(good[::4], spoiled) == "diverged"
+
+
+def test_a_run_converges_by_its_level_or_by_its_fall():
+    rng = np.random.default_rng(0)
+    wobble = lambda size: np.exp(0.05 * rng.normal(size=size))
+    flat, tail = wobble(16), wobble(8)
+    assert named(flat, tail) == "stabilized"
+    assert named(flat, 1e-7 * tail) == "stabilized"
+    assert named(flat, 1e-9 * tail) == "converged"
+    assert named(flat, 1e-7 * tail, converged_below=1e-6) == "converged"
+    assert named(1e6 * flat, 1e-3 * tail) == "converged"  # against the first loss, not against 1
+    falling = flat * np.repeat([1.0, 1.0, 1.0, 0.4], 4)
+    assert named(falling, 0.4 * tail) == "converged"
+    slower = flat * np.repeat([1.0, 0.3, 0.1, 0.06], 4)
+    assert named(slower, 0.06 * tail) == "stabilized"
+    assert named(np.zeros(16), np.zeros(8)) == "stabilized"  # a start without loss goes nowhere
+
+
+def test_losses_that_alternate_by_less_than_a_millionth_do_not_count_as_a_period():
+    tail = lambda size: 1.0 + size * (-1.0) ** np.arange(12)
+    assert named(np.ones(16), tail(1e-5)) == "period-2"
+    assert named(np.ones(16), tail(1e-7)) == "stabilized"
+    assert named(1e-9 * np.ones(16), 1e-9 * tail(1e-5)) == "period-2"
+    drifting = tail(0.1) * 1.05 ** np.arange(12)
+    assert named(np.ones(16), drifting) == "stabilized"
+
+
+def test_outcomes_and_levels_vmap_over_runs():
+    runs = np.stack([double_well(eta) for eta in (0.5, 1.1, 1.7, 2.5)])
+    trend, tail = jnp.asarray(runs[:, ::125]), jnp.asarray(runs[:, -8:])
+    codes = jax.jit(jax.vmap(measure.outcome))(trend, tail)
+    names = [measure.OUTCOMES[int(code)] for code in codes]
+    assert names == ["converged", "period-2", "stabilized", "diverged"]
+    levels = jax.jit(jax.vmap(measure.plateau_level))(tail)
+    np.testing.assert_allclose(levels[1:3], np.exp(np.log(runs[1:3, -8:]).mean(1)), rtol=1e-12)
+    assert np.isnan(levels[3])
+
+
+@pytest.mark.parametrize(("records", "tail"), [(7, 4), (8, 3), (0, 0)])
+def test_too_few_records_are_refused(records, tail):
+    words = f"A trend of {records} and a tail of {tail} losses"
+    with pytest.raises(ValueError, match=words):
+        measure.outcome(jnp.ones(records), jnp.ones(tail))
+    assert named(np.ones(8), np.ones(4)) == "stabilized"
+
+
+def test_the_plateau_level_is_the_geometric_mean():
+    losses = np.random.default_rng(1).uniform(0.01, 5.0, size=33)
+    level = float(measure.plateau_level(jnp.asarray(losses)))
+    np.testing.assert_allclose(level, np.prod(losses ** (1 / 33)), rtol=1e-13)
+    scaled = measure.plateau_level(jnp.asarray(1e-6 * losses))
+    np.testing.assert_allclose(scaled, 1e-6 * level, rtol=1e-12)
+    np.testing.assert_allclose(measure.plateau_level(jnp.array([1e-3, 10.0])), 0.1, rtol=1e-13)
+    assert level < losses.mean()
+
+
+def test_the_plateau_level_vanishes_with_a_loss_and_is_nan_where_one_is_not_finite():
+    assert measure.plateau_level(jnp.array([1.0, 0.0, 3.0])) == 0
+    for bad in (np.nan, np.inf):
+        assert np.isnan(measure.plateau_level(jnp.array([1.0, bad, 3.0])))
+        assert np.isnan(measure.plateau_level(jnp.array([0.0, bad, 3.0])))
