@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import ArrayLike, Float
+from jaxtyping import Float
 
 
 class Examples(NamedTuple):
@@ -30,7 +30,7 @@ class Layer(NamedTuple):
     bias: Float[np.ndarray, " o"]
 
 
-def examples(x: ArrayLike, y: ArrayLike) -> Examples:
+def examples(x: Any, y: Any) -> Examples:
     """Your own data as float64 `Examples`; ValueError where they aren't finite or don't fit."""
     x, y = _finite("x", x), _finite("y", y)
     x = x[:, None] if x.ndim == 1 else x
@@ -171,10 +171,13 @@ def binary_gaussians(
     return Problem(draw(n), draw(n_test), v)
 
 
-def _finite(name: str, values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values)
+def _finite(name: str, values: Any) -> np.ndarray:
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise ValueError(f"{name} is no array ({error}); give rows of equal length.") from error
     if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} holds {array.dtype}; give real numbers.")
+        raise ValueError(f"{name} of shape {array.shape} holds {array.dtype}; give real numbers.")
     array = array.astype(np.float64)
     if array.ndim == 0 or array.size == 0:
         raise ValueError(f"{name} has shape {array.shape}; give one row per example.")

@@ -24,7 +24,8 @@ def outcome(
     `trend` are losses at 8 records or more, spread evenly over the run at its large step size;
     `tail` those of 4 consecutive steps or more at its end.
     diverged: a loss isn't finite. converged: the tail's mean is below `converged_below` times the
-    first loss, or the last quarter of the trend lies below half of the quarter before it.
+    first loss, or the last quarter of the trend lies below half of the quarter before it (means of
+    log losses, the difference beyond three standard errors, as for independent records).
     period-2: losses two steps apart are ten times nearer than those of neighbouring steps, which
     differ by more than a millionth. stabilized: all else.
     """
@@ -34,8 +35,10 @@ def outcome(
             "give 8 and 4 or more."
         )
     quarter = len(trend) // 4
-    level = lambda losses: jnp.log(jnp.maximum(losses, jnp.finfo(losses.dtype).tiny)).mean()
-    falls = level(trend[-quarter:]) < level(trend[-2 * quarter : -quarter]) - jnp.log(2.0)
+    logs = jnp.log(jnp.maximum(trend, jnp.finfo(trend.dtype).tiny))
+    before, last = logs[-2 * quarter : -quarter], logs[-quarter:]
+    error = jnp.sqrt((before.var(ddof=1) + last.var(ddof=1)) / quarter)
+    falls = before.mean() - last.mean() > jnp.maximum(jnp.log(2.0), 3.0 * error)
     converged = (tail.mean() < converged_below * trend[0]) | falls
     one_apart, two_apart = jnp.abs(tail[1:] - tail[:-1]), jnp.abs(tail[2:] - tail[:-2])
     period = 10 * two_apart.mean() < one_apart.mean()
