@@ -189,10 +189,10 @@ def spoiled(values: np.ndarray, row: int, with_: float) -> np.ndarray:
         (np.ones((0, 2)), np.ones(0), r"x has shape \(0, 2\);"),
         (np.ones((4, 0)), GOOD_Y, r"x has shape \(4, 0\);"),
         (GOOD_X, np.ones(0), r"y has shape \(0,\);"),
-        (np.array(["a", "b"]), np.ones(2), rr"^x of shape .* holds <U1;"),
-        (GOOD_X, np.array(list("abcd")), rr"^y of shape .* holds <U1;"),
-        (GOOD_X, GOOD_Y > 0, rr"^y of shape .* holds bool;"),
-        (GOOD_X + 0j, GOOD_Y, rr"^x of shape .* holds complex128;"),
+        (np.array(["a", "b"]), np.ones(2), r"^x of shape .* holds <U1;"),
+        (GOOD_X, np.array(list("abcd")), r"^y of shape .* holds <U1;"),
+        (GOOD_X, GOOD_Y > 0, r"^y of shape .* holds bool;"),
+        (GOOD_X + 0j, GOOD_Y, r"^x of shape .* holds complex128;"),
     ],
 )
 def test_examples_that_do_not_fit_are_refused_by_name(x, y, words):
