@@ -294,3 +294,79 @@ def test_an_unknown_setting_is_answered_with_the_known(capsys):
     message = capsys.readouterr().err
     assert "unknown --setting 'lnog'; did you mean long? Known are quick, long" in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "setting"),
+    [
+        (["--setting", "quick", "--setting", "long"], "long"),
+        (["--setting=long", "--setting", "quick"], "quick"),
+        (["--no_data_augm", "--setting", "long"], "long"),
+    ],
+)
+def test_the_last_setting_named_is_both_what_runs_and_whose_defaults_are_taken(argv, setting):
+    config = cli.parse(Chosen, argv, settings=CHOSEN)
+    assert (config.setting, config.seeds) == (setting, CHOSEN[setting].seeds)
+
+
+flags = st.permutations(
+    [["--setting", "long"], ["--seeds", "7"], ["--step_sizes", "1.5", "2.5"], ["--no_data_augm"]]
+)
+
+
+@settings(max_examples=20, deadline=None)
+@given(flags)
+def test_a_setting_gives_the_same_wherever_it_stands(flags):
+    config = cli.parse(Chosen, [word for flag in flags for word in flag], settings=CHOSEN)
+    want = Chosen(setting="long", seeds=7, lr_init=2.0, step_sizes=(1.5, 2.5), no_data_augm=True)
+    assert config == want
+
+
+def test_the_first_setting_is_the_default_not_the_dataclass():
+    backwards = dict(reversed(CHOSEN.items()))
+    assert cli.parse(Chosen, [], settings=backwards) == CHOSEN["long"]
+    assert cli.parse(Chosen, ["--setting=quick"], settings=backwards) == CHOSEN["quick"]
+    assert cli.parse(Chosen, []) == Chosen()
+
+
+def test_main_takes_the_setting_to_the_run():
+    seen = []
+    cli.main(Chosen, seen.append, ["--setting=long", "--lr_init=0.5"], settings=CHOSEN)
+    assert seen == [Chosen(setting="long", seeds=50, lr_init=0.5)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--setting=zzz"], "unknown --setting 'zzz'; Known are quick, long"),
+        (["--setting=lnog"], "unknown --setting 'lnog'; did you mean long? Known are quick, long"),
+        (["--setting"], "Known are quick, long"),
+        (["--setting="], "Known are quick, long"),
+        (["--setting", "--seeds", "3"], "Known are quick, long"),
+        (["--setting=long", "--seeds", "x"], "--seeds: invalid literal"),
+        (["--setting=long", "--sedes=3"], "--sedes=3; did you mean --seeds?"),
+        (["--settin", "long"], "did you mean --setting?"),
+        (["--setting=long", "--step_sizes"], "--step_sizes needs"),
+    ],
+)
+def test_beside_settings_too_a_wrong_flag_is_named_in_one_line(argv, words, capsys):
+    ran = []
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Chosen, ran.append, argv, settings=CHOSEN)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, ran) == (2, "", [])
+    assert re.fullmatch(r"error: [^\n]+\n", err) and words in err
+    assert "did you mean" in words or "did you mean" not in err
+
+
+@pytest.mark.parametrize("setting", ["quick", "long"])
+def test_help_shows_the_defaults_of_the_setting(setting, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    with pytest.raises(SystemExit) as stop:
+        cli.parse(Chosen, ["--setting", setting, "--help"], settings=CHOSEN)
+    assert stop.value.code in (0, None)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    chosen = CHOSEN[setting]
+    assert f"How many runs. (default: {chosen.seeds})" in text
+    assert f"Initial step size. (default: {chosen.lr_init})" in text
+    assert f"Whose defaults. (default: {setting})" in text

@@ -1,5 +1,6 @@
 """Figures show what was measured: right percentiles, one colour a label, legends off the data."""
 
+import itertools
 import os
 import warnings
 
@@ -323,3 +324,210 @@ def test_examples_are_dots_and_the_axis_keeps_its_limits(figures, tmp_path):
     ax = figures[0].axes[0]
     assert ax.get_ylim() == (-1, 5)
     assert any(line.get_marker() == "." and len(line.get_xdata()) == 4 for line in ax.lines)
+
+
+def test_maps_and_moves_are_written_as_both_files(tmp_path):
+    rising = cells(np.arange(6.0).reshape(2, 3))
+    moved = plots.Moves("units", np.eye(2), 2 * np.eye(2), np.eye(2))
+    for draw, panel in ((plots.maps, rising), (plots.moves, moved)):
+        stem = tmp_path / "deep" / f"{draw.__name__}.b"
+        paths = draw(stem, [panel])
+        assert paths == [stem.with_name(f"{stem.name}.{kind}") for kind in ("png", "pdf")]
+        assert paths[1].read_bytes().startswith(b"%PDF")
+        with Image.open(paths[0]) as image:
+            pixels = np.asarray(image.convert("RGB"))
+        assert 0.02 < (pixels != 255).any(-1).mean() < 0.9
+
+
+def test_maps_stand_in_columns_under_a_title_and_fill_the_page(figures, tmp_path):
+    panels = [cells(np.full((2, 3), float(i)))._replace(title=str(i)) for i in range(5)]
+    plots.maps(tmp_path / "f", panels, columns=3, title="All")
+    fig = figures[0]
+    assert fig._suptitle.get_text() == "All"
+    drawn = [ax for ax in fig.axes if ax.images]
+    assert [ax.get_title() for ax in drawn] == [str(i) for i in range(5)]
+    assert [(ax.get_xlabel(), ax.get_ylabel()) for ax in drawn] == [("step size", "batch size")] * 5
+    assert len({round(ax.get_position().x0, 6) for ax in drawn}) == 3
+    shown = [ax for ax in fig.axes if ax.get_visible()]
+    assert len(shown) == 10  # five maps, each with its bar, and nothing at the sixth place
+    one = plots.maps(tmp_path / "g", panels[:1], columns=3)
+    assert one and figures[1].get_figwidth() == pytest.approx(fig.get_figwidth() / 3)
+
+
+@pytest.mark.parametrize(("count", "step"), [(1, 1), (8, 1), (9, 2), (17, 3), (40, 5)])
+def test_at_most_eight_cells_of_an_axis_are_labelled_each_with_its_own_value(
+    count, step, figures, tmp_path
+):
+    x = np.geomspace(1e-3, 7e4, count)
+    z = np.arange(2.0 * count).reshape(2, count)
+    plots.maps(tmp_path / "f", [cells(z)._replace(x=x)])
+    ax = figures[0].axes[0]
+    assert ax.get_xticks().tolist() == list(range(0, count, step))
+    texts = [t.get_text() for t in ax.get_xticklabels()]
+    assert 1 <= len(texts) <= 8
+    for place, text in zip(ax.get_xticks(), texts, strict=True):
+        assert float(text) == pytest.approx(x[int(place)], rel=5e-3)
+
+
+def test_a_class_keeps_its_colour_where_others_are_absent_and_gaps_are_blank(figures, tmp_path):
+    names = ("converged", "stabilized", "diverged")
+    all_of_them = cells(np.array([[0, 1, 2], [2, 1, 0]]), classes=names)
+    some = cells(np.array([[1, 2, 2], [1, np.nan, 2]]), classes=names)
+    plots.maps(tmp_path / "f", [all_of_them, some])
+    for ax in figures[0].axes[:2]:
+        (image,) = ax.images
+        z = image.get_array()
+        rgba = image.cmap(image.norm(z))
+        for place, code in np.ndenumerate(z.filled(-1)):
+            if code < 0:
+                assert rgba[place][3] == 0
+            else:
+                assert to_hex(rgba[place]) == plots.CLASS_COLOURS[int(code)].lower()
+    for bar in figures[0].axes[2:]:
+        assert bar.get_yticks().tolist() == [0, 1, 2]
+        assert [t.get_text() for t in bar.get_yticklabels()] == list(names)
+
+
+def test_the_colours_of_a_logarithmic_map_are_even_in_powers_and_blank_below_zero(
+    figures, tmp_path
+):
+    z = np.array([[1.0, 100.0, 1e4], [0.0, -3.0, np.nan]])
+    plots.maps(tmp_path / "f", [cells(z, log_z=True), cells(z)])
+    ax, even, bar, _ = figures[0].axes
+    (image,) = ax.images
+    np.testing.assert_allclose(image.norm(z[0]), [0, 0.5, 1], atol=1e-12)
+    assert np.ma.getmaskarray(image.get_array()).tolist() == [[False] * 3, [True] * 3]
+    assert bar.get_yticks().tolist() == [10.0**k for k in range(5)]
+    assert bar.get_ylabel() == "loss"
+    linear = even.images[0]
+    np.testing.assert_allclose(linear.norm([-3.0, 1e4]), [0, 1], atol=1e-12)
+    assert np.ma.getmaskarray(linear.get_array()).sum() == 1
+
+
+@pytest.mark.parametrize("powers", [1, 3, 13, 60])
+def test_the_bar_of_many_powers_has_few_ticks_all_of_them_powers_of_ten(powers, figures, tmp_path):
+    z = np.geomspace(1.0, 10.0**powers, 6).reshape(2, 3)
+    plots.maps(tmp_path / "f", [cells(z, log_z=True)])
+    ticks = figures[0].axes[1].get_yticks()
+    inside = ticks[(ticks >= 1) & (ticks <= 10.0**powers)]
+    assert 2 <= len(inside) <= 6
+    np.testing.assert_allclose(np.log10(inside), np.rint(np.log10(inside)), atol=1e-9)
+
+
+def test_maps_with_the_same_curves_share_one_legend_in_the_colours_of_the_curves(figures, tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    curve = (np.array([0.1, 0.4]), np.array([2.0, 9.0]))
+    over = {"flow": curve, "GD": curve, "SGD": curve}
+    panel = cells(z, filled=True, overlay=over, points={"init": (0.2, 3.0)})
+    plots.maps(tmp_path / "f", [panel, panel])
+    (legend,) = figures[0].legends
+    named = {line.get_label(): to_hex(line.get_color()) for line in legend.get_lines()}
+    assert list(named) == list(over) and len(set(named.values())) == 3
+    for ax in figures[0].axes[:2]:
+        assert [to_hex(line.get_color()) for line in ax.lines[:3]] == list(named.values())
+        (place,) = ax.lines[3:]
+        assert place.get_xydata().tolist() == [[0.2, 3.0]]
+        assert [(t.get_text(), tuple(t.xy)) for t in ax.texts] == [("init", (0.2, 3.0))]
+
+
+def test_a_filled_map_has_its_axes_in_their_own_units(figures, tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    plots.maps(tmp_path / "f", [cells(z, filled=True)])
+    ax = figures[0].axes[0]
+    assert not ax.images and ax.collections
+    assert (ax.get_xlim(), ax.get_ylim()) == ((0.1, 0.5), (1.0, 10.0))
+    assert figures[0].legends == []
+
+
+def test_all_moves_are_on_one_scale_that_runs_which_diverged_do_not_set(figures, tmp_path):
+    rng = np.random.default_rng(0)
+    before, after = rng.uniform(-1, 1, (2, 4, 2))
+    after[1], after[2, 1] = np.nan, np.nan
+    after[2, 0], after[3] = 900.0, (-7.0, 0.0)
+    near = plots.Moves("near", before, before, np.eye(2))
+    far = plots.Moves("far", before, after, np.array([[0.0, 2.0]]))
+    lost = plots.Moves("lost", before, np.full((4, 2), np.nan), np.eye(2))
+    plots.moves(tmp_path / "f", [near, far, lost], title="Weights")
+    fig = figures[0]
+    assert fig._suptitle.get_text() == "Weights"
+    assert [ax.get_title() for ax in fig.axes] == ["near", "far", "lost"]
+    for ax in fig.axes:
+        low, high = ax.get_xlim()
+        assert ax.get_ylim() == (low, high) and low == -high and 7 < high < 8
+        assert ax.get_aspect() == 1
+        box = ax.get_window_extent()
+        assert box.width == pytest.approx(box.height, rel=1e-6)
+    (legend,) = fig.legends
+    assert not any(legend.get_window_extent().overlaps(ax.get_tightbbox()) for ax in fig.axes)
+
+
+def test_moved_points_look_as_the_legend_says(figures, tmp_path):
+    before, after = np.array([[0.0, 1.0], [2.0, 0.0]]), np.array([[1.0, 1.0], [np.nan, 3.0]])
+    plots.moves(tmp_path / "f", [plots.Moves("units", before, after, np.array([[3.0, 4.0]]))])
+    (legend,) = figures[0].legends
+    look = lambda line: (to_hex(line.get_color()), line.get_marker(), line.get_linestyle())
+    named = {line.get_label(): look(line) for line in legend.get_lines()}
+    assert len(set(named.values())) == 3
+    drawn = [
+        (look(line), line.get_xydata().tolist())
+        for line in figures[0].axes[0].lines
+        if look(line) in named.values()
+    ]
+    assert len(drawn) == 3
+    shown = {name: {key: repr(data) for key, data in drawn}[named[name]] for name in named}
+    assert shown["teacher"] == "[[0.0, 0.0], [3.0, 4.0]]"
+    assert shown["at initialization"] == repr(before.tolist())
+    assert shown["after training"] == repr(after.tolist())
+
+
+def frames_of(path):
+    """(pixels, milliseconds) of every frame of a GIF, and how often it is shown."""
+    with Image.open(path) as image:
+        frames = []
+        for k in range(image.n_frames):
+            image.seek(k)
+            frames.append((np.asarray(image.convert("RGB")).astype(int), image.info["duration"]))
+        return frames, image.info["loop"]
+
+
+def test_the_curve_of_an_animation_grows_and_nothing_else_moves(tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    over = {"GD": (np.linspace(0.12, 0.48, 40), np.linspace(1.5, 9.5, 40))}
+    frame = cells(z, filled=True, overlay=over, points={"init": (0.12, 1.5)})
+    path = tmp_path / "new" / "a.gif"
+    assert plots.animation(path, frame, [1, 10, 25, 40], ["Same"] * 4, per_second=10) == path
+    frames, loop = frames_of(path)
+    assert [duration for _, duration in frames] == [100, 100, 100, 2000] and loop == 0
+    rgb = [int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
+    painted = [np.abs(pixels - rgb).max(-1) < 40 for pixels, _ in frames]
+    counts = [mask.sum() for mask in painted]
+    assert counts == sorted(set(counts)) and counts[-1] > 3 * counts[0]
+    # The curve goes up and to the right: what two frames differ in lies ever further there.
+    first = [np.argwhere(after & ~before) for before, after in itertools.pairwise(painted)]
+    rows, columns = zip(*[places.mean(0) for places in first], strict=True)
+    assert list(rows) == sorted(rows, reverse=True) and list(columns) == sorted(columns)
+    moved = (np.abs(frames[-1][0] - frames[0][0]).max(-1) > 60).mean()
+    assert moved < 0.05
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_animation_without_a_title_for_each_frame_is_refused(tmp_path):
+    z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
+    over = {"GD": (np.linspace(0.1, 0.5, 6), np.linspace(1, 10, 6))}
+    with pytest.raises(ValueError, match="zip"):
+        plots.animation(tmp_path / "a.gif", cells(z, overlay=over), [1, 2], ["one"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_examples_lie_over_the_curves_and_out_of_the_legend(figures, tmp_path):
+    x = np.arange(4.0)
+    curves = {"f": (x, 100 * x), "g": (x, -x)}
+    plain = plots.Panel("f", "f(x)", curves)
+    plots.figure(tmp_path / "f", [plain._replace(points=(x, x**2)), plain])
+    dotted, bare = figures[0].axes
+    (dots,) = [line for line in dotted.lines if line.get_marker() == "."]
+    assert dots.get_xydata().tolist() == [[0, 0], [1, 1], [2, 4], [3, 9]]
+    assert to_hex(dots.get_color()) == "#000000" and dots.get_linestyle() == "None"
+    assert dots.get_zorder() > max(line.get_zorder() for line in dotted.lines if line is not dots)
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["f", "g"]
+    assert len(bare.lines) == 2 and bare.get_ylim()[1] > 300

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis.extra import numpy as hnp
 
 from experiments import records
 
@@ -549,3 +550,108 @@ def test_arrays_that_are_no_data_set_are_said_to_be_none(arrays, tmp_path):
     records.save_arrays(tmp_path, arrays)
     with pytest.raises(ValueError, match=r"arrays\.npz is no labelled data set .* remove"):
         records.load_dataset(tmp_path)
+
+
+dtypes = st.sampled_from([">f8", "f8", "f4", "i8", "i2", "u1", "?", "<U5", "c16"])
+
+
+@st.composite
+def datasets(draw):
+    """Variables over some of the axes; of the axes some have coordinates, a string's or a number's.
+
+    Each variable's name could be a path in an archive, and one is a keyword of NumPy's writer.
+    """
+    import xarray
+
+    sizes = draw(st.dictionaries(st.sampled_from(["seed", "η", "step"]), st.integers(0, 3)))
+    names = draw(st.lists(st.sampled_from(["loss", "file", "a/b", "rank"]), unique=True))
+    variables = {}
+    for name in names:
+        dims = draw(st.lists(st.sampled_from(list(sizes)), unique=True)) if sizes else []
+        shape = tuple(sizes[dim] for dim in dims)
+        variables[name] = (dims, draw(hnp.arrays(np.dtype(draw(dtypes)), shape)))
+    coords = {
+        dim: draw(hnp.arrays(np.dtype(draw(dtypes)), size))
+        for dim, size in sizes.items()
+        if draw(st.booleans())
+    }
+    return xarray.Dataset(variables, coords)
+
+
+@pytest.mark.usefixtures("quick_disk")
+@MANY
+@given(datasets())
+def test_any_labelled_data_set_comes_back_with_its_names_and_dtypes(tmp_path, dataset):
+    records.save_dataset(tmp_path, dataset)
+    again = records.load_dataset(tmp_path)
+    assert again.identical(dataset)
+    assert set(again.coords) == set(dataset.coords)
+    for name, variable in dataset.variables.items():
+        got = again.variables[name]
+        assert (got.dims, got.dtype.str) == (variable.dims, variable.dtype.str)
+    assert names(tmp_path) == ["arrays.npz"]
+
+
+def test_a_value_is_found_again_by_its_labels(tmp_path):
+    import xarray
+
+    loss = np.arange(6.0).reshape(2, 3)
+    coords = {"step": [0, 10, 99], "schedule": ["η = 0.1", "b"]}
+    records.save_dataset(tmp_path, xarray.Dataset({"loss": (("schedule", "step"), loss)}, coords))
+    again = records.load_dataset(tmp_path)
+    assert again["loss"].sel(schedule="b", step=10).item() == 4
+    assert again["loss"].sel(schedule="η = 0.1", step=99).item() == 2
+
+
+json_scalars = st.none() | st.booleans() | st.integers(-5, 5) | words
+axes_of_arrays = st.dictionaries(
+    st.sampled_from(["loss", "seed", "other"]),
+    st.lists(st.sampled_from(["seed", "loss", "step"]) | json_scalars, max_size=3) | json_scalars,
+)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate dimension names")
+@pytest.mark.usefixtures("quick_disk")
+@MANY
+@example({"loss": "seed"})
+@example({"loss": [["seed"]], "seed": ["seed"]})
+@example({"loss": ["seed", "seed"], "seed": ["seed"]})
+@given(axes_of_arrays | json_scalars | st.lists(json_scalars, max_size=2))
+def test_any_names_of_axes_fit_or_are_a_value_error_that_names_the_file(tmp_path, axes):
+    arrays = {"loss": np.zeros((3, 2)), "seed": np.arange(3)}
+    records.save_arrays(tmp_path, arrays | {records.AXES: np.array(json.dumps(axes))})
+    try:
+        dataset = records.load_dataset(tmp_path)
+    except ValueError as error:
+        assert str(tmp_path / "arrays.npz") in str(error)
+        assert f"remove {tmp_path}" in str(error)
+    else:
+        assert dataset["loss"].dims == tuple(axes["loss"])
+        assert dataset["loss"].shape == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore")  # the zip reader's, about names that occur twice
+@ONE_FOLDER
+@given(st.data())
+def test_a_cut_data_set_is_a_value_error_that_names_the_file(tmp_path, data):
+    import xarray
+
+    dataset = xarray.Dataset({"loss": (("seed",), np.arange(3.0))}, {"seed": ["a", "b", "c"]})
+    records.save_dataset(tmp_path, dataset)
+    path = tmp_path / "arrays.npz"
+    content = path.read_bytes()
+    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
+    with pytest.raises(ValueError) as error:
+        records.load_dataset(tmp_path)
+    assert str(path) in str(error.value)
+    assert f"remove {tmp_path}" in str(error.value)
+
+
+def test_a_folder_without_a_data_set_is_called_so(tmp_path):
+    with pytest.raises(FileNotFoundError) as error:
+        records.load_dataset(tmp_path)
+    assert "arrays.npz" in str(error.value)
+    records.save_arrays(tmp_path, {"loss": np.zeros(3)})
+    with pytest.raises(ValueError, match="no labelled data set") as error:
+        records.load_dataset(tmp_path)
+    assert str(tmp_path / "arrays.npz") in str(error.value)
