@@ -2,48 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float
-
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# Torch's default for a linear layer: uniform on +-1 / sqrt(fan_in).
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-
-
-def stored_dtype(dtype: DTypeLike) -> DTypeLike:
-    """Parameters are stored in float32 or, for float64 networks, in float64."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
-def conv(width: int, kernel: int, stride: int, dtype: DTypeLike) -> nn.Conv:
-    """Convolution without bias, zero-padded alike on both sides ("SAME" isn't, at stride 2)."""
-    return nn.Conv(
-        width,
-        (kernel, kernel),
-        stride,
-        padding=kernel // 2,
-        use_bias=False,
-        kernel_init=he_normal,
-        dtype=dtype,
-        param_dtype=stored_dtype(dtype),
-    )
-
-
-def batch_norm(train: bool, dtype: DTypeLike, momentum: float) -> nn.BatchNorm:
-    """Batch statistics in training, else running moments, which keep `momentum` of their past."""
-    return nn.BatchNorm(
-        use_running_average=not train,
-        momentum=momentum,
-        epsilon=1e-5,
-        use_fast_variance=False,
-        dtype=dtype,
-        param_dtype=stored_dtype(dtype),
-        # Else flax keeps the running moments of float64 networks in float32.
-        force_float32_reductions=stored_dtype(dtype) == jnp.float32,
-    )
+from jaxtyping import Array, Float
 
 
 class BasicBlock(nn.Module):
@@ -51,48 +15,106 @@ class BasicBlock(nn.Module):
 
     width: int
     stride: int
+    layers: Any  # models.Layers
     norm: Callable[[], nn.Module]
-    dtype: DTypeLike
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
-        y = nn.relu(self.norm()(conv(self.width, 3, self.stride, self.dtype)(x)))
-        y = self.norm()(conv(self.width, 3, 1, self.dtype)(y))
+        y = nn.relu(self.norm()(self.layers.conv(self.width, 3, self.stride)(x)))
+        y = self.norm()(self.layers.conv(self.width)(y))
         if x.shape != y.shape:
-            x = self.norm()(conv(self.width, 1, self.stride, self.dtype)(x))
+            x = self.norm()(self.layers.conv(self.width, 1, self.stride)(x))
         return nn.relu(x + y)
+
+
+class PreActBlock(nn.Module):
+    """x + conv(drop(act(norm(conv(a))))) with a = act(norm(x)); where shapes differ, a projection
+    of a (not of x) takes the place of x.
+    """
+
+    width: int
+    stride: int
+    layers: Any
+    norm: Callable[[], nn.Module]
+    dropout: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+        activated = self.layers.activate(self.norm()(x))
+        y = self.layers.conv(self.width, 3, self.stride)(activated)
+        y = self.layers.activate(self.norm()(y))
+        y = self.layers.conv(self.width)(self.dropout(y))
+        if x.shape != y.shape:
+            x = self.layers.conv(self.width, 1, self.stride)(activated)
+        return x + y
 
 
 class ResNet(nn.Module):
     """Stages of residual blocks, each stage twice as wide and half as large as the one before.
 
     Features: the output of every stage, then the pooled features that the last layer reads.
-    Images of any size and number of channels, values in [0, 1]; logits in float32 or float64.
+    Images [b, h, w, c] of any size and number of channels, values in [0, 1]; `width` is the first
+    stage's. The stem has stride 2 from 64 x 64 on (`Layers.stem`).
     """
 
     depths: Sequence[int]
     classes: int
+    layers: Any
     width: int = 64
-    dtype: DTypeLike = jnp.float32
-    norm_momentum: float = 0.9  # 0 keeps the moments of the last batch alone
 
     @nn.compact
     def __call__(
         self, x: Float[Array, "b h w c"], train: bool = False
     ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
-        norm = partial(batch_norm, train, self.dtype, self.norm_momentum)
+        norm = partial(self.layers.batch_norm, train)
         features = {}
-        x = conv(self.width, 3, 1, self.dtype)(x.astype(self.dtype))
-        x = nn.relu(norm()(x))
+        x = nn.relu(norm()(self.layers.stem(self.width, x)(x)))
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
-                x = BasicBlock(self.width * 2**stage, stride, norm, self.dtype)(x)
+                x = BasicBlock(self.width * 2**stage, stride, self.layers, norm)(x)
             features[f"block{stage + 1}"] = x
-        wide = stored_dtype(self.dtype)
-        x = features[f"block{len(self.depths) + 1}"] = x.astype(wide).mean((1, 2))
-        head = nn.Dense(self.classes, kernel_init=uniform_fan_in, dtype=wide, param_dtype=wide)
-        return head(x), features
+        x = features[f"block{len(self.depths) + 1}"] = self.layers.pool(x)
+        return self.layers.dense(self.classes)(x), features
 
 
-ResNet18 = partial(ResNet, (2, 2, 2, 2))
+class PreActResNet(nn.Module):
+    """Stages of pre-activation blocks: norm and activation stand before each convolution.
+
+    Features: the output of every stage, the last one after the final norm and ReLU, then the
+    pooled features that the last layer reads. With `groups`, GroupNorm takes BatchNorm's place.
+    `stem` is the width of the first convolution, `width` that of the first stage. A single
+    `binary_logit` z stands for the logits (0, z) of two classes, as in the released code.
+    Source: He et al., 2016 (arXiv 1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
+    """
+
+    depths: Sequence[int]
+    classes: int
+    layers: Any
+    dropped: Callable[..., nn.Module]  # models.Dropout
+    width: int = 64
+    stem: int | None = None  # `width`
+    groups: int = 0
+    binary_logit: bool = True
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], train: bool = False
+    ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
+        layers = self.layers
+        norm = partial(layers.group_norm, self.groups) if self.groups else None
+        norm = norm or partial(layers.batch_norm, train)
+        drop = lambda x: self.dropped(layers.dropout)(x, train)
+        features = {}
+        x = layers.stem(self.stem or self.width, x)(x)
+        for stage, depth in enumerate(self.depths):
+            for i in range(depth):
+                stride = 2 if stage and not i else 1
+                x = PreActBlock(self.width * 2**stage, stride, layers, norm, drop)(x)
+            features[f"block{stage + 1}"] = x
+        x = features[f"block{len(self.depths)}"] = nn.relu(norm()(x))
+        x = features[f"block{len(self.depths) + 1}"] = layers.pool(x)
+        if self.classes == 2 and self.binary_logit:
+            z = layers.dense(1)(x)
+            return jnp.concatenate([jnp.zeros_like(z), z], 1), features
+        return layers.dense(self.classes)(x), features

@@ -1,0 +1,297 @@
+"""Networks against the reference's outputs in float64, with weights that depend on shape alone."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.tree_util import DictKey
+
+from sgd_sparse_jax import models
+from sgd_sparse_jax._types import Batch, TrainState
+from sgd_sparse_jax.train import cross_entropy, make_objective, make_step
+
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "deep_nets.json").read_text())
+MOVED = (
+    "The network no longer computes what the reference's PyTorch code does. If that was meant, "
+    "say in the pull request which layer changed, and record tests/golden/deep_nets.json again."
+)
+L2 = 5e-4
+
+
+def fill(path, leaf):
+    """Weights that depend on name and shape alone, as the golden file was recorded with."""
+    name, shape = path[-1].key, leaf.shape
+    if name == "kernel" and len(shape) == 4:
+        h, w, i, o = shape
+        rng = np.random.RandomState((7 + h * 1000003 + w * 10007 + i * 101 + o) % 2**31)
+        return jnp.asarray(rng.randn(*shape) * np.sqrt(2 / (h * w * i)))
+    if name == "kernel":
+        i, o = shape
+        rng = np.random.RandomState((7 + i * 1000003 + o * 10007) % 2**31)
+        return jnp.asarray(rng.randn(i, o) / np.sqrt(i))
+    j = np.arange(shape[0], dtype=np.float64)
+    moments = {"mean": 0 * j, "var": 0 * j + 1, "key": np.arange(shape[0], dtype=np.uint32)}
+    return jnp.asarray(({"bias": 0.1 * np.sin(j), "scale": 1 + 0.1 * np.cos(j)} | moments)[name])
+
+
+def images_and_labels():
+    n, h, w, c = np.ogrid[:8, :32, :32, :3]
+    waves = 0.37 * n + 0.11 * h * (1 + n % 3) + 0.23 * w + 1.9 * c + 0.05 * h * w * (n % 2)
+    return jnp.asarray(0.5 + 0.5 * np.sin(waves)), jnp.asarray((3 * np.arange(8) + 1) % 10)
+
+
+X, Y = images_and_labels()
+
+
+OPTIONS = {"resnet_tiny_softplus": ("resnet_tiny", {"softplus": 5})}
+DEEP = ("resnet34", "resnet34_gn", "resnet34preact", "wrn28")
+
+
+def filled(key):
+    name, options = OPTIONS.get(key, (key, {}))
+    width = GOLDEN[key]["width"]
+    model = models.build(name, classes=10, width=width, dtype=jnp.float64, **options)
+    return model, *weights(model, X.shape)
+
+
+def weights(model, shape):
+    """Parameters and moments by the rule of `fill`; compiling `init` takes ten seconds."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float64)
+    stats = dict(jax.eval_shape(model.init, jr.key(0), x))
+    params = jax.tree_util.tree_map_with_path(fill, stats.pop("params"))
+    return params, jax.tree_util.tree_map_with_path(fill, stats)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=pytest.mark.slow) if k in DEEP else k for k in GOLDEN],
+)
+def net(request):
+    return GOLDEN[request.param], *filled(request.param)
+
+
+def test_count_of_parameters(net):
+    golden, _, params, _ = net
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == golden["params"]
+
+
+def test_logits(net):
+    golden, model, params, stats = net
+    evaluated = jax.jit(model.apply)({"params": params, **stats}, X)[0]
+    np.testing.assert_allclose(evaluated[:2], golden["eval_logits"][:2], rtol=1e-8, err_msg=MOVED)
+    train = lambda p, s: model.apply({"params": p, **s}, X, train=True, mutable=list(s))
+    (logits, _), moved = jax.jit(train)(params, stats)
+    np.testing.assert_allclose(logits[:2], golden["train_logits"][:2], rtol=1e-8, err_msg=MOVED)
+    _, features = jax.jit(model.apply)({"params": params, **moved}, X)
+    if "feature_shape" not in golden:
+        return  # the reference's VGG and Wide ResNet return no features
+    assert list(features) == [f"block{i}" for i in range(1, 6)]
+    to_nchw = lambda shape: [shape[0], shape[-1], *shape[1:-1]]
+    assert [to_nchw(phi.shape) for phi in features.values()] == golden["feature_shape"]
+    # The reference keeps the unbiased running variance, which alone moves these by up to .5 %; a
+    # net without running moments has no such excuse.
+    rtol = 6e-3 if jax.tree.leaves(moved) else 1e-8
+    means = [phi.mean() for phi in features.values()]
+    np.testing.assert_allclose(means, golden["feature_mean"], rtol=rtol, err_msg=MOVED)
+    positive = [(phi > 0).mean() for phi in features.values()]
+    np.testing.assert_allclose(positive, golden["feature_positive_fraction"], rtol=rtol)
+
+
+def test_three_training_steps(net):
+    golden, model, params, stats = net
+    tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(0.05, 0.9))
+    step = make_step(model, cross_entropy, tx)
+    objective = make_objective(model, cross_entropy)
+
+    @jax.jit
+    def measured(state: TrainState):
+        penalty = lambda p: 0.5 * L2 * sum((leaf**2).sum() for leaf in jax.tree.leaves(p))
+        total = lambda p: objective(p, state.stats, Batch(X, Y))[0] + penalty(p)
+        norm = optax.tree.norm(jax.grad(total)(state.params))
+        state_after, loss = step(state, Batch(X, Y))
+        return state_after, loss, penalty(state.params), norm
+
+    state = TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), ())
+    for (loss, penalty), norm in zip(golden["losses"], golden["grad_norms"], strict=True):
+        state, *ours = measured(state)
+        np.testing.assert_allclose(ours, [loss, penalty, norm], rtol=1e-8, err_msg=MOVED)
+    np.testing.assert_array_equal(state.step, 3)
+
+
+def test_running_moments_follow_the_precision():
+    for dtype, stored in (
+        (jnp.float64, "float64"),
+        (jnp.float32, "float32"),
+        (jnp.bfloat16, "float32"),
+    ):
+        model = models.build("resnet18_plain", classes=3, width=2, dtype=dtype)
+        out = jax.eval_shape(model.init, jr.key(0), jnp.zeros((2, 28, 28, 1), jnp.float32))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(out)} == {stored}
+        logits, features = jax.eval_shape(model.apply, out, jnp.zeros((2, 28, 28, 1), jnp.float32))
+        assert logits.dtype.name == stored and logits.shape == (2, 3)
+        assert features["block1"].dtype == dtype
+
+
+def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
+    model = models.build("resnet18_plain", classes=1000, width=64)
+    params = jax.jit(model.init)(jr.key(3), jnp.zeros((1, 32, 32, 3), jnp.float32))["params"]
+    kernel = params["BasicBlock_7"]["Conv_1"]["kernel"]
+    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 512)), rtol=1e-2)
+    head = params["Dense_0"]["kernel"]
+    np.testing.assert_allclose(jnp.abs(head).max(), 1 / np.sqrt(512), rtol=1e-3)
+    np.testing.assert_allclose(head.std(), 1 / np.sqrt(3 * 512), rtol=1e-2)
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    assert all((leaf == 0).all() for path, leaf in leaves if path[-1] == DictKey("bias"))
+    assert all((leaf == 1).all() for path, leaf in leaves if path[-1] == DictKey("scale"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"name": "resnet19"}, r"'resnet19'; known are densenet100_12, .* resnet18_plain"),
+        ({"width": 0}, "width is 0; choose 1 or more"),
+        ({"classes": 0}, "0 classes; a classifier needs 1 or more"),
+        ({"name": "resnet18", "dropout": 1.0}, r"dropped is 1.0; choose one in \[0, 1\)"),
+        ({"name": "resnet18", "softplus": -1}, "beta of softplus is -1"),
+        ({"dropout": 0.1}, "resnet18_plain takes neither dropout nor softplus; .*wrn28 do"),
+        ({"name": "resnet_tiny_gn", "width": 5}, "width is 5; GroupNorm with width/2 groups"),
+    ],
+)
+def test_what_cannot_be_built_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        models.build(**({"name": "resnet18_plain", "classes": 10, "width": 8} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "classes", "count"),
+    [
+        ("densenet100_12", None, 10, 769_162),
+        ("densenet100_12", None, 100, 800_032),
+        ("wrn28", 10, 10, 36_479_194),
+        ("wrn28", 10, 100, 36_536_884),
+        ("resnet18_plain", 64, 10, 11_173_962),
+        ("resnet34", 64, 10, 21_282_122),
+        ("resnet34_plain", 64, 10, 21_282_122),
+        ("resnet18", 64, 10, 11_172_170),
+        ("resnet18", 64, 2, 11_172_170 - 9 * 513),
+    ],
+)
+def test_published_counts_of_parameters(name, width, classes, count):
+    params, _ = shapes(models.build(name, classes=classes, width=width), (1, 32, 32, 3))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def shapes(model, shape):
+    """Parameters and (logits, features) without computing any."""
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    variables = jax.eval_shape(model.init, jr.key(0), x)
+    return variables["params"], jax.eval_shape(model.apply, variables, x)
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
+    model = models.build(name, classes=7, width=2, dtype=jnp.bfloat16)
+    last = {}
+    for shape in ((4, 28, 28, 1), (4, 32, 32, 3), (4, 64, 64, 3)):
+        params, (logits, features) = shapes(model, shape)
+        assert logits.shape == (4, 7) and logits.dtype == jnp.float32
+        assert list(features) == [f"block{i}" for i in range(1, len(features) + 1)]
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+        last[shape] = features
+    # The stem of stride 2 gives 64 x 64 images the maps of 32 x 32 ones; VGG has no stem.
+    small, large = last[4, 32, 32, 3], last[4, 64, 64, 3]
+    factor = 2 if name == "vgg16" else 1
+    of = lambda phi: (*(factor * n for n in phi.shape[1:3]), phi.shape[3])
+    maps = [block for block, phi in small.items() if phi.ndim == 4]
+    assert [large[block].shape[1:] for block in maps] == [of(small[block]) for block in maps]
+
+
+def apply(model, params, stats, x, train=True):
+    (logits, _), stats = model.apply({"params": params, **stats}, x, train, mutable=list(stats))
+    return logits, stats
+
+
+@pytest.fixture(scope="module")
+def dropping():
+    """A tiny net with dropout, at random weights and positive inputs."""
+    model = models.build("resnet_tiny_gn", classes=3, width=2, dropout=0.5)
+    x = jr.uniform(jr.key(1), (16, 8, 8, 3))
+    return jax.jit(apply, static_argnums=(0, 4)), model, *weights(model, x.shape), x
+
+
+def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training(dropping):
+    run, model, params, stats, x = dropping
+    plain = models.build("resnet_tiny_gn", classes=3, width=2)
+    calm, same = run(model, params, stats, x, False)
+    np.testing.assert_array_equal(calm, run(plain, params, {}, x, False)[0])
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    first, after = run(model, params, stats, x, True)
+    np.testing.assert_array_equal(first, run(model, params, stats, x, True)[0])
+    second, _ = run(model, params, after, x, True)
+    assert jnp.abs(first - second).max() > 1e-3 < jnp.abs(first - calm).max()
+
+
+def test_dropout_keeps_the_mean_and_drops_its_share():
+    drop = models.Dropout(0.3)
+    x = jnp.ones((100, 1000))
+    stats = drop.init(jr.key(0), x, False)
+    y, _ = drop.apply(stats, x, True, mutable=["dropout"])
+    assert set(np.unique(y)) == {0.0, np.float64(jnp.float64(1) / 0.7)}
+    np.testing.assert_allclose((y == 0).mean(), 0.3, atol=0.005)
+    np.testing.assert_allclose(y.mean(), 1, atol=0.01)
+
+
+def test_softplus_of_large_beta_is_relu():
+    x = jr.uniform(jr.key(1), (4, 16, 16, 3))
+    build = partial(models.build, "resnet_tiny_gn", classes=3, width=2, dtype=jnp.float64)
+    params, _ = weights(build(), x.shape)
+    logits = [
+        jax.jit(build(softplus=beta).apply)({"params": params}, x)[0]
+        for beta in (0, 10**6, 1000, 10)
+    ]
+    far = [float(jnp.abs(other - logits[0]).max()) for other in logits[1:]]
+    assert far[0] < 1e-4 and far[0] < far[1] < far[2]
+
+
+def test_group_norm_sees_one_example_and_batch_norm_all():
+    x = jr.uniform(jr.key(1), (4, 8, 8, 3))
+    for name, alone in (("resnet_tiny_gn", True), ("resnet_tiny", False)):
+        model = models.build(name, classes=3, width=4, dtype=jnp.float64)
+        params, stats = weights(model, x.shape)
+        run = jax.jit(partial(apply, model))
+        whole, one = run(params, stats, x)[0], run(params, stats, x[:1])[0]
+        assert np.allclose(whole[:1], one, rtol=1e-9) == alone
+
+
+@pytest.mark.parametrize("name", models.NETWORKS)
+def test_two_classes_are_one_logit_in_released_preactivation_nets(name):
+    params, (logits, _) = shapes(models.build(name, classes=2, width=2), (3, 32, 32, 3))
+    assert logits.shape == (3, 2)
+    head = [v for k, v in params.items() if k.startswith("Dense_")][-1]["kernel"].shape[-1]
+    single = models.PRE_ACTIVATION.keys() - {"wrn28"}
+    assert head == (1 if name in single else 2)
+
+
+def test_a_dense_block_carries_its_input_along():
+    """The first channels of a block's output are its input, whatever the layers add."""
+    model = models.build("densenet100_12", classes=3, width=2)
+    _, (_, features) = shapes(model, (1, 32, 32, 3))
+    sizes = [phi.shape[1:] for phi in features.values()]
+    # 2k -> 2k + 16 k = 36, halved to 18; + 32 = 50, halved to 25; + 32 = 57.
+    assert sizes == [(32, 32, 36), (16, 16, 50), (8, 8, 57), (57,)]
+
+
+def test_vgg_reads_grey_images_as_three_equal_channels_and_refuses_others():
+    model = models.build("vgg16", classes=3, width=2)
+    grey = jr.uniform(jr.key(1), (2, 28, 28, 1), jnp.float32)
+    params, _ = weights(model, grey.shape)
+    run = jax.jit(lambda x: model.apply({"params": params}, x)[0])
+    np.testing.assert_array_equal(run(grey), run(jnp.concatenate([grey] * 3, -1)))
+    with pytest.raises(ValueError, match="these have 2 channels"):
+        run(jnp.concatenate([grey] * 2, -1))
