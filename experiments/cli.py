@@ -38,10 +38,15 @@ def main(
         config = parse(config_type, argv, settings=settings)
         try:
             run(config)
+        except BrokenPipeError:
+            raise
         except CURABLE as error:
             if os.environ.get("SGD_SPARSE_TRACEBACK", "0") not in ("", "0"):
                 traceback.print_exc()
             _stop(_message(error), 1)
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         _stop("interrupted; the same command goes on from the last saved state", 130)
 

@@ -10,7 +10,12 @@ from .augment import (
 )
 from .builders import prepare as prepare
 from .images import IMAGE_SETS as IMAGE_SETS, Images as Images
-from .label_noise import gaussian_label_noise as gaussian_label_noise
+from .label_noise import (
+    CIFAR10_CONFUSIONS as CIFAR10_CONFUSIONS,
+    corrupt_labels as corrupt_labels,
+    gaussian_label_noise as gaussian_label_noise,
+    uniform_label_noise as uniform_label_noise,
+)
 from .synthetic import (
     CIRCLE_TEACHER as CIRCLE_TEACHER,
     DEEP_TEACHER as DEEP_TEACHER,

@@ -35,14 +35,16 @@ def make_evaluation(
     *,
     batch: int,
     sample: Callable[[str, Array], Float[Array, "b m"]] | None = None,
-    sparsity: Callable[[Float[Array, "n m"]], tuple[Scalar, Scalar]] | None = None,
+    distinct: Callable[[Float[Array, "n m"]], Scalar] | None = None,
     shard: Callable = lambda idx: idx,
 ) -> Callable[[PRNGKey, Params, Stats, int], dict[str, Any]]:
     """(key, params, stats, n) -> mean loss and error over the first n examples that `fetch` knows.
 
-    With `sample(block, features)` and `sparsity(units)`, also `active/BLOCK`, the share of
-    positive units over all of a block, and `distinct/BLOCK`, that of the sampled units without
-    duplicates. Every example is seen once; the last batch is padded, counts are exact.
+    With `sample(block, features)` and `distinct(units)`, also for each block: `active/BLOCK`, the
+    share of positive entries; `dead/BLOCK`, that of units which are positive for no example; and
+    `distinct/BLOCK`, the share of positive entries without duplicates, of the sampled units alone.
+    Every example is seen once; the last batch is padded, counts are exact. The host waits once,
+    at the end.
     """
 
     @jax.jit
@@ -52,27 +54,38 @@ def make_evaluation(
         examples = fetch(key, shard(idx))
         out: Any = model.apply({"params": params, **stats}, examples.x)
         logits, features = out
-        share = lambda phi: (phi > 0).reshape(len(phi), -1).mean(1, dtype=jnp.float32)
         wrong = logits.argmax(-1) != examples.y
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
-        active = {block: summed(share(phi)) for block, phi in features.items()} if sample else {}
-        units = {block: sample(block, phi) for block, phi in features.items()} if sample else {}
-        return Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), active), units
+        sums = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), {})
+        if not sample:
+            return sums, {}, {}
+        positive = {block: (phi > 0).reshape(len(phi), -1) for block, phi in features.items()}
+        active = {block: summed(on.mean(1, dtype=jnp.float32)) for block, on in positive.items()}
+        alive = {block: (on & mask[:, None]).any(0) for block, on in positive.items()}
+        units = {block: sample(block, phi) for block, phi in features.items()}
+        return sums._replace(active=active), alive, units
 
-    distinct = jax.jit(lambda units: sparsity(units)[1]) if sparsity else None
+    either = jax.jit(lambda a, b: jax.tree.map(jnp.logical_or, a, b))
+    dead = jax.jit(lambda alive: jax.tree.map(lambda unit: 1 - unit.mean(), alive))
+    share = jax.jit(distinct) if distinct else None
 
     def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
-        parts = [totals(key, params, stats, *rows) for rows in index_batches(n, batch)]
-        sums = jax.device_get([part for part, _ in parts])
+        parts, alive, units = [], None, []
+        for rows in index_batches(n, batch):
+            sums, ever, chosen = totals(key, params, stats, *rows)
+            alive = ever if alive is None else either(alive, ever)
+            parts.append(sums)
+            units.append(chosen)
+        joined = lambda block: jnp.concatenate([chosen[block] for chosen in units])[:n]
+        shares = {block: share(joined(block)) for block in units[0]} if share else {}
+        sums, never, shares = jax.device_get((parts, dead(alive), shares))
         count = sum(float(part.examples) for part in sums)
         mean = lambda pick: sum(float(pick(part)) for part in sums) / count
         row = {"loss": mean(lambda part: part.loss), "error": mean(lambda part: part.errors)}
         for block in sums[0].active:
             row[f"active/{block}"] = mean(lambda part, block=block: part.active[block])
-            if distinct:
-                phi = jnp.concatenate([units[block] for _, units in parts])[:n]
-                row[f"distinct/{block}"] = float(distinct(phi))
-        return row
+            row[f"dead/{block}"] = float(never[block])
+        return row | {f"distinct/{block}": float(value) for block, value in shares.items()}
 
     return evaluate
 
@@ -83,17 +96,19 @@ def make_moments(
     """(key, params, stats, n) -> BatchNorm moments: the mean of the batches' own, over n examples.
 
     `model` keeps nothing of the past (running moments of momentum 0). For weights that no batch
-    has been normalized with, such as averages along a run. A last partial batch is left out.
+    has been normalized with, such as averages along a run. A last partial batch is left out; all
+    other variables, such as the key of dropout, stay as they are.
     """
+    kind = "batch_stats"
 
     @jax.jit
     def batch_moments(key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"]) -> Stats:
         x = fetch(key, shard(idx)).x
         _, moments = model.apply({"params": params, **stats}, x, train=True, mutable=list(stats))
-        return moments
+        return moments[kind]
 
     def moments(key: PRNGKey, params: Params, stats: Stats, n: int) -> Stats:
-        if not jax.tree.leaves(stats):
+        if kind not in stats:
             return stats
         size, count = min(batch, n), max(n // batch, 1)
         total = None
@@ -101,6 +116,6 @@ def make_moments(
             idx = np.arange(i * size, (i + 1) * size, dtype=np.int32)
             one = batch_moments(key, params, stats, idx)
             total = one if total is None else jax.tree.map(jnp.add, total, one)
-        return jax.tree.map(lambda leaf: leaf / count, total)
+        return {**stats, kind: jax.tree.map(lambda leaf: leaf / count, total)}
 
     return moments

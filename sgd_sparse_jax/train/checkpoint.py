@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 
-from sgd_sparse_jax._types import TrainState
+from sgd_sparse_jax._types import Params, Stats, TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+LISTED = 5  # arrays that differ, by name
 ODD = 1_000_003  # so that no set bit is ever multiplied away
 
 
-def open_checkpoints(directory: str | PathLike[str], *, keep: int = 2) -> "ocp.CheckpointManager":
-    """Keeps the newest `keep` states under `directory`; use it as a context manager.
+def open_checkpoints(
+    directory: str | PathLike[str], *, keep: int | None = 2
+) -> "ocp.CheckpointManager":
+    """Keeps the newest `keep` states under `directory`, or all; use it as a context manager.
 
     Leaving the context waits for saves under way, and raises what went wrong in them.
     """
@@ -109,6 +112,55 @@ def restore(
     return like
 
 
+def load_weights(path: str | PathLike[str], params: Params, stats: Stats) -> tuple[Params, Stats]:
+    """Parameters and moments of a saved state, laid out like `params` and `stats`.
+
+    `path` is a run's folder, its folder of states (the newest counts), or one state. Optimizer,
+    average and step are left behind. Raises ValueError where nothing is saved there, where it can't
+    be read, or where the arrays have other names, shapes or dtypes.
+    """
+    import orbax.checkpoint as ocp
+
+    folder, step = _find_state(Path(path).expanduser().absolute())
+    where, like = f"{folder}, step {step}", {"params": params, "stats": stats}
+    with open_checkpoints(folder) as checkpoints:
+        try:
+            whole = checkpoints.item_metadata(step)
+            saved = {name: jax.tree.map(_described, whole[name]) for name in like}
+            alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+            target = jax.tree.map(
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone),
+                dict(whole),
+            )
+        except Exception as error:  # each layer of a saved state has its own exceptions
+            raise ValueError(
+                f"{where}: no state that can be read ({_in_a_line(error)})."
+            ) from error
+        _assert_alike(saved, like, where)
+        try:
+            state = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
+            about = checkpoints.metadata(step).custom_metadata or {}
+            if int(digest(TrainState(**state))) != about.get("digest"):
+                raise ValueError("its numbers are not those that were saved")
+        except Exception as error:
+            raise ValueError(f"{where}: the state is damaged ({_in_a_line(error)}).") from error
+    put = lambda old, new: jax.device_put(old, new.sharding)
+    return jax.tree.map(put, state["params"], params), jax.tree.map(put, state["stats"], stats)
+
+
+def _find_state(path: Path) -> tuple[Path, int]:
+    """The folder of states and the step that `path` means."""
+    if path.name.isdigit() and path.is_dir():
+        return path.parent, int(path.name)
+    for folder in (path / "checkpoints", path):
+        if (step := latest_step(folder)) is not None:
+            return folder, step
+    raise ValueError(
+        f"{path} holds no saved state: give a run's folder, its checkpoints or models folder, or "
+        "one of the numbered folders in there."
+    )
+
+
 @jax.jit
 def digest(state: TrainState) -> jax.Array:
     """Sum of the numbers' bit patterns times odd weights, modulo 2^32: one flipped bit shows.
@@ -180,8 +232,14 @@ def _assert_alike(saved: Any, target: Any, where: str) -> None:
     old, new = flatten(saved), flatten(jax.tree.map(_described, target))
     different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if different:
-        name = different[0]
+        show = lambda found: f"{found[1]}{list(found[0])}" if found else "missing"
+        listed = [
+            f"{name} is {show(old.get(name))} there and {show(new.get(name))} here"
+            for name in different[:LISTED]
+        ]
+        more = f"; {len(different) - LISTED} more" if len(different) > LISTED else ""
         raise ValueError(
-            f"The state saved in {where} is another network's: {name} is {old.get(name)} there "
-            f"and {new.get(name)} here ({len(different)} arrays differ); use another folder."
+            f"The state saved in {where} is another network's: {'; '.join(listed)}{more} "
+            f"({len(different)} of {len(old.keys() | new.keys())} arrays differ); use another "
+            "folder."
         )

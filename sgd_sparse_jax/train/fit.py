@@ -1,5 +1,6 @@
 """One run with pauses: advance, evaluate, save, repeat."""
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ def fit(
     evaluate: Callable[[TrainState], Mapping[str, Any]],
     on_row: Callable[[Row], None],
     save: Callable[[TrainState], None] | None = None,
+    keep_every: int = 0,
+    keep: Callable[[TrainState], None] = lambda state: None,
     steps_per_call: int = 1,
     on_call: Callable[[int], None] = lambda step: None,
 ) -> TrainState:
@@ -31,13 +34,17 @@ def fit(
 
     At step 0, every `eval_every` steps and at the end: one row to `on_row`, then, but for step 0,
     which its key gives back, `save(state)`. So a saved state has its row, and a run that starts
-    from one does not write it again. `steps_per_call` steps go in one compiled call (what is left
-    of a window one by one: two programs at most); between rows nothing waits for the device.
-    `on_call(step)` hears how far the calls have got. Raises FloatingPointError, with nothing
-    saved since the last row, when a loss or a weight isn't finite.
+    from one does not write it again. Every `keep_every` steps (0: never) `keep(state)`, between
+    rows too. A row has `window_loss`, the mean training loss of the steps since the row before, and
+    `step_seconds`, their mean time without compilation.
+
+    `steps_per_call` steps go in one compiled call (what is left of a window one by one: two
+    programs at most); between rows nothing waits for the device. `on_call(step)` hears how far the
+    calls have got. Raises FloatingPointError, with nothing saved since the last row, when a loss
+    or a weight isn't finite.
     """
     order, noise = jr.split(key)
-    advance = jax.jit(segment, donate_argnums=1)
+    advance = _Timed(jax.jit(segment, donate_argnums=1))
     draw = jax.jit(sampler, static_argnums=2)
     step, last = int(state.step), None
     if step == 0:
@@ -46,28 +53,64 @@ def fit(
         stop = min(step - step % eval_every + eval_every, num_steps)
         # Drawn once per window: a permutation of the data set is too dear for every step.
         indices = np.asarray(draw(order, step, stop - step))
-        losses = []
-        for rows in _calls(indices, steps_per_call):
+        losses: list[jax.Array] = []
+        started, compiling, at = time.perf_counter(), advance.compiling, step
+        for rows in _calls(indices, steps_per_call, step, keep_every):
             state, loss = advance(noise, state, rows)
             losses.append(loss)
-            on_call(step + sum(map(len, losses)))
+            at += len(rows)
+            on_call(at)
+            if keep_every and at % keep_every == 0 and bool(_is_finite(state)):
+                keep(state)
         values = np.concatenate(jax.device_get(losses))
+        seconds = time.perf_counter() - started - (advance.compiling - compiling)
         _assert_finite(values, step, last, bool(_is_finite(state)))
+        window = {
+            "window_loss": float(values.mean(dtype=np.float64)),
+            "step_seconds": seconds / len(values),
+        }
         step, last = stop, float(values[-1])
-        mean = float(values.mean(dtype=np.float64))
-        on_row({"step": step, "window_loss": mean} | dict(evaluate(state)))
+        on_row({"step": step} | window | dict(evaluate(state)))
         if save:
             save(state)
     return state
 
 
-def _calls(indices: np.ndarray, steps_per_call: int) -> Iterator[np.ndarray]:
-    """A window's rows in calls of `steps_per_call`, then one by one."""
-    whole = len(indices) - len(indices) % steps_per_call
-    for first in range(0, whole, steps_per_call):
-        yield indices[first : first + steps_per_call]
-    for first in range(whole, len(indices)):
-        yield indices[first : first + 1]
+class _Timed:
+    """A compiled segment, and the seconds that the first call of each length took to compile."""
+
+    def __init__(self, segment: Segment):
+        self.segment = segment
+        self.lengths: set[int] = set()
+        self.compiling = 0.0
+
+    def __call__(
+        self, key: PRNGKey, state: TrainState, rows: np.ndarray
+    ) -> tuple[TrainState, jax.Array]:
+        if len(rows) in self.lengths:
+            return self.segment(key, state, rows)
+        self.lengths.add(len(rows))
+        started = time.perf_counter()
+        out = self.segment(key, state, rows)  # returns once it is compiled, and runs on
+        self.compiling += time.perf_counter() - started
+        return out
+
+
+def _calls(
+    indices: np.ndarray, steps_per_call: int, start: int, keep_every: int
+) -> Iterator[np.ndarray]:
+    """A window's rows in calls of `steps_per_call`, what is left one by one.
+
+    No call crosses a multiple of `keep_every`; the first row belongs to step `start`.
+    """
+    first = 0
+    while first < len(indices):
+        room = len(indices) - first
+        if keep_every:
+            room = min(room, keep_every - (start + first) % keep_every)
+        size = steps_per_call if steps_per_call <= room else 1
+        yield indices[first : first + size]
+        first += size
 
 
 @jax.jit

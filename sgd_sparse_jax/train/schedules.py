@@ -58,8 +58,9 @@ def released_schedule(
     towards `warmup_factor` lr at T/2 for w = 1. Then it holds the value reached at f T over 10,
     from t/T = 0.9 over 100. For w = 1 the released code takes (f / .5) `warmup_factor` lr as the
     value reached, which at factor 1 is a drop to lr/50 at 10 % and not to lr/10;
-    `piecewise_0Fepochs_clean` divides what the warm-up really reached. Raises ValueError for an
-    unknown name.
+    `piecewise_0Fepochs_clean` divides what the warm-up really reached. `piecewise_A_B` divides by A
+    from T/2 and by B from 3T/4; `piecewise` is `piecewise_10_100`. Raises ValueError for an unknown
+    name.
     """
     if name not in RELEASED:
         raise ValueError(f"Unknown schedule {name!r}; known are {', '.join(sorted(RELEASED))}.")
@@ -80,8 +81,8 @@ def _constant(t, before, factor, exponent):
     return jnp.ones_like(t)
 
 
-def _piecewise(t, before, factor, exponent):
-    return jnp.where(before(0.5), 1.0, jnp.where(before(0.75), 0.1, 0.01))
+def _piecewise(t, before, factor, exponent, *, over: tuple[float, float] = (10.0, 100.0)):
+    return jnp.where(before(0.5), 1.0, jnp.where(before(0.75), 1 / over[0], 1 / over[1]))
 
 
 def _cosine(t, before, factor, exponent):
@@ -114,6 +115,9 @@ def _warmup_then_decay(t, before, factor, exponent, *, until: float, clean: bool
 RELEASED: dict[str, Callable] = {
     "constant": _constant,
     "piecewise": _piecewise,
+    "piecewise_10_100": _piecewise,
+    "piecewise_3_9": partial(_piecewise, over=(3.0, 9.0)),
+    "piecewise_3_inf": partial(_piecewise, over=(3.0, float("inf"))),
     "cosine": _cosine,
     "inverted_cosine": _inverted_cosine,
     "cyclic": _cyclic,
