@@ -89,7 +89,7 @@ class Config:
     sparsity_images: int = 10_752
     """Training images for training loss, error and sparsity (21 batches of 512)."""
     bn_images: int = 5120
-    """Training images for the averaged weights' BatchNorm moments; the last row takes all."""
+    """Training images for the averaged weights' BatchNorm moments; after all epochs, all."""
     jacobian_examples: int = 0
     """Training images for the rank of the Jacobian, in float64 (0: no rank; slow above 50)."""
     jacobian_tol: float = 1e-4
@@ -129,7 +129,8 @@ class Parts(NamedTuple):
     images: data.Images
     test_images: data.Images
     weights: tuple[Params, Stats] | None  # to start from
-    num_steps: int
+    num_steps: int  # of this call
+    total_steps: int  # of all epochs
     steps_per_epoch: int
     eval_every: int
 
@@ -296,6 +297,7 @@ def assemble(config: Config) -> Parts:
         test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
         weights=weights_of(config, model, whole.images.shape[1:]),
         num_steps=min(config.max_steps or total, total),
+        total_steps=total,
         steps_per_epoch=steps_per_epoch,
         eval_every=5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq,
     )
@@ -415,7 +417,7 @@ def add_row(config: Config, parts: Parts, folder: Path, row: dict[str, Any]) -> 
     place = {
         "step": step,
         "epoch": step / parts.steps_per_epoch,
-        "lr": float(parts.schedules.step_size(step)),
+        "lr": np.asarray(parts.schedules.step_size(step)),
     }
     if "step_seconds" in row:
         place["images_per_second"] = config.batch_size / row["step_seconds"]

@@ -20,7 +20,7 @@ def evaluation(
     """State -> a row: loss, error and sparsity on training images, loss and error on test images.
 
     Each image passes the network once per set of weights, current and averaged; the averaged ones'
-    BatchNorm moments come from `bn_images` training images, at the last step from all.
+    BatchNorm moments come from `bn_images` training images, after all epochs from all.
     """
     key = jr.key(config.seed)
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
@@ -41,7 +41,7 @@ def evaluation(
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         started = time.perf_counter()
-        bn_images = n if int(state.step) == parts.num_steps else min(config.bn_images, n)
+        bn_images = n if int(state.step) == parts.total_steps else min(config.bn_images, n)
         stats = moments(key, state.average, state.stats, bn_images)
         on = {
             "train": on_train(key, state.params, state.stats, min(config.sparsity_images, n)),
@@ -83,7 +83,7 @@ def jacobian_rank(config: Any, parts: Any, state: TrainState) -> int:
     x = images / 255.0 if images.dtype == np.uint8 else images.astype(np.float64)
     host = jax.device_get((state.params, state.stats))
     with jax.enable_x64(True):
-        wide = lambda leaf: leaf.astype(np.float64) if leaf.dtype == np.float32 else leaf
+        wide = lambda leaf: jnp.asarray(leaf, float if leaf.dtype == np.float32 else leaf.dtype)
         params, stats = jax.tree.map(wide, host)
         layers = parts.model.layers._replace(dtype=jnp.float64)
         model = parts.model.clone(layers=layers)

@@ -166,11 +166,60 @@ def test_another_runs_state_is_refused_field_by_field(folder):
 def test_other_shapes_and_precisions_are_refused(folder):
     like = state_at(0)
     dense = like.params["Dense"]
-    with pytest.raises(ValueError, match=r"params/Dense/kernel is \(\(64, 64\).*\(\(64, 5\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"params/Dense/kernel is float32\[64, 64\] there and float32\[64, 5\] here \(1 of",
+    ):
         restored(folder, like._replace(params={"Dense": dense | {"kernel": W[:, :5]}}))
     double = {"Dense": dense | {"kernel": W.astype(jnp.float64)}}
     with pytest.raises(ValueError, match=r"float32.* there and .*float64"):
         restored(folder, like._replace(params=double))
+
+
+def test_another_network_is_told_field_by_field(folder):
+    like = state_at(0)
+    other = {f"Conv_{i}": {"kernel": W} for i in range(4)}
+    with pytest.raises(ValueError, match="is another network's") as error:
+        restored(folder, like._replace(params=other, stats={}))
+    text = str(error.value)
+    assert "params/Conv_0/kernel is missing there and float32[64, 64] here" in text
+    assert "params/Dense/bias is float64[5] there and missing here" in text
+    assert "; 2 more (7 of 9 arrays differ)" in text
+
+
+@pytest.mark.parametrize("where", ["", "run", "step"])
+def test_weights_are_found_from_the_run_its_states_or_one_of_them(folder, tmp_path, where):
+    path = {"": folder, "run": tmp_path, "step": folder / "1"}[where]
+    like = jax.tree.map(jnp.zeros_like, state_at(0))
+    params, stats = train.load_weights(path, like.params, like.stats)
+    want = state_at(1 if where == "step" else 2)
+    jax.tree.map(np.testing.assert_array_equal, (params, stats), (want.params, want.stats))
+
+
+def test_weights_of_another_network_or_of_nothing_are_refused(folder, tmp_path):
+    like = state_at(0)
+    with pytest.raises(ValueError, match=r"stats/m is float64.3. there and missing here"):
+        train.load_weights(folder, like.params, {})
+    with pytest.raises(ValueError, match="holds no saved state: give a run's folder"):
+        train.load_weights(tmp_path / "nowhere", like.params, like.stats)
+
+
+@pytest.mark.parametrize("what", ["number", "file"])
+def test_damaged_weights_are_refused(folder, what):
+    chunks = [path for path in (folder / "2").rglob("d/*") if path.is_file()]
+    for path in chunks:
+        content = bytearray(path.read_bytes())
+        if what == "file":
+            path.write_bytes(content[: len(content) // 2])
+        else:
+            content[len(content) // 2] ^= 1
+            path.write_bytes(content)
+    assert chunks
+    like = state_at(0)
+    with pytest.raises(
+        ValueError, match=r"step 2: (the state is damaged|no state that can be read)"
+    ):
+        train.load_weights(folder, like.params, like.stats)
 
 
 @pytest.mark.parametrize("step", [1, 2])

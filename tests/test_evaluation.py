@@ -8,9 +8,10 @@ import pytest
 
 from sgd_sparse_jax import measure, train
 from sgd_sparse_jax._types import Batch
-from sgd_sparse_jax.models import ResNet
+from sgd_sparse_jax.models import Layers, ResNet
 
-MODEL = ResNet((1,), classes=3, width=4, dtype=jnp.float64)
+MODEL = ResNet((1,), classes=3, width=4, layers=Layers(jnp.float64))
+FORGETFUL = MODEL.clone(layers=MODEL.layers._replace(norm_momentum=0.0))
 X = jr.normal(jr.key(0), (45, 6, 6, 3))
 Y = jr.randint(jr.key(1), (45,), 0, 3)
 VARIABLES = dict(jax.jit(MODEL.init)(jr.key(2), X))
@@ -36,13 +37,15 @@ def test_means_are_exact_for_every_batch_size(batch, n):
 
 def test_sparsity_is_that_of_all_examples_at_once():
     sample = lambda block, phi: measure.sample_units(jr.key(7), phi, 30)
-    row = evaluation(8, sample=sample, sparsity=measure.feature_sparsity)(
-        jr.key(0), PARAMS, STATS, 45
-    )
+    distinct = lambda phi: measure.feature_sparsity(phi)[1]
+    row = evaluation(8, sample=sample, distinct=distinct)(jr.key(0), PARAMS, STATS, 45)
     for block, phi in FEATURES.items():
         np.testing.assert_allclose(row[f"active/{block}"], np.mean(np.asarray(phi) > 0), rtol=1e-6)
-        distinct = measure.feature_sparsity(sample(block, phi))[1]
-        np.testing.assert_allclose(row[f"distinct/{block}"], distinct, rtol=1e-9)
+        want = distinct(sample(block, phi))
+        np.testing.assert_allclose(row[f"distinct/{block}"], want, rtol=1e-9)
+        never = ~(np.asarray(phi) > 0).any(0)
+        np.testing.assert_allclose(row[f"dead/{block}"], never.mean(), rtol=1e-6)
+    assert row["dead/block1"] > 0  # else the line above has shown nothing
     assert set(FEATURES) == {"block1", "block2"}
 
 
@@ -54,7 +57,7 @@ def test_devices_change_nothing():
 
 
 def test_moments_are_the_mean_of_the_batches_own():
-    moments = measure.make_moments(MODEL.clone(norm_momentum=0.0), FETCH, batch=15)
+    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
     found = moments(jr.key(0), PARAMS, STATS, 45)["batch_stats"]["BatchNorm_0"]
     _, kept = MODEL.apply(
         VARIABLES, X, capture_intermediates=lambda m, _: m.name == "Conv_0", mutable=True
@@ -66,8 +69,25 @@ def test_moments_are_the_mean_of_the_batches_own():
 
 
 def test_moments_forget_what_they_were():
-    moments = measure.make_moments(MODEL.clone(norm_momentum=0.0), FETCH, batch=15)
+    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
     spoiled = jax.tree.map(lambda leaf: leaf + 100.0, STATS)
     a, b = (moments(jr.key(0), PARAMS, stats, 45) for stats in (STATS, spoiled))
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-12), a, b)
     assert moments(jr.key(0), PARAMS, {}, 45) == {}
+
+
+def test_an_example_beyond_the_last_does_not_revive_a_unit():
+    """The last batch is padded with copies of the last example: they must not count either."""
+    sample = lambda block, phi: measure.sample_units(jr.key(7), phi, 30)
+    few = evaluation(8, sample=sample)(jr.key(0), PARAMS, STATS, 3)
+    never = ~(np.asarray(FEATURES["block1"][:3]) > 0).any(0)
+    np.testing.assert_allclose(few["dead/block1"], never.mean(), rtol=1e-6)
+    assert "distinct/block1" not in few
+
+
+def test_moments_leave_other_variables_alone():
+    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
+    key = {"dropout": {"key": jnp.arange(2, dtype=jnp.uint32)}}
+    kept = moments(jr.key(0), PARAMS, {**STATS, **key}, 45)
+    jax.tree.map(np.testing.assert_array_equal, kept["dropout"], key["dropout"])
+    assert moments(jr.key(0), PARAMS, key, 45) == key

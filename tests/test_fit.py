@@ -11,9 +11,9 @@ import pytest
 
 from sgd_sparse_jax import train
 from sgd_sparse_jax._types import Batch
-from sgd_sparse_jax.models import ResNet
+from sgd_sparse_jax.models import Layers, ResNet
 
-MODEL = ResNet((1,), classes=4, width=4)
+MODEL = ResNet((1,), classes=4, layers=Layers(), width=4)
 IMAGES = jr.normal(jr.key(3), (64, 8, 8, 3), jnp.float32)
 LABELS = jr.randint(jr.key(4), (64,), 0, 4)
 KEY = jr.key(1)
@@ -253,3 +253,50 @@ def test_the_last_finite_loss_is_that_of_the_window_before():
         FloatingPointError, match=r"inf at step 4 \(the last finite loss is [\d.]+;"
     ):
         run(state, poisoned, 10)
+
+
+@pytest.mark.parametrize("steps_per_call", [1, 3])
+def test_states_are_kept_between_rows_and_change_nothing(whole, steps_per_call):
+    kept, rows = {}, []
+    keep = lambda state: kept.setdefault(int(state.step), jax.device_get(state.params))
+    state = run(*training(), 10, keep_every=3, keep=keep, on_row=rows.append)
+    assert list(kept) == [3, 6, 9] and [row["step"] for row in rows] == [0, 4, 8, 10]
+    assert_same(state, whole[0])
+    again = {}
+    run(*training(), 6, keep_every=6, keep=lambda s: again.update({6: jax.device_get(s.params)}))
+    assert_same(kept[6], again[6])
+
+
+def test_steps_are_timed_without_their_compilation(whole):
+    import time
+
+    naps = iter([0.5] + [0.0] * 100)
+
+    def slow_to_compile(key, state, rows):  # as jit is at the first call of a shape
+        time.sleep(next(naps))
+        return state._replace(step=state.step + len(rows)), jnp.zeros(len(rows))
+
+    from sgd_sparse_jax.train.fit import _Timed
+
+    timed = _Timed(slow_to_compile)
+    for _ in range(3):
+        timed(KEY, training()[0], np.zeros((2, 4)))
+    assert 0.5 <= timed.compiling < 1
+    assert all(0 < row["step_seconds"] < 10 for row in whole[1][1:])
+
+
+def test_no_call_crosses_a_step_to_keep():
+    from sgd_sparse_jax.train.fit import _calls
+
+    for start, length, per_call, every in [
+        (0, 10, 4, 6),
+        (7, 20, 4, 6),
+        (0, 9, 5, 0),
+        (3, 3, 1, 2),
+    ]:
+        calls = list(_calls(np.arange(length)[:, None], per_call, start, every))
+        np.testing.assert_array_equal(np.concatenate(calls)[:, 0], np.arange(length))
+        assert {len(call) for call in calls} <= {1, per_call}
+        ends = start + np.cumsum([len(call) for call in calls])
+        for k in range(start + 1, start + length + 1) if every else ():
+            assert k % every or k in ends

@@ -10,7 +10,13 @@ import optax
 import pytest
 
 from sgd_sparse_jax._types import Batch
-from sgd_sparse_jax.data import gaussian_label_noise, sparse_regression
+from sgd_sparse_jax.data import (
+    CIFAR10_CONFUSIONS,
+    corrupt_labels,
+    gaussian_label_noise,
+    sparse_regression,
+    uniform_label_noise,
+)
 from sgd_sparse_jax.models import DiagonalNet
 from sgd_sparse_jax.train import (
     Gauge,
@@ -176,3 +182,75 @@ def test_a_vmapped_scale_is_the_loop_over_scales():
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-15)
     jax.tree.map(close, jax.jit(jax.vmap(run))(scales), looped)
     assert np.abs(np.diff(looped[0].params["v"], axis=0)).max(1).min() > 1e-3
+
+
+def redrawn(share, step=0, n=20_000, classes=10):
+    labels = jnp.arange(n) % classes
+    noise = uniform_label_noise(share, classes)
+    batch = Batch(jnp.zeros(n), labels)
+    return labels, noise(KEY, jnp.asarray(step), batch).y
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+def test_a_share_of_the_labels_is_drawn_anew_among_all_classes(share):
+    labels, noisy = redrawn(optax.constant_schedule(share))
+    assert noisy.dtype == labels.dtype
+    np.testing.assert_allclose((noisy != labels).mean(), 0.9 * share, atol=0.012)
+    if share == 1:
+        counts = np.bincount(np.asarray(noisy), minlength=10)
+        np.testing.assert_allclose(counts / len(noisy), 0.1, atol=0.01)
+
+
+def test_redrawn_labels_follow_the_schedule_and_the_key():
+    schedule = lambda step: jnp.where(step < 5, 0.5, 0.0)
+    labels, before = redrawn(schedule, step=4)
+    assert (before != labels).any() and (redrawn(schedule, step=5)[1] == labels).all()
+    np.testing.assert_array_equal(before, redrawn(schedule, step=4)[1])
+
+
+LABELS = (np.arange(1000) % 10).astype(np.int32)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.137, 0.5, 1.0])
+def test_exactly_the_share_of_labels_is_wrong_and_spread_over_the_others(share):
+    wrong = corrupt_labels(LABELS, share, 10, seed=3)
+    assert (wrong != LABELS).sum() == int(share * 1000)
+    assert wrong.dtype == np.int32 and set(wrong) <= set(range(10))
+    if share == 1:
+        assert len(set((wrong - LABELS) % 10)) == 9
+    np.testing.assert_array_equal(wrong, corrupt_labels(LABELS, share, 10, seed=3))
+
+
+def test_confusions_change_their_classes_alone():
+    wrong = corrupt_labels(LABELS, 1.0, 10, 0, CIFAR10_CONFUSIONS)
+    names = [
+        "airplane",
+        "automobile",
+        "bird",
+        "cat",
+        "deer",
+        "dog",
+        "frog",
+        "horse",
+        "ship",
+        "truck",
+    ]
+    became = {names[a]: names[b] for a, b in set(zip(LABELS.tolist(), wrong.tolist(), strict=True))}
+    assert became == dict(zip(names, names, strict=True)) | {
+        "truck": "automobile",
+        "bird": "airplane",
+        "cat": "dog",
+        "dog": "cat",
+        "deer": "horse",
+    }
+    hit = corrupt_labels(LABELS, 0.3, 10, 0, CIFAR10_CONFUSIONS) != LABELS
+    sym = corrupt_labels(LABELS, 0.3, 10, 0) != LABELS
+    assert 0 < hit.sum() < sym.sum() and (hit <= sym).all()  # the same examples are chosen
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
+def test_a_share_outside_0_1_is_refused(share):
+    with pytest.raises(ValueError, match=r"share of wrong labels is .*; choose one in \[0, 1\]"):
+        corrupt_labels(LABELS, share, 10, 0)
+    with pytest.raises(ValueError, match="no label can be made wrong"):
+        corrupt_labels(LABELS * 0, 0.5, 1, 0)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import records, resnet_cifar
+from experiments import classifiers, records, resnet_cifar
 from experiments.resnet_cifar import Config
 from sgd_sparse_jax import models
 
@@ -100,7 +100,8 @@ def test_a_run_cut_and_resumed_is_the_same_run(whole, base, tmp_path):
         saved_state(folder, NUM_STEPS),
         saved_state(whole[1], NUM_STEPS),
     )
-    untimed = lambda row: {key: value for key, value in row.items() if key != "eval_seconds"}
+    timed = ("eval_seconds", "step_seconds", "images_per_second")
+    untimed = lambda row: {key: value for key, value in row.items() if key not in timed}
     ours, theirs = (list(map(untimed, records.read_rows(f))) for f in (folder, whole[1]))
     assert ours == theirs  # and the row that no saved state covers is gone
     starts = records.read_json(folder / "manifest.json")["starts"]
@@ -157,13 +158,117 @@ def test_a_finished_run_without_rows_says_so(whole, tmp_path):
         resnet_cifar.run(replace(config, runs_dir=str(tmp_path)))
 
 
+@pytest.fixture(scope="module")
+def switched(base, tmp_path_factory):
+    """A run with the released code's other switches on, in bfloat16, with its states kept."""
+    pytest.importorskip("tensorboardX")
+    config = replace(
+        base,
+        half_prec=True,
+        frac_train=0.75,
+        p_label_noise=0.25,
+        sgd_p_label_noise=0.5,
+        ln_schedule="inverted_cosine",
+        n_final_eval=20,
+        jacobian_examples=2,
+        save_model_each_k_epochs=1,
+        tensorboard=True,
+        epochs=2,
+        max_steps=0,
+        runs_dir=str(tmp_path_factory.mktemp("switched")),
+    )
+    with jax.enable_x64(False):
+        return config, resnet_cifar.run(config)
+
+
+def test_the_switches_of_the_released_code_run_together(switched):
+    _, folder = switched
+    rows = records.read_rows(folder)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]  # 48 images, 16 at a time
+    for row in rows:
+        assert 1 <= row["jacobian_rank"] <= 20 and row["param_norm"] > 0 < row["grad_norm"]
+        assert row["test/error"] * 20 == pytest.approx(round(row["test/error"] * 20))
+        assert 0 <= row["train/dead/block2"] < 1
+    assert all(row["images_per_second"] > 0 < row["window_loss"] for row in rows[1:])
+    assert list((folder / "tensorboard").iterdir())
+    assert {path.name for path in (folder / "models").iterdir() if path.name.isdigit()} == {
+        "3",
+        "6",
+    }
+
+
+@pytest.mark.parametrize("state", ["models/3", "checkpoints/6", ""])
+def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
+    config, folder = switched
+    chosen = replace(
+        config, model_path=str(folder / state), runs_dir=str(tmp_path), exp_name="more", max_steps=1
+    )
+    parts = classifiers.assemble(chosen)
+    step = 3 if state == "models/3" else 6
+    where = "models" if state == "models/3" else "checkpoints"
+    import orbax.checkpoint as ocp
+
+    saved = ocp.StandardCheckpointer().restore(folder / where / str(step) / "default")
+    jax.tree.map(np.testing.assert_array_equal, parts.weights[0], saved["params"])
+    mesh = classifiers.train.data_mesh()
+    pixels = classifiers.placed(parts.images, mesh)
+    fresh = classifiers.training(chosen, parts, mesh, pixels)[2]
+    state = fresh(jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, state.params, saved["params"])
+    jax.tree.map(np.testing.assert_array_equal, state.average, saved["params"])
+    jax.tree.map(np.testing.assert_array_equal, state.stats, saved["stats"])
+    assert int(state.step) == 0
+
+
+def test_weights_of_another_width_are_refused_by_name(switched, tmp_path):
+    config, folder = switched
+    other = replace(config, model_path=str(folder), model_width=4, runs_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"--model_path: .* is another network's: params/BasicBl"):
+        resnet_cifar.run(other)
+    with pytest.raises(ValueError, match=r"--model_path: .*nowhere holds no saved state"):
+        resnet_cifar.run(replace(other, model_path="nowhere"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_and_wrong_labels_are_of_the_training_set_alone(base):
+    plain = classifiers.assemble(base)
+    noisy = classifiers.assemble(replace(base, p_label_noise=0.5, frac_train=0.75, n_final_eval=7))
+    assert len(noisy.images.labels) == len(noisy.images.images) == 48
+    np.testing.assert_array_equal(noisy.images.images, plain.images.images[:48])
+    assert (noisy.images.labels != plain.images.labels[:48]).sum() == 24
+    np.testing.assert_array_equal(noisy.test_images.labels, plain.test_images.labels[:7])
+    assert len(classifiers.assemble(replace(base, n_final_eval=-1)).test_images.labels) == 64
+    asym = classifiers.assemble(replace(base, p_label_noise=1.0, noise_type="asym"))
+    swapped = [classifiers.CONFUSIONS["cifar10"].get(y, y) for y in plain.images.labels.tolist()]
+    assert asym.images.labels.tolist() == swapped
+
+
+def test_the_evaluation_default_is_every_fifth_epoch(base):
+    assert classifiers.assemble(replace(base, eval_iter_freq=-1)).eval_every == 5 * 64 // 16
+
+
+@pytest.mark.parametrize(
+    ("dataset", "moved", "mirrored"),
+    [("cifar10", 1, 1), ("svhn", 1, 0), ("mnist", 0, 0), ("cifar10_dog_cat_gs", 1, 1)],
+)
+def test_augmentation_is_the_released_codes(dataset, moved, mirrored):
+    augment = classifiers.augmentation(Config(dataset=dataset))
+    assert (augment is not None) == bool(moved)
+    if augment:
+        ramp = np.tile(np.arange(100, 132, dtype=np.uint8)[:, None], (64, 32, 1, 1))
+        rising = np.asarray(augment(jax.random.key(0), ramp))[:, 16, 8:24, 0].astype(int)
+        falls = (np.diff(rising, axis=1) < 0).any(1)
+        assert falls.any() == bool(mirrored)
+    assert classifiers.augmentation(Config(dataset=dataset, no_data_augm=True)) is None
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
         ({"lr_init": -0.1}, "--lr_init is -0.1; it must be positive"),
         ({"lr_init": float("nan")}, "--lr_init is nan"),
         ({"lr_schedule": "piecewise_04epochs"}, "Unknown schedule .* known are constant"),
-        ({"model": "resnet19"}, "Unknown model .* known are resnet18_plain"),
+        ({"model": "resnet19"}, "Unknown model .* known are .*resnet18_plain"),
         ({"dataset": "cifar11"}, "Unknown data set .* known are cifar10"),
         ({"batch_size": 12}, "--batch_size is 12, which can't be split over 8 devices"),
         ({"batch_size": 72}, "--batch_size is 72, more than the 64 training images"),
@@ -173,6 +278,20 @@ def test_a_finished_run_without_rows_says_so(whole, tmp_path):
         ({"bn_images": 31}, "--batch_size_eval is 32, more than the 31 training images"),
         ({"max_steps": -1}, "--max_steps is -1; it must be 0 or more"),
         ({"exp_name": "../up"}, "plain file name"),
+        ({"frac_train": 0.0}, r"--frac_train is 0.0; it must be in \(0, 1\]"),
+        ({"frac_train": 0.2}, "more than the 12 training images of cifar10 .0.2 of them"),
+        ({"p_label_noise": 1.5}, r"--p_label_noise is 1.5; it must be in \[0, 1\]"),
+        ({"sgd_p_label_noise": float("nan")}, "--sgd_p_label_noise is nan; it must be in"),
+        ({"ln_schedule": "piecewise_2_3_3"}, "--ln_schedule: Unknown schedule"),
+        (
+            {"dataset": "mnist", "noise_type": "asym", "p_label_noise": 0.1},
+            "mistaken for; of mnist",
+        ),
+        ({"n_final_eval": 0}, "--n_final_eval is 0; it must be 1 or more, or -1"),
+        ({"eval_iter_freq": -2}, "--eval_iter_freq is -2"),
+        ({"jacobian_tol": 0.0}, "--jacobian_tol is 0.0; it must be positive"),
+        ({"model": "vgg16", "droprate": 0.1}, "vgg16 takes neither dropout nor softplus"),
+        ({"model": "resnet18_gn", "model_width": 3}, "width is 3; GroupNorm"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_written(base, wrong, words, tmp_path):
@@ -201,10 +320,10 @@ def test_the_papers_command_lines_are_understood():
         "piecewise_05epochs --warmup_exp=1.05", "constant"
     )
     assert cli.parse(Config, small.split()).lr_schedule == "constant"
-    assert resnet_cifar.run_name(config) != resnet_cifar.run_name(cli.parse(Config, small.split()))
+    assert classifiers.run_name(config) != classifiers.run_name(cli.parse(Config, small.split()))
     art = large.replace("--warmup_exp=1.05", "").replace("--no_data_augm", "--l2_reg=0.0005")
     assert not cli.parse(Config, art.split()).no_data_augm
-    resnet_cifar.validate(config)
+    classifiers.validate(config)
 
 
 def test_the_penalty_passes_the_momentum():
@@ -212,7 +331,7 @@ def test_the_penalty_passes_the_momentum():
     import jax.numpy as jnp
     import optax
 
-    tx = resnet_cifar.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
+    tx = classifiers.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
     p, state = jnp.ones(()), tx.init(jnp.ones(()))
     for _ in range(2):
         update, state = tx.update(jnp.zeros(()), state, p)

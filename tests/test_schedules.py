@@ -22,8 +22,9 @@ def formula(name: str, k: int, factor: float, w: float) -> float:
     t, total = (k + 1) / STEPS_PER_EPOCH, EPOCHS
     if name == "constant":
         return LR
-    if name == "piecewise":
-        return LR / (1 if t / total < 0.5 else 10 if t / total < 0.75 else 100)
+    if name == "piecewise" or name[10:] in ("10_100", "3_9", "3_inf"):
+        first, second = map(float, (name[10:] or "10_100").split("_"))
+        return LR / (1 if t / total < 0.5 else first if t / total < 0.75 else second)
     if name == "cosine":
         return LR * (0.5 + 0.5 * math.cos(math.pi * t / total))
     if name == "inverted_cosine":

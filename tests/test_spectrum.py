@@ -325,3 +325,18 @@ def test_of_several_copies_of_a_unit_the_last_one_is_distinct():
     at = lambda threshold: measure.distinct_units(jnp.asarray(noisy), threshold).tolist()
     assert at(level - 1e-6) == [False, True]
     assert at(level + 1e-6) == [True, True]
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 20])
+def test_the_tangent_kernel_is_the_gram_matrix_of_the_jacobian(chunk):
+    model = MLP((5, 4), outputs=3)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(7, 2)))
+    params = model.init(jax.random.key(0), x)["params"]
+    predict = lambda params, x: model.apply({"params": params}, x)[0]
+    flat, shape = ravel_pytree(params)
+    jac = jax.jacobian(lambda p: predict(shape(p), x).reshape(-1))(flat)
+    gram = measure.tangent_kernel(predict, params, x, chunk=chunk)
+    np.testing.assert_allclose(gram, jac @ jac.T, rtol=1e-12, atol=1e-12)
+    values = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
+    np.testing.assert_allclose(values[:5], measure.singular_values(jac)[:5], rtol=1e-6)

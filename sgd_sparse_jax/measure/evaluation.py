@@ -66,7 +66,7 @@ def make_evaluation(
         return sums._replace(active=active), alive, units
 
     either = jax.jit(lambda a, b: jax.tree.map(jnp.logical_or, a, b))
-    dead = jax.jit(lambda alive: jax.tree.map(lambda unit: 1 - unit.mean(), alive))
+    dead = jax.jit(lambda alive: jax.tree.map(lambda unit: (~unit).mean(), alive))
     share = jax.jit(distinct) if distinct else None
 
     def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class VGG(nn.Module):
             width = self.width * min(2 ** (stage - 1), 8)
             for _ in range(depth):
                 x = nn.relu(self.layers.conv(width, bias=True)(x))
-            up = [(0, size % 2) for size in x.shape[1:3]]
+            up: Any = [(0, size % 2) for size in x.shape[1:3]]
             x = features[f"block{stage}"] = nn.max_pool(x, (2, 2), (2, 2), padding=up)
         x = self.layers.pool(x)
         for hidden in (1, 2):

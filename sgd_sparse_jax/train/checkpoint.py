@@ -112,12 +112,13 @@ def restore(
     return like
 
 
-def load_weights(path: str | PathLike[str], params: Params, stats: Stats) -> tuple[Params, Stats]:
+def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Params, Stats]:
     """Parameters and moments of a saved state, laid out like `params` and `stats`.
 
-    `path` is a run's folder, its folder of states (the newest counts), or one state. Optimizer,
-    average and step are left behind. Raises ValueError where nothing is saved there, where it can't
-    be read, or where the arrays have other names, shapes or dtypes.
+    Those may be arrays or their shapes. `path` is a run's folder, its folder of states (the newest
+    counts), or one state. Optimizer, average and step are left behind. Raises ValueError where
+    nothing is saved there, where it can't be read, or where the arrays have other names, shapes or
+    dtypes.
     """
     import orbax.checkpoint as ocp
 

@@ -84,9 +84,7 @@ class _Timed:
         self.lengths: set[int] = set()
         self.compiling = 0.0
 
-    def __call__(
-        self, key: PRNGKey, state: TrainState, rows: np.ndarray
-    ) -> tuple[TrainState, jax.Array]:
+    def __call__(self, key: PRNGKey, state: TrainState, rows: Any) -> tuple[TrainState, jax.Array]:
         if len(rows) in self.lengths:
             return self.segment(key, state, rows)
         self.lengths.add(len(rows))
