@@ -1,7 +1,22 @@
 """JAX at its strictest: silent broadcasting is an error, eight devices, both precisions at hand."""
 
 import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def small_cifar(tmp_path_factory):
+    """A data folder with 64 random images per split, in the layout of the decoded cache."""
+    root = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    (root / "cifar10").mkdir(parents=True)
+    for split in ("train", "test"):
+        images = rng.integers(0, 256, (64, 32, 32, 3), dtype=np.uint8)
+        np.save(root / "cifar10" / f"{split}_images.npy", images)
+        np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, 64, dtype=np.int32))
+    return str(root)

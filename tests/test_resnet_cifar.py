@@ -30,18 +30,8 @@ def shallow():
         yield
 
 
-def data_folder(root: Path, n: int = 64) -> str:
-    rng = np.random.default_rng(0)
-    (root / "cifar10").mkdir(parents=True)
-    for split in ("train", "test"):
-        images = rng.integers(0, 256, (n, 32, 32, 3), dtype=np.uint8)
-        np.save(root / "cifar10" / f"{split}_images.npy", images)
-        np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, n, dtype=np.int32))
-    return str(root)
-
-
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(small_cifar):
     return Config(
         model="shallow",
         model_width=2,
@@ -54,7 +44,7 @@ def base(tmp_path_factory):
         lr_schedule="constant",
         sparsity_images=40,
         bn_images=32,
-        data_dir=data_folder(tmp_path_factory.mktemp("data")),
+        data_dir=small_cifar,
     )
 
 
