@@ -1,0 +1,73 @@
+"""Every network on images of every kind: two steps, evaluations, a save and a resume.
+
+Sets of one shape and number of classes differ in their pixels alone, so one of each kind meets all
+networks, and all sets meet the quickest network. The sets are small, and written by TFDS itself.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import classifiers, records
+from experiments.classifiers import Config
+from sgd_sparse_jax import data, models
+from sgd_sparse_jax.data import builders, images as stored
+
+pytestmark = pytest.mark.slow
+WIDTHS = {"wrn28": 1}
+KINDS = (
+    "cifar10",
+    "cifar100",
+    "cifar10_gs",
+    "cifar10_dog_cat",
+    "mnist",
+    "tiny_imagenet",
+    "gaussians_binary",
+)
+QUICKEST = "resnet_tiny_gn"
+PAIRS = [(net, kind) for net in models.NETWORKS for kind in KINDS] + [
+    (QUICKEST, name) for name in data.IMAGE_SETS if name not in KINDS
+]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    """All stored sets, as TFDS directories of 200 training and 40 test images."""
+    root = tmp_path_factory.mktemp("data")
+    for name, (shape, class_names, _) in stored.IMAGE_SETS.items():
+
+        def examples(paths, split, shape=shape, classes=len(class_names)):
+            rng = np.random.default_rng(0)
+            for i in range(200 if split == "train" else 40):
+                yield rng.integers(0, 256, shape, np.uint8), {"label": i % classes}
+
+        source = builders.Source("1.0.0", (), examples)
+        builders.prepare(name, shape, class_names, root, source=source)
+    return str(root)
+
+
+@pytest.mark.parametrize(("net", "dataset"), PAIRS)
+def test_a_run_is_trained_evaluated_saved_and_resumed(net, dataset, data_dir, tmp_path):
+    config = Config(
+        dataset=dataset,
+        model=net,
+        model_width=WIDTHS.get(net, 2),
+        batch_size=8,
+        batch_size_eval=16,
+        sparsity_images=24,
+        bn_images=16,
+        n_final_eval=24,
+        epochs=1,
+        lr_init=1e-4,
+        max_steps=1,
+        data_dir=data_dir,
+        runs_dir=str(tmp_path),
+    )
+    with jax.enable_x64(False):
+        folder = classifiers.run(config)
+        classifiers.run(Config(**{**vars(config), "max_steps": 2}))
+    rows = records.read_rows(folder)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert all(np.isfinite(value) for row in rows for value in row.values())
+    starts = records.read_json(folder / "manifest.json")["starts"]
+    assert [start["from_step"] for start in starts] == [0, 1]
