@@ -6,12 +6,11 @@
 Both sides: random 32 x 32 images as uint8 on the device, crops and flips, cross-entropy, SGD with
 momentum 0.9 and an L2 penalty of 5e-4, a moving average of the weights. Ours is what
 `experiments.resnet_cifar` runs. PyTorch's is channels-last, compiled where that works, and under
-autocast at bf16. fp32 multiplies as each framework does by default on the device, in tf32 on
-recent NVIDIA GPUs.
+autocast at bf16. At fp32 both multiply in tf32 where JAX does by default: on recent NVIDIA GPUs.
 
 FLOP/s count convolutions and the last layer by formula (`peaks.step_flop`), alike for both sides;
 XLA's own count of the compiled step stands beside it. Drawing the order of examples is part of an
-epoch, not of a step. It takes two CPU cores half a minute with `--nets resnet18_plain --width 8
+epoch, not of a step. Two idle CPU cores take half a minute for `--nets resnet18_plain --width 8
 --batch_size 16 --rounds 1`.
 """
 
@@ -353,7 +352,7 @@ def torch_sides(name: str, plan: Plan) -> tuple[dict[str, Side], dict[str, str]]
 
 
 def torch_side(name: str, mode: str, plan: Plan) -> Side:
-    """PyTorch's steps, on one device; two are done here, which compile."""
+    """PyTorch's steps, on one device; three are done here, which compile."""
     import torch
 
     from benchmarks import torch_nets
@@ -483,16 +482,12 @@ def show(name: str, results: Mapping[str, Any]) -> None:
     net, console = results["nets"][name], Console()
     words = (name, f"{net['parameters']:,} parameters", f"batch {results['batch_size']}")
     table = Table(title=", ".join((*words, results["precision"], results["device_kind"])))
-    table.caption = "memory: ours as the compiler plans it, PyTorch's as allocated at its peak"
-    table.add_column("side", no_wrap=True)
-    headings = (
-        "ms/step",
-        "images/s",
-        "TFLOP/s",
-        "of matmul peak",
-        "first step (s)",
-        "memory (GiB)",
+    table.caption = (
+        "peak: of matrix products; start: until the first call is done; GiB: ours as the compiler "
+        f"plans it, PyTorch's as allocated. Devices: {jax.device_count()} of ours, 1 of PyTorch's."
     )
+    table.add_column("side", no_wrap=True)
+    headings = ("ms/step", "images/s", "TFLOP/s", "of peak", "start (s)", "GiB")
     for heading in headings:
         table.add_column(heading, justify="right")
     for side, row in net["sides"].items():

@@ -148,7 +148,7 @@ def run(config: Config) -> Path:
         )
     records.open_run(*place_of(config), config, may_change=MAY_CHANGE)
     if saved == parts.num_steps:
-        print(f"{folder} is at its last step, {saved}, already: its figures are drawn again.")
+        print(f"{folder} is at its last step, {saved}, already.")
         return folder
     try:
         with jax.debug_nans(config.debug):
@@ -185,6 +185,7 @@ def go_on(config: Config, parts: Parts, folder: Path) -> None:
             train.open_checkpoints(folder / "models", keep=None)
         )
         state = train.restore(checkpoints, train.replicate(fresh(init_key), mesh), about)
+        train.assert_room(checkpoints, state)  # now, and not at the first save
         done = int(state.step)
         records.drop_rows_after(folder, done or -1)  # step 0 is no saved state: its row comes anew
         devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]

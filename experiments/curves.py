@@ -83,7 +83,7 @@ def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str)
         panel("Training loss", "nats", "train/loss", log_y=True),
         panel("Test error", "share of images", "test/error"),
         *(
-            panel(f"Active units of {block}", "share, no duplicates", f"train/distinct/{block}")
+            panel(f"Active units, {block}", "share, no duplicates", f"train/distinct/{block}")
             for block in blocks(first)
         ),
     ]

@@ -23,7 +23,7 @@ IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed")
 SHOWN = {  # of the last row: heading, and how it is written
     "train/loss": ("train loss", ".4f"),
     "test/error": ("test error", ".2%"),
-    "test_average/error": ("averaged", ".2%"),
+    "test_average/error": ("test error, averaged weights", ".2%"),
     "images_per_second": ("images/s", ".0f"),
 }
 
@@ -37,7 +37,7 @@ class Run(NamedTuple):
     outcome: str  # "finished", or what stopped it
 
 
-def _grid_type() -> type:
+def grid_type() -> type:
     """The flags of a run, those that may vary as lists, under the same words."""
     import docstring_parser
     import tyro
@@ -61,7 +61,7 @@ def _grid_type() -> type:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
-    cli.main(_grid_type(), run, argv)
+    cli.main(grid_type(), run, argv)
 
 
 def run(grid: Any) -> Path:
@@ -147,7 +147,9 @@ def report(folder: Path, title: str, runs: Sequence[Run]) -> None:
         by_setting.setdefault(each.setting, []).append(each)
     show(title, by_setting)
     folders = {setting: [each.folder for each in some] for setting, some in by_setting.items()}
-    curves.several_runs(folder / "figures" / "sweep_deep", folders, title)
+    common = {(c.dataset, c.model, c.model_width) for c in (each.config for each in runs)}
+    of = "{}, {} of width {}".format(*common.pop()) if len(common) == 1 else "several networks"
+    curves.several_runs(folder / "figures" / "sweep_deep", folders, f"{title}: {of}")
 
 
 def show(title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
@@ -160,15 +162,20 @@ def show(title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
         for setting, some in by_setting.items()
     }
     done = [row for some in rows.values() for row in some]
-    blocks = {f"train/distinct/{b}": (b, ".1%") for b in (curves.blocks(done[0]) if done else ())}
+    share = "active, no duplicates, "
+    blocks = {
+        f"train/distinct/{b}": (share + b, ".1%") for b in curves.blocks(done[0] if done else {})
+    }
     table = Table(title=f"{title}: last rows, mean ± standard deviation over seeds")
-    for heading in ("setting", "seeds", *(words for words, _ in (SHOWN | blocks).values())):
+    for heading in ("setting", "seeds", "quantity", "value"):
         table.add_column(heading)
     for setting, some in by_setting.items():
-        cells = [summary(rows[setting], name, form) for name, (_, form) in (SHOWN | blocks).items()]
         gone = len(some) - len(rows[setting])
         seeds = f"{len(rows[setting])}" + (f" ({gone} diverged)" if gone else "")
-        table.add_row(setting, seeds, *cells)
+        for place, (name, (words, form)) in enumerate((SHOWN | blocks).items()):
+            told = ("", "") if place else (setting, seeds)
+            table.add_row(*told, words, summary(rows[setting], name, form))
+        table.add_section()
     Console().print(table)
 
 

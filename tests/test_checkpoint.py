@@ -244,6 +244,25 @@ def test_a_save_that_fails_in_the_background_is_heard_of(folder, monkeypatch):
     assert train.latest_step(folder) == 2
 
 
+def test_a_disk_without_room_is_told_before_anything_is_written(folder, monkeypatch):
+    import errno
+
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(state_at(3)))
+    before = sorted(folder.rglob("*"))
+    usage = shutil.disk_usage(folder)
+    with train.open_checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size))
+        with pytest.raises(
+            OSError, match=r"takes 1.0 MiB, 0.0 are free; what is saved stays"
+        ) as no:
+            train.save(checkpoints, state_at(3), ABOUT)
+        assert no.value.errno == errno.ENOSPC and no.value.filename == str(folder)
+        assert sorted(folder.rglob("*")) == before
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=size + 2**20))
+        train.save(checkpoints, state_at(3), ABOUT)
+    assert train.latest_step(folder) == 3
+
+
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2), (2, 1)])
 def test_a_state_moves_between_device_counts(tmp_path, before, after):
     on = lambda devices, state: train.replicate(state, train.data_mesh(jax.devices()[:devices]))

@@ -4,6 +4,8 @@ Sets of one shape and number of classes differ in their pixels alone, so one of 
 networks, and all sets meet the quickest network. The sets are small, and written by TFDS itself.
 """
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from experiments.classifiers import Config
 from sgd_sparse_jax import data, models
 from sgd_sparse_jax.data import builders, images as stored
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 WIDTHS = {"wrn28": 1}
 KINDS = (
     "cifar10",
@@ -30,18 +32,33 @@ PAIRS = [(net, kind) for net in models.NETWORKS for kind in KINDS] + [
 ]
 
 
+def examples(shape, classes, paths, split):
+    rng = np.random.default_rng(0)
+    for i in range(200 if split == "train" else 40):
+        yield rng.integers(0, 256, shape, np.uint8), {"label": i % classes}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_once(tmp_path_factory):
+    """Keeps programs on disk, so that the second run of a pair does not compile anew."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     """All stored sets, as TFDS directories of 200 training and 40 test images."""
     root = tmp_path_factory.mktemp("data")
     for name, (shape, class_names, _) in stored.IMAGE_SETS.items():
-
-        def examples(paths, split, shape=shape, classes=len(class_names)):
-            rng = np.random.default_rng(0)
-            for i in range(200 if split == "train" else 40):
-                yield rng.integers(0, 256, shape, np.uint8), {"label": i % classes}
-
-        source = builders.Source("1.0.0", (), examples)
+        source = builders.Source("1.0.0", (), partial(examples, shape, len(class_names)))
         builders.prepare(name, shape, class_names, root, source=source)
     return str(root)
 

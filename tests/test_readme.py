@@ -20,7 +20,8 @@ def test_the_library_example_runs_and_prints_what_its_comment_says():
 def test_every_flag_of_the_commands_exists():
     for command, flags in re.findall(r"python -m experiments\.(\w+)([^`]*)", README):
         module = importlib.import_module(f"experiments.{command}")
-        known = set(module.Config.__dataclass_fields__) | {"help"}
+        config = module.grid_type() if hasattr(module, "grid_type") else module.Config
+        known = set(config.__dataclass_fields__) | {"help"}
         assert set(re.findall(r"--(\w+)", flags)) <= known, command
 
 

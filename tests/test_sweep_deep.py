@@ -18,7 +18,7 @@ def single_precision():
 
 
 def grid(*words):
-    return cli.parse(sweep_deep._grid_type(), list(words))
+    return cli.parse(sweep_deep.grid_type(), list(words))
 
 
 def test_a_grid_is_the_product_of_its_lists_times_the_seeds():

@@ -1,6 +1,8 @@
 """A TrainState on disk: the one module that knows orbax."""
 
+import errno
 import logging
+import shutil
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -56,9 +58,11 @@ def save(
     """Files `state` under its own step, in the background; the state's buffers are copied first.
 
     `about` (JSON values: the net, the batch size, ...) is what a state is only continued under.
+    Raises OSError where the disk has no room for it, with nothing begun.
     """
     import orbax.checkpoint as ocp
 
+    assert_room(checkpoints, state)
     step = int(state.step)
     beside = {"about": dict(about or {}), "digest": int(digest(state))}
     args = ocp.args.StandardSave(state._asdict())
@@ -67,6 +71,19 @@ def save(
             f"Step {step} isn't newer than what {checkpoints.directory} holds (step "
             f"{checkpoints.latest_step()}); choose another folder."
         )
+
+
+def assert_room(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None:
+    """Raises OSError (ENOSPC) where `state` does not fit onto the disk, in words of its size.
+
+    Orbax itself would stop half-way through a save, with a page of errors from its threads.
+    """
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20  # descriptions, rounding
+    free = shutil.disk_usage(checkpoints.directory).free
+    if free < need:
+        sizes = f"a state takes {need / 2**20:.1f} MiB, {free / 2**20:.1f} are free"
+        told = f"{sizes}; what is saved stays"
+        raise OSError(errno.ENOSPC, told, str(checkpoints.directory))
 
 
 def restore(
