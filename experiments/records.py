@@ -204,7 +204,8 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote. Nothing in the file is executed."""
     path = folder / "arrays.npz"
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # Opened here: of a file that is no archive, NumPy leaves its own handle open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
         if not all(isinstance(array, np.ndarray) for array in arrays.values()):
             raise ValueError("not all of it is arrays")
