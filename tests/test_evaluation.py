@@ -47,7 +47,8 @@ def test_sparsity_is_that_of_all_examples_at_once():
         np.testing.assert_allclose(row[f"distinct/{block}"], want, rtol=1e-9)
         never = ~(np.asarray(phi) > 0).any(0)
         np.testing.assert_allclose(row[f"dead/{block}"], never.mean(), rtol=1e-6)
-    assert max(row[f"dead/{block}"] for block in FEATURES) == 0.25  # else the line above has shown nothing
+    # Else the line above has shown nothing.
+    assert max(row[f"dead/{block}"] for block in FEATURES) == 0.25
     assert set(FEATURES) == {"block1", "block2"}
 
 
