@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,11 +16,17 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments import gauges, progress, records
+from experiments import devices, gauges, hosts, progress, records
+from experiments.hosts import ALONE, Hosts
+from experiments.signals import Asked, Stopped, deferred
 from sgd_sparse_jax import data, models, train
 from sgd_sparse_jax._types import Batch, Params, Stats, TrainState
 
-MAY_CHANGE = ("max_steps", "data_dir", "runs_dir", "debug", "tensorboard")
+MAY_CHANGE = (
+    *("max_steps", "save_every_seconds", "keep", "data_dir", "runs_dir", "debug", "tensorboard"),
+    "hosts",
+)
+TIMES = ("step_seconds", "eval_seconds", "images_per_second")
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
 UNFLIPPED = ("svhn",)
 CONFUSIONS = {
@@ -98,8 +104,19 @@ class Config:
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
     max_steps: int = 0
     """Stop after so many steps (0: all epochs); a later call may raise it and goes on."""
+    save_every_seconds: float = 300.0
+    """Between evaluations, seconds from one checkpoint to the next (0: after every call)."""
+    keep: int = 2
+    """How many of the newest checkpoints stay."""
+    fork_from: str = ""
+    """Begin at a saved state of this run folder, which may have had other settings."""
+    fork_step: int = 0
+    """The step of that state; steps are counted on from there."""
     steps_per_call: int = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
+    deterministic: bool = False
+    """Two runs of one command give the same metrics, byte for byte: times are left out, and
+    accelerators sum in a fixed order."""
     seed: int = 0
     """Seed of initialization, order of examples, augmentation and label noise."""
     exp_name: str = "other"
@@ -112,6 +129,7 @@ class Config:
     """Write the rows for TensorBoard too, under tensorboard/ in the run's folder."""
     debug: bool = False
     """Stop at the first operation that makes a NaN, with a traceback (slow)."""
+    hosts: Hosts = ALONE
 
 
 class Schedules(NamedTuple):
@@ -137,26 +155,42 @@ class Parts(NamedTuple):
 
 def run(config: Config) -> Path:
     """Trains, or goes on training, in the run's folder; returns the folder."""
+    hosts.join(config.hosts)
+    devices.set_up_deep(deterministic=config.deterministic)
     validate(config)
     folder = records.run_folder(*place_of(config))
-    saved = train.latest_step(folder / "checkpoints")
-    parts = assemble(config)
-    if saved is not None and saved > parts.num_steps:
-        raise ValueError(
-            f"--max_steps is {parts.num_steps}, but {folder} is at step {saved} already; give "
-            f"{saved} or more, or another --exp_name."
-        )
-    records.open_run(*place_of(config), config, may_change=MAY_CHANGE)
-    if saved == parts.num_steps:
-        print(f"{folder} is at its last step, {saved}, already.")
-        return folder
+    with hosts.together(folder), deferred() as asked:
+        saved = train.latest_step(folder / "checkpoints")
+        parts = assemble(config)
+        if saved is not None and saved > parts.num_steps:
+            raise ValueError(
+                f"--max_steps is {parts.num_steps}, but {folder} is at step {saved} already; give "
+                f"{saved} or more, or another --exp_name."
+            )
+        if config.fork_from and saved is None:
+            train.state_folder(config.fork_from, config.fork_step)
+        hosts.on_first(lambda: records.open_run(*place_of(config), config, may_change=MAY_CHANGE))
+        if saved == parts.num_steps:
+            print(f"{folder} is at its last step, {saved}, already.")
+            return folder
+        with jax.debug_nans(config.debug), failures_named(config, folder):
+            go_on(config, parts, folder, asked)
+    return folder
+
+
+@contextlib.contextmanager
+def failures_named(config: Config, folder: Path) -> Iterator[None]:
+    """What stops a run while it trains says where the run is, how far it came, and the cure."""
     try:
-        with jax.debug_nans(config.debug):
-            go_on(config, parts, folder)
+        yield
     except FloatingPointError as error:
         cure = f"--lr_init is {config.lr_init:g}, the run is {folder}"
         raise FloatingPointError(f"{error} ({cure})") from error
-    return folder
+    except OSError as error:
+        saved = train.latest_step(folder / "checkpoints")
+        since = "has no saved state yet" if saved is None else f"is saved up to step {saved}"
+        told = f"{error.strerror or error}; the run {folder} {since}; the same command goes on"
+        raise OSError(error.errno, told, error.filename) from error
 
 
 def place_of(config: Config) -> tuple[str, str, str]:
@@ -169,31 +203,38 @@ def run_name(config: Config) -> str:
     return (
         f"{config.exp_name}-{config.dataset}-{config.model}-w{config.model_width}"
         f"-lr{config.lr_init:g}-{config.lr_schedule}-seed{config.seed}"
+        + f"-fork{config.fork_step}"
+        * bool(config.fork_from)
     )
 
 
-def go_on(config: Config, parts: Parts, folder: Path) -> None:
-    """Trains from the newest saved state, or from the beginning, to the last step."""
+def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
+    """Trains from the newest saved state, or from the beginning, to the last step.
+
+    Raises Stopped, with the state saved, where a signal has `asked` for it.
+    """
     mesh = train.data_mesh()
     init_key, fit_key = jr.split(jr.key(config.seed))
     pixels, test_pixels = placed(parts.images, mesh), placed(parts.test_images, mesh)
     segment, sampler, fresh = training(config, parts, mesh, pixels)
     about = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    pauses = hosts.Pauses(config.save_every_seconds, asked)
     with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(train.open_checkpoints(folder / "checkpoints"))
+        checkpoints = stack.enter_context(
+            train.open_checkpoints(folder / "checkpoints", keep=config.keep)
+        )
         kept = config.save_model_each_k_epochs and stack.enter_context(
             train.open_checkpoints(folder / "models", keep=None)
         )
-        state = train.restore(checkpoints, train.replicate(fresh(init_key), mesh), about)
-        train.assert_room(checkpoints, state)  # now, and not at the first save
-        done = int(state.step)
-        records.drop_rows_after(folder, done or -1)  # step 0 is no saved state: its row comes anew
-        devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
-        records.start_manifest(folder, seed=config.seed, devices=devices, from_step=done)
-        board = folder / "tensorboard" if config.tensorboard else None
-        live = progress.Live(done, parts.num_steps, config.batch_size, board)
-        stack.callback(live.close)
-        train.fit(
+        fresh_state = train.replicate(fresh(init_key), mesh)
+        state, beside = starting_state(config, checkpoints, fresh_state, about)
+        on_row, on_call = stack.enter_context(recording(config, parts, folder, int(state.step)))
+
+        def save(state: TrainState, window: train.Window) -> None:
+            train.save(checkpoints, state, about, {"window": window._asdict()})
+            pauses.saved()
+
+        ended = train.fit(
             fit_key,
             state,
             sampler,
@@ -201,14 +242,79 @@ def go_on(config: Config, parts: Parts, folder: Path) -> None:
             num_steps=parts.num_steps,
             eval_every=parts.eval_every,
             evaluate=gauges.evaluation(config, parts, mesh, fetch(pixels), fetch(test_pixels)),
-            on_row=lambda row: live.on_row(add_row(config, parts, folder, row)),
-            save=lambda state: train.save(checkpoints, state, about),
+            on_row=on_row,
+            save=save,
             keep_every=config.save_model_each_k_epochs * parts.steps_per_epoch,
             keep=lambda state: keep(kept, state, about),
             steps_per_call=steps_per_call(config),
-            on_call=live.on_call,
+            on_call=on_call,
+            pause=pauses,
+            start=config.fork_step,
+            window=train.Window(**beside.get("window", {})),
         )
-    records.finish_manifest(folder, steps=parts.num_steps)
+        at = int(ended.step)
+    if at < parts.num_steps:
+        raise Stopped(
+            f"{asked.name or 'Another host'}: stopped at step {at} of {parts.num_steps}; {folder} "
+            "has all of it, and the same command goes on."
+        )
+    if hosts.is_first():
+        records.finish_manifest(folder, steps=parts.num_steps)
+
+
+def starting_state(
+    config: Config, checkpoints: Any, fresh: TrainState, about: Mapping[str, Any]
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest state of this run, else that of the run it forks from, else `fresh`."""
+    if config.fork_from and not checkpoints.all_steps():
+        state = train.fork(config.fork_from, config.fork_step, fresh)
+        train.save(checkpoints, state, about)  # the other run may go on and drop it
+        checkpoints.wait_until_finished()
+        return state, {}
+    state, beside = train.restore(checkpoints, fresh, about)
+    train.assert_room(checkpoints, state)  # now, and not at the first save
+    return state, beside
+
+
+@contextlib.contextmanager
+def recording(
+    config: Config, parts: Parts, folder: Path, done: int
+) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[int], None]]]:
+    """Who hears of rows and of steps: files, bar and board of process 0; nobody elsewhere."""
+    if not hosts.is_first():
+        yield lambda row: None, lambda step: None
+        return
+    # The state a run begins with was saved, if at all, without its row: that row comes anew.
+    records.drop_rows_after(folder, done if done > config.fork_step else -1)
+    records.start_manifest(
+        folder,
+        seed=config.seed,
+        devices=[f"{device.platform}:{device.device_kind}" for device in jax.devices()],
+        from_step=done,
+        processes=jax.process_count(),
+        **({"parent": parent_of(config)} if config.fork_from else {}),
+    )
+    board = folder / "tensorboard" if config.tensorboard else None
+    live = progress.Live(done, parts.num_steps, config.batch_size, board)
+
+    def on_row(row: dict[str, Any]) -> None:
+        whole = completed(config, parts, row)
+        records.append_row(folder, whole)
+        live.on_row(whole)
+
+    try:
+        yield on_row, live.on_call
+    finally:
+        live.close()
+
+
+def parent_of(config: Config) -> dict[str, Any]:
+    """Which state of which run this one forks from, and the settings that differ: [its, ours]."""
+    path = Path(config.fork_from).expanduser().absolute() / "config.json"
+    its = records.read_json(path) if path.exists() else {}
+    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    changed = {k: [its[k], v] for k, v in ours.items() if k in its and its[k] != v}
+    return {"run": str(path.parent), "step": config.fork_step, "changed": changed}
 
 
 def validate(config: Config) -> None:
@@ -235,6 +341,10 @@ def validate(config: Config) -> None:
             f"--noise_type=asym says what a class is mistaken for; of {config.dataset} nobody has "
             f"said it. It is known of {known}; or take --noise_type=sym."
         )
+    if bool(config.fork_from) != bool(config.fork_step):
+        raise ValueError("--fork_from RUN and --fork_step K go together.")
+    if config.fork_from and config.model_path:
+        raise ValueError("--fork_from and --model_path both say where to begin; choose one.")
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError(
             "--tensorboard needs the package tensorboardX: pip install it, or leave the flag out."
@@ -249,7 +359,9 @@ BOUNDS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
     ("model_width epochs batch_size batch_size_eval", lambda n: n >= 1, "1 or more"),
     ("sparsity_images bn_images", lambda n: n >= 1, "1 or more"),
     ("eval_iter_freq n_final_eval", lambda n: n >= 1 or n == -1, "1 or more, or -1"),
-    ("max_steps steps_per_call save_model_each_k_epochs", lambda n: n >= 0, "0 or more"),
+    ("max_steps steps_per_call save_model_each_k_epochs fork_step", lambda n: n >= 0, "0 or more"),
+    ("keep", lambda n: n >= 1, "1 or more"),
+    ("save_every_seconds", lambda value: value >= 0, "0 or more"),
     ("jacobian_examples seed", lambda n: n >= 0, "0 or more"),
     ("l2_reg", lambda value: 0 <= value < math.inf, "0 or more"),
     ("lr_init warmup_factor warmup_exp jacobian_tol", positive, "positive"),
@@ -290,6 +402,11 @@ def assemble(config: Config) -> Parts:
         CONFUSIONS[colour(config)] if config.noise_type == "asym" else None,
     )
     total = config.epochs * steps_per_epoch
+    if config.fork_step >= min(config.max_steps or total, total):
+        raise ValueError(
+            f"--fork_step is {config.fork_step}, and the run ends at step "
+            f"{min(config.max_steps or total, total)}; raise --epochs or --max_steps."
+        )
     model = network(config, classes)
     return Parts(
         model=model,
@@ -412,8 +529,8 @@ def keep(states: Any, state: TrainState, about: dict[str, Any]) -> None:
         train.save(states, state, about)
 
 
-def add_row(config: Config, parts: Parts, folder: Path, row: dict[str, Any]) -> dict[str, Any]:
-    """Completes a row with epoch, step size and speed, and writes it."""
+def completed(config: Config, parts: Parts, row: dict[str, Any]) -> dict[str, Any]:
+    """A row with epoch, step size and speed; without times where two runs are to be the same."""
     step = row["step"]
     place = {
         "step": step,
@@ -422,5 +539,5 @@ def add_row(config: Config, parts: Parts, folder: Path, row: dict[str, Any]) -> 
     }
     if "step_seconds" in row:
         place["images_per_second"] = config.batch_size / row["step_seconds"]
-    records.append_row(folder, place | row)
-    return place | row
+    left_out = TIMES if config.deterministic else ()
+    return {name: value for name, value in (place | row).items() if name not in left_out}

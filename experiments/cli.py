@@ -1,6 +1,7 @@
 """The command line of an experiment: flags from a dataclass, errors in one line. Imports no JAX.
 
-Exit codes: 0 done, 1 the run could not be made or stopped, 2 a flag is wrong, 130 interrupted.
+Exit codes: 0 done, 1 the run could not be made or failed, 2 a flag is wrong, 75 stopped by a signal
+after its state was saved (EX_TEMPFAIL: the same command goes on), 130 interrupted at once.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
+
+from experiments.signals import EXIT_CODE, Stopped
 
 ConfigT = TypeVar("ConfigT")
 CURABLE = (ValueError, OSError, FloatingPointError)  # what a user can mend; the rest are bugs
@@ -43,7 +46,10 @@ def main(
         except CURABLE as error:
             if os.environ.get("SGD_SPARSE_TRACEBACK", "0") not in ("", "0"):
                 traceback.print_exc()
-            _stop(_message(error), 1)
+            _stop(told(error), 1)
+        except Stopped as stop:
+            print(stop, file=sys.stderr)
+            raise SystemExit(EXIT_CODE) from None
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
@@ -60,7 +66,7 @@ def parse(
     """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one."""
     argv = sys.argv[1:] if argv is None else list(argv)
     default = _setting(settings, argv) if settings else None
-    fields = dataclasses.fields(config_type)  # pyright: ignore[reportArgumentType]
+    fields = list(_flags(config_type))
     if not {"-h", "--help"} & set(argv) and (misuse := _misuse(argv, fields)):
         _stop(f"{misuse}; {MORE}", 2)
     try:
@@ -99,8 +105,17 @@ def _tyro(
         default=tyro.MISSING_NONPROP if default is None else default,
         prog=_program(),
         use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
+
+
+def _flags(config_type: Any) -> Iterator[dataclasses.Field[Any]]:
+    """The fields that are flags: those of groups in place of the groups."""
+    for field in dataclasses.fields(config_type):
+        if dataclasses.is_dataclass(field.default):
+            yield from _flags(type(field.default))
+        else:
+            yield field
 
 
 def _box(config_type: type, argv: Sequence[str], default: Any) -> str:
@@ -176,7 +191,7 @@ def _underscored(flag: str) -> str:
     return flag[: len(flag) - len(name)] + name.replace("-", "_")
 
 
-def _message(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """An exception's text in one line, with the file it is about."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:

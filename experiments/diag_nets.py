@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import cli, devices, ensemble, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables
 
 if TYPE_CHECKING:
     import xarray
@@ -86,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> tables.Finding:
     """Runs the ensemble into its folder, or reads it where it is finished; draws and prints."""
+    hosts.join(config.hosts)
     for field in ("n", "d", "support"):
         if getattr(config, field) < 1:
             raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
@@ -99,6 +100,7 @@ def run(config: Config) -> tables.Finding:
         alpha=config.alpha,
     )
     folder, dataset = ensemble.results("diag_nets", config, toy)
+    hosts.leave_the_rest_to_first()
     figures = draw(folder, config, toy, dataset)
     rows = tables.rows(dataset, QUANTITIES, published(config))
     tables.write(folder, rows)

@@ -5,7 +5,7 @@ xarray.Dataset: variables over seed, schedule and step, those of singular values
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
@@ -17,8 +17,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from experiments import records
+from experiments import chunks, hosts, records
+from experiments.hosts import ALONE, Hosts
 from experiments.problems import Toy
+from experiments.signals import Asked, Stopped, deferred
 from sgd_sparse_jax import data, measure, train
 from sgd_sparse_jax._types import Batch, Noise, Params, TrainState
 
@@ -79,6 +81,7 @@ class Config:
     """At how many of the records singular values are taken for every seed (for one seed at all)."""
     runs_dir: str = "runs"
     """Where run folders go."""
+    hosts: Hosts = ALONE
 
 
 class Descent(NamedTuple):
@@ -94,6 +97,7 @@ class Descent(NamedTuple):
 
 
 PLAIN = Descent()
+Kept = MutableMapping[int, dict[str, np.ndarray]]
 
 
 class Schedule(NamedTuple):
@@ -108,25 +112,44 @@ class Schedule(NamedTuple):
 
 
 def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Dataset]":
-    """The run's folder and its data, computed unless the folder holds them already."""
+    """The run's folder and its data, computed unless the folder holds them already.
+
+    A run that was cut goes on behind its finished blocks of seeds. Raises Stopped, with those on
+    disk, where a signal asks for it.
+    """
     validate(config, toy)
-    folder = records.open_run(
-        config.runs_dir,
-        experiment,
-        config.exp_name or config.setting,
-        config,
-        may_change=("runs_dir",),
-    )
-    if records.is_finished(folder):
-        print(f"{folder} is finished: its results are shown again. (--exp_name starts another.)")
-        return folder, records.load_dataset(folder)
-    devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
-    records.start_manifest(folder, seed=config.seed, devices=devices)
-    start = time.perf_counter()
-    dataset = simulate(config, toy)
-    records.save_dataset(folder, dataset)
-    records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - start, 1))
+    name = config.exp_name or config.setting
+    folder = records.run_folder(config.runs_dir, experiment, name)
+    with hosts.together(folder), deferred() as asked:
+        hosts.on_first(
+            lambda: records.open_run(
+                config.runs_dir, experiment, name, config, may_change=("runs_dir", "hosts")
+            )
+        )
+        if records.is_finished(folder):
+            print(
+                f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
+            )
+            return folder, records.load_dataset(folder)
+        hosts.on_first(lambda: start(folder, config.seed))
+        began = time.perf_counter()
+        kept = lambda name: chunks.Chunks(folder, name)
+        dataset = simulate(config, toy, kept, lambda: stop_if_asked(asked, folder))
+        hosts.on_first(lambda: finish(folder, dataset, began))
     return folder, dataset
+
+
+def start(folder: Path, seed: int) -> None:
+    """Notes a start in the run's manifest."""
+    devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
+    records.start_manifest(folder, seed=seed, devices=devices, processes=jax.process_count())
+
+
+def finish(folder: Path, dataset: "xarray.Dataset", began: float) -> None:
+    """Writes the data; the blocks that they are made of go."""
+    records.save_dataset(folder, dataset)
+    records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - began, 1))
+    chunks.drop(folder)
 
 
 def validate(config: Config, toy: Toy) -> None:
@@ -175,7 +198,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 
 def like(config: ConfigT, setting: ConfigT) -> ConfigT:
     """`config` but for what says how often, where and how closely it is watched."""
-    free = ("exp_name", "seeds", "seed", "spectra_records", "gd_jitter", "runs_dir")
+    free = ("exp_name", "seeds", "seed", "spectra_records", "gd_jitter", "runs_dir", "hosts")
     return replace(config, **{field: getattr(setting, field) for field in free})
 
 
@@ -292,20 +315,42 @@ def make_run(
     return run
 
 
-def simulate(config: Config, toy: Toy) -> "xarray.Dataset":
-    """All seeds x schedules, blocks of seeds at a time, a share of each on every device."""
+def simulate(
+    config: Config,
+    toy: Toy,
+    kept: Callable[[str], Kept] = lambda name: {},
+    on_block: Callable[[], None] = lambda: None,
+) -> "xarray.Dataset":
+    """All seeds x schedules, blocks of seeds at a time, a share of each on every device.
+
+    `kept(name)` has the finished blocks, by their first seed, and gets the others; `on_block()` is
+    called after each.
+    """
     groups = [
         np.flatnonzero(np.equal(config.batch_sizes, size)) for size in set(config.batch_sizes)
     ]
     with progress_bar(config.seeds * len(config.step_sizes)) as on_runs:
         spectra = make_spectra(toy)
-        parts = [_simulate_group(config, toy, group, spectra, on_runs) for group in groups]
+        parts = []
+        for group in groups:
+            of_group = kept(f"batch{config.batch_sizes[group[0]]}")
+
+            def on_seeds(count: int, runs: int = len(group)) -> None:
+                on_runs(count * runs)
+                on_block()
+
+            parts.append(_simulate_group(config, toy, group, spectra, of_group, on_seeds))
     order = np.argsort(np.concatenate(groups))
     return _dataset(config, toy, jax.tree.map(lambda *p: np.concatenate(p, 1)[:, order], *parts))
 
 
 def _simulate_group(
-    config: Config, toy: Toy, group: np.ndarray, spectra: Callable, on_runs: Callable
+    config: Config,
+    toy: Toy,
+    group: np.ndarray,
+    spectra: Callable,
+    kept: Kept,
+    on_seeds: Callable[[int], None],
 ) -> dict:
     """The schedules of one batch size, in one compiled program: arrays [seeds, schedules, …].
 
@@ -325,24 +370,45 @@ def _simulate_group(
     points = jax.tree.map(lambda leaf: leaf[group], schedules(config))
     block = min(config.seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(group)))
     sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
-    keys, blocks, of_one = seed_keys(config.seed, config.seeds), [], {}
-    for first in range(0, config.seeds, block):
+    keys = seed_keys(config.seed, config.seeds)
+
+    def of_block(first: int) -> dict:
         ours = np.arange(first, first + block) % config.seeds  # the last block repeats early seeds
         rows, snapshots = sweep(keys[ours], points)
-        if first == 0:
-            alive = np.isfinite(rows["train_loss"]).all((1, 2))
-            shown = int(np.argmax(alive))  # the first seed that no schedule lost, else seed 0
-            of_one = spectra(snapshots[shown][None]) | {"theta": snapshots[shown][None]}
-            of_one["seed"] = np.full((1, len(group)), shown)
         found = {
             "step": rows,
             "spectra_step": spectra(snapshots[:, :, np.isin(at, spectra_steps(config))]),
             "end": {"theta": snapshots[:, :, [0, -1]]},
         }
-        left = config.seeds - first
-        blocks.append(jax.tree.map(lambda leaf, left=left: leaf[:left], found))
-        on_runs(min(block, left) * len(group))
-    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks) | {"of_one": of_one}
+        found = jax.tree.map(lambda leaf: leaf[: config.seeds - first], found)
+        return found | ({"of_one": of_one(rows, snapshots)} if first == 0 else {})
+
+    def of_one(rows: dict, snapshots: np.ndarray) -> dict:
+        alive = np.isfinite(rows["train_loss"]).all((1, 2))
+        shown = int(np.argmax(alive))  # the first seed that no schedule lost, else seed 0
+        theta = snapshots[shown][None]
+        return spectra(theta) | {"theta": theta, "seed": np.full((1, len(group)), shown)}
+
+    first, blocks = 0, []
+    while first < config.seeds:
+        found = kept.get(first)
+        if found is None:
+            found = kept[first] = chunks.flat(of_block(first))
+        blocks.append(chunks.nested(found))
+        count = len(blocks[-1]["end"]["theta"])
+        first += count
+        on_seeds(count)
+    shown = blocks[0].pop("of_one")
+    return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks) | {"of_one": shown}
+
+
+def stop_if_asked(asked: Asked, folder: Path) -> None:
+    """Raises Stopped, on all hosts at once, where a signal has asked for it."""
+    if hosts.any_of(bool(asked)):
+        raise Stopped(
+            f"{asked.name or 'Another host'}: stopped; {folder} has what is finished, and the same "
+            "command goes on behind it."
+        )
 
 
 def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from experiments import cli, devices, ensemble, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables
 
 if TYPE_CHECKING:
     import xarray
@@ -124,9 +124,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> tables.Finding:
     """Runs the ensemble into its folder, or reads it where it is finished; draws and prints."""
+    hosts.join(config.hosts)
     problem = PROBLEM.get(config.setting, config.setting)
     toy = problems.PROBLEMS[problem]()
     folder, dataset = ensemble.results("fc_nets", config, toy)
+    hosts.leave_the_rest_to_first()
     stem = folder / "figures" / f"fc_nets_{config.setting}"
     figures = draw_curves(stem, config, toy, dataset)
     if problem == "1d":

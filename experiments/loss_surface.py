@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, devices, ensemble, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables
 from sgd_sparse_jax import data, measure
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> tables.Finding:
     """Runs the three ways into a folder, or reads them there; draws, animates and prints."""
+    hosts.join(config.hosts)
     if len(config.step_sizes) != len(WAYS):
         raise ValueError(
             f"--step_sizes has {len(config.step_sizes)} values; give one each for {WAYS}."
@@ -95,6 +96,7 @@ def run(config: Config) -> tables.Finding:
         )
     toy = problems.PROBLEMS["diagonal-plane"]()
     folder, dataset = ensemble.results("loss_surface", config, toy)
+    hosts.leave_the_rest_to_first()
     surface = map_out(config, toy, dataset)
     figures = draw(folder, surface) + draw_losses(folder, surface)
     if config.frames:

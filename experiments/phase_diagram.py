@@ -6,7 +6,8 @@ python -m experiments.phase_diagram --problem two-layer --axis init_scale \\
 python -m experiments.phase_diagram --problem diagonal-small --axis batch_size --values 1 4 20 40
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, devices, ensemble, plots, problems, records
+from experiments import chunks, cli, devices, ensemble, hosts, plots, problems, records
+from experiments.hosts import ALONE, Hosts
+from experiments.signals import deferred
 from sgd_sparse_jax import measure, train
 
 if TYPE_CHECKING:
@@ -68,6 +71,7 @@ class Config:
     """Name of the run's folder; empty: PROBLEM-AXIS."""
     runs_dir: str = "runs"
     """Where run folders go."""
+    hosts: Hosts = ALONE
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,24 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> "xarray.Dataset":
     """Runs the grid into its folder, or reads it where it is finished; draws and prints."""
+    hosts.join(config.hosts)
     if config.problem not in problems.PROBLEMS:
         known = ", ".join(problems.PROBLEMS)
         raise ValueError(f"Unknown --problem {config.problem!r}; known are {known}.")
     toy = problems.PROBLEMS[config.problem]()
     validate(config, toy)
     name = config.exp_name or f"{config.problem}-{config.axis}"
-    folder = records.open_run(
-        config.runs_dir, "phase_diagram", name, config, may_change=("runs_dir",)
-    )
-    if records.is_finished(folder):
-        print(f"{folder} is finished: its results are shown again. (--exp_name starts another.)")
-        dataset = records.load_dataset(folder)
-    else:
-        names = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
-        records.start_manifest(folder, seed=config.seed, devices=names)
-        dataset = simulate(config, toy)
-        records.save_dataset(folder, dataset)
-        records.finish_manifest(folder)
+    folder = records.run_folder(config.runs_dir, "phase_diagram", name)
+    with hosts.together(folder), deferred() as asked:
+        dataset = results(config, toy, folder, lambda: ensemble.stop_if_asked(asked, folder))
+    hosts.leave_the_rest_to_first()
     draw(folder, config, dataset)
     shares = {
         name: float((dataset["outcome"].values == code).mean())
@@ -104,6 +101,22 @@ def run(config: Config) -> "xarray.Dataset":
     records.write_json(folder / "summary.json", {"outcomes": shares})
     print(", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
     print(folder)
+    return dataset
+
+
+def results(
+    config: Config, toy: problems.Toy, folder: Path, on_chunk: Callable[[], None]
+) -> "xarray.Dataset":
+    """The run's data, computed unless the folder holds them; chunk by chunk, as they are kept."""
+    place = (config.runs_dir, "phase_diagram", folder.name)
+    hosts.on_first(lambda: records.open_run(*place, config, may_change=("runs_dir", "hosts")))
+    if records.is_finished(folder):
+        print(f"{folder} is finished: shown again. (--exp_name starts another.)")
+        return records.load_dataset(folder)
+    hosts.on_first(lambda: ensemble.start(folder, config.seed))
+    began = time.perf_counter()
+    dataset = simulate(config, toy, lambda name: chunks.Chunks(folder, name), on_chunk)
+    hosts.on_first(lambda: ensemble.finish(folder, dataset, began))
     return dataset
 
 
@@ -147,19 +160,37 @@ def validate(config: Config, toy: problems.Toy) -> None:
         raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
 
 
-def simulate(config: Config, toy: problems.Toy) -> "xarray.Dataset":
-    """One program per batch size and decay time, whose records are at fixed steps."""
+def simulate(
+    config: Config,
+    toy: problems.Toy,
+    kept: Callable[[str], ensemble.Kept] = lambda name: {},
+    on_chunk: Callable[[], None] = lambda: None,
+) -> "xarray.Dataset":
+    """One program per batch size and decay time, whose records are at fixed steps.
+
+    `kept(name)` has a program's finished chunks and gets the others.
+    """
     static = config.axis in ("batch_size", "decay_time")
     columns = [[value] for value in config.values] if static else [list(config.values)]
     keys = ensemble.seed_keys(config.seed, config.seeds)
-    parts = [_columns(config, toy, keys, values) for values in columns]
+    parts = [
+        _columns(config, toy, keys, values, kept(f"column{number}"), on_chunk)
+        for number, values in enumerate(columns)
+    ]
     results = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
     flat = {name: array.reshape(len(keys), -1) for name, array in results.items()}
     axes = {"step_size": np.array(config.step_sizes), config.axis: np.array(config.values)}
     return train.labelled(flat, axes=axes)
 
 
-def _columns(config: Config, toy: problems.Toy, keys: jax.Array, values: Sequence[float]) -> dict:
+def _columns(
+    config: Config,
+    toy: problems.Toy,
+    keys: jax.Array,
+    values: Sequence[float],
+    kept: ensemble.Kept,
+    on_chunk: Callable[[], None],
+) -> dict:
     """Some values of the second axis: arrays [seeds, step sizes, values]."""
     of = lambda name: values if name == config.axis else [getattr(config, name)]
     decay_step = int(of("decay_time")[0] * config.num_steps)
@@ -183,7 +214,10 @@ def _columns(config: Config, toy: problems.Toy, keys: jax.Array, values: Sequenc
     )
     count = len(grid["step_size"])
     fixed = {"warmup_exponent": jnp.ones(count), "decay_step": jnp.full(count, decay_step)}
-    rows, snapshots = train.sweep(one_run, keys, ensemble.Schedule(**(grid | fixed)))
+    points = ensemble.Schedule(**(grid | fixed))
+    rows, snapshots = train.sweep(
+        one_run, keys, points, on_chunk=lambda done: on_chunk(), kept=kept
+    )
     seen = _observe(toy, snapshots) | ensemble.make_spectra(toy)(snapshots[:, :, 1:])
     last = {name: values[..., -1] for name, values in seen.items()}
     before_decay = rows["train_loss"][..., np.isin(at, trend)], rows["train_loss"][..., -9:-1]

@@ -191,18 +191,28 @@ def drop_rows_after(folder: Path, step: int) -> None:
 
 def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """arrays.npz, all or nothing; arrays of Python objects are refused."""
-    with (
-        _replacing(folder / "arrays.npz") as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
-    ):
+    write_arrays(folder / "arrays.npz", arrays)
+
+
+def load_arrays(folder: Path) -> dict[str, np.ndarray]:
+    """What `save_arrays` wrote. Nothing in the file is executed."""
+    try:
+        return read_arrays(folder / "arrays.npz")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove {folder} and run again.") from error
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = True) -> None:
+    """An .npz file, all or nothing; arrays of Python objects are refused."""
+    how = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
+    with _replacing(path) as file, zipfile.ZipFile(file, "w", how) as archive:
         for name, array in arrays.items():
             with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
                 np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
 
 
-def load_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """What `save_arrays` wrote. Nothing in the file is executed."""
-    path = folder / "arrays.npz"
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """What `write_arrays` wrote; ValueError where it can't be read. Nothing in it is executed."""
     try:
         # Opened here: of a file that is no archive, NumPy leaves its own handle open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
@@ -213,9 +223,7 @@ def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:
-        raise ValueError(
-            f"{path} can't be read ({error}); remove {folder} and run again."
-        ) from error
+        raise ValueError(f"{path} can't be read ({error})") from error
 
 
 def save_dataset(folder: Path, dataset: "xarray.Dataset") -> None:

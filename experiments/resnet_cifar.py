@@ -11,7 +11,7 @@ The flags are the released code's. The same command again goes on from the newes
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import classifiers, cli, curves
+from experiments import classifiers, cli, curves, hosts
 from experiments.classifiers import Config as Config
 
 
@@ -27,6 +27,7 @@ def run(config: Config) -> Path:
         f"{config.dataset}, {config.model} of width {config.model_width}, "
         f"η₀ = {config.lr_init:g}, {config.lr_schedule}"
     )
+    hosts.leave_the_rest_to_first()
     curves.one_run(folder, title)
     print_last_row(folder)
     print(folder)

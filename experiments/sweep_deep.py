@@ -15,11 +15,22 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from experiments import classifiers, cli, curves, records
+from experiments import classifiers, cli, curves, hosts, records
 from experiments.classifiers import Config
 
-FIXED = ("exp_name", "data_dir", "runs_dir", "jacobian_tol")  # one value for all runs
-IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed")
+FIXED = (  # one value for all runs
+    *(
+        "exp_name",
+        "data_dir",
+        "runs_dir",
+        "jacobian_tol",
+        "fork_from",
+        "save_every_seconds",
+        "keep",
+    ),
+    "hosts",
+)
+IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed", "fork_step")
 SHOWN = {  # of the last row: heading, and how it is written
     "train/loss": ("train loss", ".4f"),
     "test/error": ("test error", ".2%"),
@@ -45,6 +56,9 @@ def grid_type() -> type:
     words = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
     fields: list[Any] = []
     for field in dataclasses.fields(Config):
+        if dataclasses.is_dataclass(field.default):  # a group, with words of its own
+            fields.append((field.name, field.type, field.default))
+            continue
         told = tyro.conf.arg(help=words[field.name])
         many = not (field.name in FIXED or isinstance(field.default, bool))
         kind: Any = tuple[field.type, ...] if many else field.type  # type: ignore[valid-type]
@@ -66,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(grid: Any) -> Path:
     """Runs what is missing of the grid; returns the folder of table and figures."""
+    hosts.join(grid.hosts)
     settings = expand(grid)
     for config in itertools.chain.from_iterable(settings.values()):
         classifiers.validate(config)
@@ -75,12 +90,14 @@ def run(grid: Any) -> Path:
         )  # missing data, too large a batch: before hours of training
     everything = [field.name for field in dataclasses.fields(grid)]
     place = (grid.runs_dir, "sweep_deep", grid.exp_name)
-    folder = records.open_run(*place, grid, may_change=everything)  # a grid may grow
+    folder = records.run_folder(*place)
+    hosts.on_first(lambda: records.open_run(*place, grid, may_change=everything))  # it may grow
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     runs = []
     for number, (setting, config) in enumerate(flat, 1):
         print(f"run {number} of {len(flat)}: {classifiers.run_name(config)}")
         runs.append(once(setting, config))
+    hosts.leave_the_rest_to_first()
     report(folder, grid.exp_name, runs)
     print(folder)
     return folder
@@ -123,8 +140,9 @@ def once(setting: str, config: Config) -> Run:
     try:
         classifiers.run(config)
     except FloatingPointError as error:
+        told = str(error)
         print(error)
-        records.write_json(gone, {"reason": str(error)})
+        hosts.on_first(lambda: records.write_json(gone, {"reason": told}))
         return Run(setting, config, folder, str(error))
     return Run(setting, config, folder, "finished")
 

@@ -54,7 +54,7 @@ def folder(original, tmp_path):
 def restored(folder, like=None, about=ABOUT):
     like = jax.tree.map(jnp.zeros_like, state_at(0)) if like is None else like
     with train.open_checkpoints(folder) as checkpoints:
-        return train.restore(checkpoints, like, about)
+        return train.restore(checkpoints, like, about)[0]
 
 
 def assert_is(state, step):
@@ -75,6 +75,17 @@ def test_the_newest_state_comes_back(folder):
 def test_nothing_saved_is_a_fresh_start(tmp_path):
     assert_is(restored(tmp_path / "new", state_at(0)), 0)
     assert train.latest_step(tmp_path / "absent") is None
+
+
+def test_what_was_saved_beside_a_state_comes_back_exactly(tmp_path):
+    beside = {"loss_sum": 0.1 + 0.2, "steps": 7, "tiny": 5e-324}
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        assert train.restore(checkpoints, state_at(0), ABOUT)[1] == {}
+        train.save(checkpoints, state_at(3), ABOUT, beside)
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        state, back = train.restore(checkpoints, state_at(0), ABOUT)
+    assert_is(state, 3)
+    assert back == beside
 
 
 def test_only_the_newest_are_kept(folder):
@@ -141,7 +152,7 @@ def test_a_step_whose_state_was_damaged_can_be_saved_and_damaged_again(folder):
     for names in (["1", "2", "damaged-2"], ["1", "2", "damaged-2", "damaged-2-1"]):
         array_file(folder, 2).write_bytes(b"")
         with train.open_checkpoints(folder) as checkpoints:  # as one run: restore, then save
-            assert_is(train.restore(checkpoints, state_at(0), ABOUT), 1)
+            assert_is(train.restore(checkpoints, state_at(0), ABOUT)[0], 1)
             train.save(checkpoints, state_at(2), ABOUT)
         assert sorted(path.name for path in folder.iterdir()) == names
     assert_is(restored(folder), 2)
@@ -284,3 +295,28 @@ def test_the_digest_sees_one_bit_and_one_exchange(dtype):
 
     assert of(values) == of(values.copy())
     assert len({of(values), *map(of, others)}) == 1 + len(others)
+
+
+def test_a_fork_takes_what_both_have_and_begins_the_rest(folder, tmp_path):
+    """Here: the same network; an optimizer without the trace, with a buffer the other lacks."""
+    like = jax.tree.map(jnp.zeros_like, state_at(0))
+    same = train.fork(tmp_path, 1, like)
+    assert_is(same, 1)
+    other = like._replace(opt_state=({"velocity": W}, {"trace": W[:3]}))
+    forked = train.fork(tmp_path, 2, other)
+    assert_is(forked._replace(opt_state=state_at(2).opt_state), 2)
+    jax.tree.map(np.testing.assert_array_equal, forked.opt_state, other.opt_state)
+
+
+def test_a_fork_of_what_is_not_there_is_refused(folder, tmp_path):
+    like = state_at(0)
+    with pytest.raises(ValueError, match=r"no state of step 3; it has those of steps 1, 2\. A run"):
+        train.fork(tmp_path, 3, like)
+    with pytest.raises(ValueError, match=r"no state of step 3; it has those of steps \(none\)"):
+        train.fork(tmp_path / "nowhere", 3, like)
+    wider = like._replace(stats={"m": jnp.ones(4)})
+    with pytest.raises(ValueError, match=r"stats/m is float64.3. there and float64.4. here"):
+        train.fork(tmp_path, 2, wider)
+    array_file(folder, 2).write_bytes(b"")
+    with pytest.raises(ValueError, match="step 2: the state is damaged"):
+        train.fork(tmp_path, 2, like)

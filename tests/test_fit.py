@@ -72,11 +72,11 @@ def test_a_run_cut_anywhere_goes_on_bit_for_bit(whole, cut, tmp_path):
     state, segment = training()
     rows = []
     with train.open_checkpoints(tmp_path) as checkpoints:
-        save = lambda state: train.save(checkpoints, state)
+        save = lambda state, window: train.save(checkpoints, state)
         run(state, segment, cut, save=save, on_row=rows.append)
     with train.open_checkpoints(tmp_path) as checkpoints:
         fresh, segment = training()
-        state = train.restore(checkpoints, jax.tree.map(jnp.zeros_like, fresh))
+        state, _ = train.restore(checkpoints, jax.tree.map(jnp.zeros_like, fresh))
         assert int(state.step) == cut
         resumed = run(state, segment, 10, on_row=rows.append)
     assert_same(resumed, whole[0])
@@ -152,11 +152,11 @@ def test_a_run_killed_before_its_first_save_starts_again(tmp_path):
 
     rows = []
     with train.open_checkpoints(tmp_path) as checkpoints:
-        save = lambda state: train.save(checkpoints, state)
+        save = lambda state, window: train.save(checkpoints, state)
         with pytest.raises(KeyboardInterrupt):
             run(state, killed, 10, save=save, on_row=rows.append)
         assert [row["step"] for row in rows] == [0] and not checkpoints.all_steps()
-        state = train.restore(checkpoints, training()[0])
+        state, _ = train.restore(checkpoints, training()[0])
         run(state, segment, 4, save=save)
         assert checkpoints.all_steps() == [4]
 
@@ -165,7 +165,7 @@ def test_saved_states_are_untouched_by_the_steps_that_follow(tmp_path):
     """A save goes on in the background while its buffers are donated to the next step."""
     kept = {}
 
-    def save(state):
+    def save(state, window):
         kept[int(state.step)] = jax.tree.map(lambda x: np.array(x, copy=True), state)
         train.save(checkpoints, state)
 
@@ -180,14 +180,14 @@ def test_saved_states_are_untouched_by_the_steps_that_follow(tmp_path):
 
 def test_a_run_goes_on_past_the_step_whose_state_was_damaged(whole, tmp_path):
     with train.open_checkpoints(tmp_path) as checkpoints:
-        run(*training(), 8, save=lambda state: train.save(checkpoints, state))
+        run(*training(), 8, save=lambda state, window: train.save(checkpoints, state))
     for path in (tmp_path / "8" / "default").glob("_*"):
         path.write_bytes(b"")
     with train.open_checkpoints(tmp_path) as checkpoints:
         fresh, segment = training()
-        state = train.restore(checkpoints, fresh)
+        state, _ = train.restore(checkpoints, fresh)
         assert int(state.step) == 4
-        ended = run(state, segment, 10, save=lambda state: train.save(checkpoints, state))
+        ended = run(state, segment, 10, save=lambda state, window: train.save(checkpoints, state))
     assert_same(ended, whole[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "8", "damaged-8"]
 
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(tmp_path)
             r"nan at step 6 \(the last finite loss is [\d.]+; window of steps 4 to 7\).* step 4 is"
         )
         with pytest.raises(FloatingPointError, match=words):
-            save = lambda state: train.save(checkpoints, state)
+            save = lambda state, window: train.save(checkpoints, state)
             run(state, poisoned, 10, save=save, on_row=rows.append)
         checkpoints.wait_until_finished()
         assert checkpoints.latest_step() == 4 and [row["step"] for row in rows] == [0, 4]
@@ -238,7 +238,7 @@ def test_a_state_spoiled_by_the_last_step_of_a_window_is_not_saved(field):
     with pytest.raises(
         FloatingPointError, match=r"state after step 7 isn't .*loss is [\d.]+;.* 4 is"
     ):
-        run(state, poisoned, 10, save=lambda s: kept.append(int(s.step)), on_row=rows.append)
+        run(state, poisoned, 10, save=lambda s, w: kept.append(int(s.step)), on_row=rows.append)
     assert kept == [4] and [row["step"] for row in rows] == [0, 4]
 
 
@@ -300,3 +300,90 @@ def test_no_call_crosses_a_step_to_keep():
         ends = start + np.cumsum([len(call) for call in calls])
         for k in range(start + 1, start + length + 1) if every else ():
             assert k % every or k in ends
+
+
+def asking(pauses):
+    """A `pause` that answers in turn, and NO from there on."""
+    answers = iter(pauses)
+    return lambda: next(answers, train.Pause.NO)
+
+
+NO, SAVE, STOP = train.Pause.NO, train.Pause.SAVE, train.Pause.STOP
+
+
+@pytest.mark.parametrize("last", [1, 2, 3, 4, 5, 9])
+def test_a_run_stopped_between_rows_goes_on_with_its_rows_unchanged(whole, last, tmp_path):
+    """Bit for bit, the mean loss of the window that was cut included."""
+    rows = []
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        save = lambda state, window: train.save(checkpoints, state, None, window._asdict())
+        options = {"save": save, "on_row": rows.append}
+        stopped = run(*training(), 10, pause=asking([NO] * (last - 1) + [STOP]), **options)
+        assert int(stopped.step) == last and checkpoints.latest_step() == last
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        fresh, segment = training()
+        state, window = train.restore(checkpoints, fresh)
+        assert window["steps"] == last % 4
+        save = lambda state, window: train.save(checkpoints, state, None, window._asdict())
+        options = {"save": save, "on_row": rows.append}
+        resumed = run(state, segment, 10, window=train.Window(**window), **options)
+    assert_same(resumed, whole[0])
+    untimed = lambda row: {k: v for k, v in row.items() if k != "step_seconds"}
+    assert list(map(untimed, rows)) == list(map(untimed, whole[1]))
+
+
+def test_saves_between_rows_change_nothing(whole):
+    saved, rows = [], []
+    save = lambda state, window: saved.append((int(state.step), window.steps))
+    state = run(*training(), 10, pause=lambda: SAVE, save=save, on_row=rows.append)
+    assert saved == [(k, k % 4 if k < 10 else 0) for k in range(1, 11)]
+    assert_same(state, whole[0])
+    assert [row.get("window_loss") for row in rows] == [r.get("window_loss") for r in whole[1]]
+
+
+def test_a_run_that_begins_at_a_later_step_has_a_row_there(whole):
+    half, rows = run(*training(), 6), []
+    run(half, training()[1], 10, start=6, on_row=rows.append)
+    assert [row["step"] for row in rows] == [6, 8, 10]
+
+
+def test_no_transfer_happens_in_silence(whole):
+    """Under the guard every copy between host and device has to be an explicit one."""
+    state, segment = training(devices=8)
+    with jax.transfer_guard("disallow"):
+        guarded = run(state, segment, 10, steps_per_call=2)
+    assert_close(guarded, whole[0])
+
+
+def test_the_host_is_never_more_than_a_few_calls_ahead(monkeypatch):
+    """Else a signal would have to wait for a whole window."""
+    import sys
+
+    module = sys.modules["sgd_sparse_jax.train.fit"]
+    waited, ahead = [], []
+
+    class Loss:
+        def __init__(self, step):
+            self.step = step
+
+        def block_until_ready(self):
+            waited.append(self.step)
+
+    class Advance:
+        compiling = 0.0
+
+        def __init__(self, segment):
+            self.calls = 0
+
+        def __call__(self, key, state, rows):
+            ahead.append(self.calls - len(waited))
+            self.calls += 1
+            return state._replace(step=state.step + 1), Loss(self.calls - 1)
+
+    monkeypatch.setattr(module, "IN_FLIGHT", 3)
+    monkeypatch.setattr(module, "_Timed", Advance)
+    monkeypatch.setattr(jax, "device_get", lambda x: np.zeros((9, 1)) if isinstance(x, list) else x)
+    monkeypatch.setattr(module, "_is_finite", lambda state: True)
+    monkeypatch.setattr(module, "_calls", lambda *_: np.zeros((9, 1, 1), int))
+    run(*training(), 9, eval_every=9)
+    assert waited == [0, 1, 2, 3, 4, 5] and max(ahead) == 3

@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOUNS = "sgd_sparse_jax._types"
-PLAIN = {f"experiments.{noun}" for noun in ("records", "plots", "cli", "tables")}
-TOYS = {f"experiments.{noun}" for noun in ("problems", "ensemble", "devices")}
+PLAIN = {f"experiments.{noun}" for noun in ("records", "plots", "cli", "tables", "signals")}
+PLACES = {f"experiments.{noun}" for noun in ("devices", "hosts")}
+TOYS = {f"experiments.{noun}" for noun in ("problems", "ensemble", "chunks")}
 DEEP = {f"experiments.{noun}" for noun in ("classifiers", "gauges", "progress", "curves")}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "registry", "manager"}
 
@@ -64,7 +65,7 @@ def against_experiment_rule(name, source, is_package=False):
     """Imports of ours that rule 2 forbids."""
     if name == "experiments.reproduce":
         return set()
-    return of("experiments", imports(name, source, is_package)) - PLAIN - TOYS - DEEP
+    return of("experiments", imports(name, source, is_package)) - PLAIN - PLACES - TOYS - DEEP
 
 
 def in_new_process(program):
@@ -78,7 +79,7 @@ def in_new_process(program):
 def test_the_files_are_found():
     shelves = {f"sgd_sparse_jax.{shelf}" for shelf in ("models", "data", "train", "measure")}
     assert {NOUNS} | shelves <= LIBRARY.keys()
-    assert EXPERIMENTS.keys() >= PLAIN | TOYS | DEEP
+    assert EXPERIMENTS.keys() >= PLAIN | PLACES | TOYS | DEEP
 
 
 @pytest.mark.parametrize(
@@ -124,13 +125,13 @@ def test_rule_2_experiments_do_not_import_each_other():
     assert not {name: found for name, found in against.items() if found}
 
 
-def test_records_plots_tables_and_cli_name_no_jax():
+def test_what_is_plain_names_no_jax():
     for name in PLAIN:
         roots = {other.split(".")[0] for other in imports(name, *EXPERIMENTS[name])}
         assert not roots & {"jax", "jaxlib", "flax", "optax", "jaxtyping", "sgd_sparse_jax"}, name
 
 
-def test_records_plots_tables_and_cli_load_no_jax():
+def test_what_is_plain_loads_no_jax():
     program = f"import sys, {', '.join(sorted(PLAIN))}; print(*sys.modules)"
     loaded = in_new_process(program)
     assert loaded >= PLAIN

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sgd_sparse_jax._types import Params, Stats, TrainState
 
@@ -54,17 +56,23 @@ def save(
     checkpoints: "ocp.CheckpointManager",
     state: TrainState,
     about: Mapping[str, Any] | None = None,
+    progress: Mapping[str, Any] | None = None,
 ) -> None:
     """Files `state` under its own step, in the background; the state's buffers are copied first.
 
-    `about` (JSON values: the net, the batch size, ...) is what a state is only continued under.
-    Raises OSError where the disk has no room for it, with nothing begun.
+    `about` (JSON values: the net, the batch size, ...) is what a state is only continued under,
+    `progress` (JSON values) what `restore` gives back with it. Raises OSError where the disk has no
+    room for it, with nothing begun.
     """
     import orbax.checkpoint as ocp
 
     assert_room(checkpoints, state)
     step = int(state.step)
-    beside = {"about": dict(about or {}), "digest": int(digest(state))}
+    beside = {
+        "about": dict(about or {}),
+        "digest": int(digest(state)),
+        "progress": dict(progress or {}),
+    }
     args = ocp.args.StandardSave(state._asdict())
     if not checkpoints.save(step, args=args, custom_metadata=beside):
         raise ValueError(
@@ -80,7 +88,7 @@ def assert_room(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None
     """
     need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20  # descriptions, rounding
     free = shutil.disk_usage(checkpoints.directory).free
-    if free < need:
+    if _of_process_0(free < need):
         sizes = f"a state takes {need / 2**20:.1f} MiB, {free / 2**20:.1f} are free"
         told = f"{sizes}; what is saved stays"
         raise OSError(errno.ENOSPC, told, str(checkpoints.directory))
@@ -90,12 +98,12 @@ def restore(
     checkpoints: "ocp.CheckpointManager",
     like: TrainState,
     about: Mapping[str, Any] | None = None,
-) -> TrainState:
-    """The newest state that can be read, laid out on devices like `like`; `like` if none is there.
+) -> tuple[TrainState, dict[str, Any]]:
+    """The newest state that can be read, laid out on devices like `like`, and its `progress`.
 
-    A damaged newer state is passed over and moved aside, and the log says so. Raises ValueError
-    where a state was saved under another `about`, where the saved arrays have other names, shapes
-    or dtypes than `like`, or where all states are damaged.
+    Where nothing is saved, `like` and {}. A damaged newer state is passed over and moved aside, and
+    the log says so. Raises ValueError where a state was saved under another `about`, where the
+    saved arrays have other names, shapes or dtypes than `like`, or where all states are damaged.
     """
     import orbax.checkpoint as ocp
 
@@ -120,13 +128,13 @@ def restore(
             continue
         # Only now, with a good state at hand: else the run could not save these steps again.
         _move_aside(checkpoints, damaged, step)
-        return state
+        return state, dict(beside.get("progress", {}))
     if steps:
         raise ValueError(
             f"No state under {checkpoints.directory} can be read (steps {steps}; "
             f"{damaged[steps[0]]}); remove that folder to start from the beginning."
         )
-    return like
+    return like, {}
 
 
 def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Params, Stats]:
@@ -137,17 +145,61 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
     nothing is saved there, where it can't be read, or where the arrays have other names, shapes or
     dtypes.
     """
+    folder, step = _find_state(Path(path).expanduser().absolute())
+    like = {"params": params, "stats": stats}
+    state = _read(folder, step, like)
+    put = lambda old, new: jax.device_put(np.asarray(old), new.sharding)
+    return jax.tree.map(put, state["params"], params), jax.tree.map(put, state["stats"], stats)
+
+
+def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
+    """The state that the run in `path` saved at `step`, to go on from in another way.
+
+    Of the optimizer's arrays those that `like` has too are taken (its step count, and momentum
+    where both have it), the others begin as in `like`. Raises ValueError where the run has no such
+    state, where it can't be read, or where the networks differ.
+    """
+    network = ("params", "stats", "average")
+    folder = state_folder(path, step).parent
+    saved = _named_leaves(_read(folder, step, {k: getattr(like, k) for k in network}))
+    mine = _named_leaves(like._asdict())
+
+    def taken(name: str) -> jax.Array:
+        old, new = saved.get(name), mine[name]
+        same = old is not None and _described(old) == _described(new)
+        return jax.device_put(old, new.sharding) if same else new
+
+    return jax.tree.unflatten(jax.tree.structure(like), [taken(name) for name in mine])
+
+
+def state_folder(path: str | PathLike[str], step: int) -> Path:
+    """Where the run in `path` has its state of `step`; ValueError where it has none."""
+    run = Path(path).expanduser().absolute()
+    places = [run / name for name in ("checkpoints", "models")]
+    found = [place / str(step) for place in places if (place / str(step)).is_dir()]
+    if found:
+        return found[0]
+    names = {each.name for place in places if place.is_dir() for each in place.iterdir()}
+    known = ", ".join(map(str, sorted(int(name) for name in names if name.isdigit())))
+    raise ValueError(
+        f"{run} has no state of step {step}; it has those of steps {known or '(none)'}. A run "
+        "keeps more with --keep or --save_model_each_k_epochs."
+    )
+
+
+def _read(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+    """All arrays of a saved state, on each host; its parts named in `like` have to be alike."""
     import orbax.checkpoint as ocp
 
-    folder, step = _find_state(Path(path).expanduser().absolute())
-    where, like = f"{folder}, step {step}", {"params": params, "stats": stats}
-    with open_checkpoints(folder) as checkpoints:
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
+    everywhere = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
+    where = f"{folder}, step {step}"
+    with open_checkpoints(folder, keep=None) as checkpoints:
         try:
             whole = checkpoints.item_metadata(step)
             saved = {name: jax.tree.map(_described, whole[name]) for name in like}
-            alone = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
             target = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=alone),
+                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
                 dict(whole),
             )
         except Exception as error:  # each layer of a saved state has its own exceptions
@@ -162,8 +214,7 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
                 raise ValueError("its numbers are not those that were saved")
         except Exception as error:
             raise ValueError(f"{where}: the state is damaged ({_in_a_line(error)}).") from error
-    put = lambda old, new: jax.device_put(old, new.sharding)
-    return jax.tree.map(put, state["params"], params), jax.tree.map(put, state["stats"], stats)
+    return state
 
 
 def _find_state(path: Path) -> tuple[Path, int]:
@@ -206,7 +257,10 @@ def _description(checkpoints: "ocp.CheckpointManager", step: int) -> tuple[Any, 
 
 
 def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, str], to: int) -> None:
-    for step, reason in damaged.items():
+    if not damaged:
+        return
+    _all_here("all have read the damaged states")
+    for step, reason in damaged.items() if jax.process_index() == 0 else ():
         old = Path(checkpoints.directory) / str(step)
         new = next(
             path
@@ -218,8 +272,8 @@ def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, str]
             "The state of step %d is damaged (%s) and now in %s; going back to step %d.",
             *(step, reason, new, to),
         )
-    if damaged:
-        checkpoints.reload()
+    _all_here("damaged states are out of the way")
+    checkpoints.reload()
 
 
 def _in_a_line(error: Exception) -> str:
@@ -228,6 +282,33 @@ def _in_a_line(error: Exception) -> str:
 
 def _described(leaf: Any) -> tuple[tuple[int, ...], str]:
     return tuple(leaf.shape), str(leaf.dtype)
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their place, as `opt_state/1/count`, which is the same for tuples and lists."""
+    is_description = lambda v: isinstance(v, tuple) and len(v) == 2 and isinstance(v[1], str)
+    name_of = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    return {
+        "/".join(map(name_of, path)): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_description)
+    }
+
+
+def _of_process_0(value: Any) -> Any:
+    """What process 0 of several knows: all of them have to decide alike."""
+    if jax.process_count() == 1:
+        return value
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(np.asarray(value))
+
+
+def _all_here(where: str) -> None:
+    """Waits for the other processes, where there are any."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(where)
 
 
 def _assert_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
@@ -241,13 +322,7 @@ def _assert_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: st
 
 def _assert_alike(saved: Any, target: Any, where: str) -> None:
     """Orbax casts silently; a state of another net or precision is an error here."""
-    flatten = lambda tree: {
-        "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): v
-        for path, v in jax.tree_util.tree_leaves_with_path(
-            tree, is_leaf=lambda v: isinstance(v, tuple) and len(v) == 2 and isinstance(v[1], str)
-        )
-    }
-    old, new = flatten(saved), flatten(jax.tree.map(_described, target))
+    old, new = _named_leaves(saved), _named_leaves(jax.tree.map(_described, target))
     different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
     if different:
         show = lambda found: f"{found[1]}{list(found[0])}" if found else "missing"

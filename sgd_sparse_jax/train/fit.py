@@ -1,8 +1,11 @@
 """One run with pauses: advance, evaluate, save, repeat."""
 
+import enum
+import functools
+import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,23 @@ import numpy as np
 from sgd_sparse_jax._types import PRNGKey, Sampler, Segment, TrainState
 
 Row = dict[str, Any]
+IN_FLIGHT = 8  # calls that may wait for the device: it never idles, and a pause comes soon
+
+
+class Window(NamedTuple):
+    """What is known of the steps since the last row; a state saved between rows has it beside."""
+
+    loss_sum: float = 0.0  # of their training losses, added one by one: cuts change no bit of it
+    steps: int = 0
+    seconds: float = 0.0  # their time without compilation
+
+
+class Pause(enum.IntEnum):
+    """What a run is asked between two calls."""
+
+    NO = 0
+    SAVE = 1
+    STOP = 2  # having saved
 
 
 def fit(
@@ -24,56 +44,85 @@ def fit(
     eval_every: int,
     evaluate: Callable[[TrainState], Mapping[str, Any]],
     on_row: Callable[[Row], None],
-    save: Callable[[TrainState], None] | None = None,
+    save: Callable[[TrainState, Window], None] = lambda state, window: None,
     keep_every: int = 0,
     keep: Callable[[TrainState], None] = lambda state: None,
     steps_per_call: int = 1,
     on_call: Callable[[int], None] = lambda step: None,
+    pause: Callable[[], Pause] = lambda: Pause.NO,
+    start: int = 0,
+    window: Window = Window(),  # noqa: B008
 ) -> TrainState:
     """Runs from wherever `state` is to `num_steps`; its buffers are given up.
 
-    At step 0, every `eval_every` steps and at the end: one row to `on_row`, then, but for step 0,
-    which its key gives back, `save(state)`. So a saved state has its row, and a run that starts
-    from one does not write it again. Every `keep_every` steps (0: never) `keep(state)`, between
-    rows too. A row has `window_loss`, the mean training loss of the steps since the row before, and
-    `step_seconds`, their mean time without compilation.
+    At step `start`, where the run began, every `eval_every` steps and at the end: one row to
+    `on_row`, then, but for the first, `save(state, Window())`. So a saved state has its row, and a
+    run that goes on from one does not write it again. A row has `window_loss`, the mean training
+    loss of the steps since the row before, and `step_seconds`, their mean time without compilation.
+    Every `keep_every` steps (0: never) `keep(state)`, between rows too.
 
     `steps_per_call` steps go in one compiled call (what is left of a window one by one: two
-    programs at most); between rows nothing waits for the device. `on_call(step)` hears how far the
-    calls have got. Raises FloatingPointError, with nothing saved since the last row, when a loss
-    or a weight isn't finite.
+    programs at most); between rows the device never waits for the host. `on_call(step)` hears how
+    far the calls have got. `pause()` is asked after each: to SAVE is `save(state, window)` between
+    rows, and whoever goes on from there gives `window` back; to STOP is to save and return early.
+
+    Raises FloatingPointError, with nothing saved since the last good state, when a loss or a weight
+    isn't finite.
     """
     order, noise = jr.split(key)
     advance = _Timed(jax.jit(segment, donate_argnums=1))
     draw = jax.jit(sampler, static_argnums=2)
+    put = _placing(state)
+    noise = put(noise)
     step, last = int(state.step), None
-    if step == 0:
-        on_row({"step": 0} | dict(evaluate(state)))
+    if step == start:
+        on_row({"step": step} | dict(evaluate(state)))
     while step < num_steps:
         stop = min(step - step % eval_every + eval_every, num_steps)
         # Drawn once per window: a permutation of the data set is too dear for every step.
-        indices = np.asarray(draw(order, step, stop - step))
+        indices = np.asarray(jax.device_get(draw(order, jax.device_put(step), stop - step)))
         losses: list[jax.Array] = []
-        started, compiling, at = time.perf_counter(), advance.compiling, step
+        begun, compiling, at, asked = time.perf_counter(), advance.compiling, step, Pause.NO
         for rows in _calls(indices, steps_per_call, step, keep_every):
-            state, loss = advance(noise, state, rows)
+            state, loss = advance(noise, state, put(rows))
             losses.append(loss)
+            if len(losses) > IN_FLIGHT:
+                losses[-1 - IN_FLIGHT].block_until_ready()
             at += len(rows)
             on_call(at)
-            if keep_every and at % keep_every == 0 and bool(_is_finite(state)):
+            if keep_every and at % keep_every == 0 and _is_finite(state):
                 keep(state)
-        values = np.concatenate(jax.device_get(losses))
-        seconds = time.perf_counter() - started - (advance.compiling - compiling)
-        _assert_finite(values, step, last, bool(_is_finite(state)))
-        window = {
-            "window_loss": float(values.mean(dtype=np.float64)),
-            "step_seconds": seconds / len(values),
-        }
-        step, last = stop, float(values[-1])
-        on_row({"step": step} | window | dict(evaluate(state)))
-        if save:
-            save(state)
+            if asked := pause():
+                break
+        values = np.concatenate(jax.device_get(losses)).astype(np.float64)
+        seconds = time.perf_counter() - begun - (advance.compiling - compiling)
+        _assert_finite(values, step, last, _is_finite(state))
+        step, last = at, float(values[-1])
+        window = Window(
+            functools.reduce(operator.add, values.tolist(), window.loss_sum),
+            window.steps + len(values),
+            window.seconds + seconds,
+        )
+        if at == stop:
+            told = {
+                "window_loss": window.loss_sum / window.steps,
+                "step_seconds": window.seconds / window.steps,
+            }
+            on_row({"step": step} | told | dict(evaluate(state)))
+            window = Window()
+        save(state, window)
+        if asked == Pause.STOP:
+            break
     return state
+
+
+def _placing(state: TrainState) -> Callable[[Any], Any]:
+    """Puts what goes in with `state` where it is, and says so: no transfer happens in silence.
+
+    Several hosts give their copies to the compiled call itself, which asks for no comparison.
+    """
+    place = state.step.sharding
+    return (lambda x: jax.device_put(x, place)) if place.is_fully_addressable else lambda x: x
 
 
 class _Timed:
@@ -111,8 +160,12 @@ def _calls(
         first += size
 
 
+def _is_finite(state: TrainState) -> bool:
+    return bool(jax.device_get(_all_finite(state)))
+
+
 @jax.jit
-def _is_finite(state: TrainState) -> jax.Array:
+def _all_finite(state: TrainState) -> jax.Array:
     floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.inexact)]
     return jnp.stack([jnp.isfinite(x).all() for x in floats]).all()
 

@@ -1,6 +1,6 @@
 """Many runs in one program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -91,6 +91,10 @@ def make_sweep(
     CPUs 64 diagonal nets fill a core); `on_chunk` hears how many runs are done. Results gather on
     the host, so that the number of runs isn't limited by the memory of a device. Run (i, j) is
     `run(keys[i], points[j])`, whatever the number of seeds, points, devices or the chunk.
+
+    `kept` maps the number of a run to the results of the chunk that begins there, {leaf: array}:
+    chunks found in it aren't computed, the others are added, so a mapping that outlives the process
+    lets a sweep go on. Devices of several hosts work together, and each host gets all results.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; a device takes 1 run at a time or more.")
@@ -111,7 +115,12 @@ def make_sweep(
         )
     )
 
-    def sweep(keys, points, on_chunk: Callable[[int], None] = lambda done: None):
+    def sweep(
+        keys,
+        points,
+        on_chunk: Callable[[int], None] = lambda done: None,
+        kept: MutableMapping[int, dict[str, np.ndarray]] | None = None,
+    ):
         _check(keys, points)
         points = jax.tree.map(jnp.asarray, points)
         shape = (len(keys), _common_length(points))
@@ -119,19 +128,37 @@ def make_sweep(
         if total == 0:
             raise ValueError(f"Nothing to run: {shape[0]} seeds x {shape[1]} points.")
         turn = min(chunk, -(-total // over.size)) * over.size
-        blocks = []
-        for start in range(0, total, turn):
-            indices = np.arange(start, start + turn) % total  # the last turn repeats early runs
-            blocks.append(jax.device_get(program(indices, keys, points)))
-            on_chunk(min(start + turn, total))
-
-        def join(*leaves):
-            flat = np.concatenate(leaves)[:total]
-            return flat.reshape(*shape, *flat.shape[1:])
-
-        return jax.tree.map(join, *blocks)
+        kept = {} if kept is None else kept
+        start, blocks, structure = 0, [], None
+        while start < total:
+            found = kept.get(start)
+            if found is None:
+                indices = np.arange(start, start + turn) % total  # the last repeats early runs
+                leaves, structure = jax.tree.flatten(_on_host(program(indices, keys, points)))
+                found = {str(i): leaf[: total - start] for i, leaf in enumerate(leaves)}
+                kept[start] = found
+            blocks.append([found[str(i)] for i in range(len(found))])
+            start += len(blocks[-1][0])
+            on_chunk(start)
+        if structure is None:  # all was kept
+            structure = jax.tree.structure(jax.eval_shape(run, keys[0], _first(points)))
+        whole = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
+        return jax.tree.unflatten(structure, [a.reshape(*shape, *a.shape[1:]) for a in whole])
 
     return sweep
+
+
+def _first(points: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], points)
+
+
+def _on_host(tree: PyTree[jax.Array]) -> PyTree[np.ndarray]:
+    """All of every array, on every host."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def sweep(
@@ -142,9 +169,10 @@ def sweep(
     chunk: int = 64,
     mesh: Mesh | None = None,
     on_chunk: Callable[[int], None] = lambda done: None,
+    kept: MutableMapping[int, dict[str, np.ndarray]] | None = None,
 ) -> PyTree[np.ndarray]:
     """`run(key, point)` over keys x points, once: `make_sweep` says how."""
-    return make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, on_chunk)
+    return make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, on_chunk, kept)
 
 
 def _check(keys: jax.Array, points: Any) -> None:
