@@ -37,8 +37,8 @@ def deferred() -> Iterator[Asked]:
         if asked:
             raise KeyboardInterrupt
         asked.name = signal.Signals(number).name
-        # Not print: it may have been interrupted itself.
-        os.write(2, f"\n{asked.name}: saves what is done, then stops; once more to stop now\n".encode())
+        told = f"\n{asked.name}: saves what is done, then stops; once more to stop now\n"
+        os.write(2, told.encode())  # not print: that may be what the signal interrupted
 
     listening = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, note) for number in ASKING} if listening else {}

@@ -1,7 +1,9 @@
 """The command as its user runs it, in small: a data set of 64 images in the cache's layout."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from experiments import classifiers, records, resnet_cifar
 from experiments.resnet_cifar import Config
+from experiments.signals import Stopped
 from sgd_sparse_jax import models
 
 NUM_STEPS = 5
@@ -90,12 +93,106 @@ def test_a_run_cut_and_resumed_is_the_same_run(whole, base, tmp_path):
         saved_state(folder, NUM_STEPS),
         saved_state(whole[1], NUM_STEPS),
     )
-    timed = ("eval_seconds", "step_seconds", "images_per_second")
-    untimed = lambda row: {key: value for key, value in row.items() if key not in timed}
-    ours, theirs = (list(map(untimed, records.read_rows(f))) for f in (folder, whole[1]))
-    assert ours == theirs  # and the row that no saved state covers is gone
+    # and the row that no saved state covers is gone:
+    assert untimed_rows(folder) == untimed_rows(whole[1])
     starts = records.read_json(folder / "manifest.json")["starts"]
     assert [start["from_step"] for start in starts] == [0, 3]
+
+
+TIMED = ("eval_seconds", "step_seconds", "images_per_second")
+
+
+def untimed_rows(folder):
+    return [{k: v for k, v in row.items() if k not in TIMED} for row in records.read_rows(folder)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_stops_at_the_next_step_and_nothing_is_lost(
+    whole, base, tmp_path, monkeypatch, number
+):
+    """Sent while the row of step 3 is written: the state of step 4, between rows, is saved."""
+    config = replace(base, runs_dir=str(tmp_path))
+    append = records.append_row
+
+    def and_a_signal(folder, row):
+        append(folder, row)
+        if row["step"] == 3:
+            os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr(records, "append_row", and_a_signal)
+    with pytest.raises(Stopped, match=rf"{number.name}: stopped at step 4 of 5; {tmp_path}.* goes"):
+        resnet_cifar.run(config)
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    folder = resnet_cifar.run(config)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        saved_state(folder, NUM_STEPS),
+        saved_state(whole[1], NUM_STEPS),
+    )
+    assert untimed_rows(folder) == untimed_rows(whole[1])
+    starts = records.read_json(folder / "manifest.json")["starts"]
+    assert [start["from_step"] for start in starts] == [0, 4]
+
+
+def test_two_runs_of_one_command_give_the_same_bytes(whole, base, tmp_path):
+    """However often the states are saved, and however many of them are kept."""
+    once = replace(base, runs_dir=str(tmp_path / "a"), deterministic=True)
+    often = replace(once, runs_dir=str(tmp_path / "b"), save_every_seconds=0, keep=9)
+    one, two = resnet_cifar.run(once), resnet_cifar.run(often)
+    assert (one / "metrics.jsonl").read_bytes() == (two / "metrics.jsonl").read_bytes()
+    assert records.read_rows(one) == untimed_rows(whole[1])
+    states = lambda folder: {p.name for p in (folder / "checkpoints").iterdir() if p.name.isdigit()}
+    assert states(one) == {"3", "5"} and states(two) == {"1", "2", "3", "4", "5"}
+
+
+def test_a_fork_goes_on_from_another_runs_state_with_other_settings(whole, base, tmp_path):
+    """With no momentum before and some after, and another batch size."""
+    parent = whole[1]
+    fork = replace(
+        base,
+        runs_dir=str(tmp_path),
+        fork_from=str(parent),
+        fork_step=3,
+        lr_init=0.02,
+        batch_size=32,
+        max_steps=6,
+    )
+    folder = resnet_cifar.run(fork)
+    assert folder.name.endswith("lr0.02-constant-seed0-fork3")
+    rows = records.read_rows(folder)
+    assert [row["step"] for row in rows] == [3, 6] and rows[0]["epoch"] == 1.5
+    at_fork = next(row for row in untimed_rows(parent) if row["step"] == 3)
+    for name in ("train/loss", "test/loss", "test_average/error", "param_norm"):
+        np.testing.assert_allclose(rows[0][name], at_fork[name], rtol=1e-6)
+    (start,) = records.read_json(folder / "manifest.json")["starts"]
+    changed = start["parent"]["changed"]
+    assert start["parent"]["run"] == str(parent) and start["parent"]["step"] == 3
+    assert changed["lr_init"] == [0.05, 0.02] and changed["batch_size"] == [16, 32]
+    before = (folder / "metrics.jsonl").read_bytes()
+    resnet_cifar.run(replace(fork, fork_from=str(parent)))  # finished: nothing is written
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_fork_without_changes_is_the_run_it_came_from(whole, base, tmp_path):
+    fork = replace(base, runs_dir=str(tmp_path), fork_from=str(whole[1]), fork_step=3)
+    folder = resnet_cifar.run(fork)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        saved_state(folder, NUM_STEPS),
+        saved_state(whole[1], NUM_STEPS),
+    )
+    assert untimed_rows(folder)[1:] == untimed_rows(whole[1])[2:]
+
+
+def test_a_fork_goes_on_when_its_parent_is_gone(whole, base, tmp_path):
+    parent = shutil.copytree(whole[1], tmp_path / "parent")
+    fork = replace(base, runs_dir=str(tmp_path), fork_from=str(parent), fork_step=3, max_steps=4)
+    folder = resnet_cifar.run(fork)
+    shutil.rmtree(parent)
+    resnet_cifar.run(replace(fork, max_steps=5))
+    assert [row["step"] for row in records.read_rows(folder)] == [3, 4, 5]
 
 
 def test_a_finished_run_is_only_drawn_again(whole, capsys):
@@ -280,6 +377,13 @@ def test_augmentation_is_the_released_codes(dataset, moved, mirrored):
         ({"n_final_eval": 0}, "--n_final_eval is 0; it must be 1 or more, or -1"),
         ({"eval_iter_freq": -2}, "--eval_iter_freq is -2"),
         ({"jacobian_tol": 0.0}, "--jacobian_tol is 0.0; it must be positive"),
+        ({"keep": 0}, "--keep is 0; it must be 1 or more"),
+        ({"save_every_seconds": -1.0}, "--save_every_seconds is -1.0; it must be 0 or more"),
+        ({"fork_from": "run"}, "--fork_from RUN and --fork_step K go together"),
+        ({"fork_step": 3}, "--fork_from RUN and --fork_step K go together"),
+        ({"fork_from": "run", "fork_step": 3}, r"run has no state of step 3; .* \(none\)"),
+        ({"fork_from": "run", "fork_step": 5}, "--fork_step is 5, and the run ends at step 5"),
+        ({"fork_from": "a", "fork_step": 1, "model_path": "b"}, "both say where to begin"),
         ({"model": "vgg16", "droprate": 0.1}, "vgg16 takes neither dropout nor softplus"),
         ({"model": "resnet18_gn", "model_width": 3}, "width is 3; GroupNorm"),
     ],

@@ -162,7 +162,7 @@ def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
     network = ("params", "stats", "average")
     folder = state_folder(path, step).parent
     saved = _named_leaves(_read(folder, step, {k: getattr(like, k) for k in network}))
-    mine = _named_leaves(like._asdict())
+    mine = _named_leaves(like)
 
     def taken(name: str) -> jax.Array:
         old, new = saved.get(name), mine[name]
