@@ -22,6 +22,9 @@ class Layers(NamedTuple):
     norm_momentum: float = 0.9  # of BatchNorm's running moments; 0 keeps those of the last batch
     dropout: float = 0.0  # share of entries dropped, by the networks that drop any
     softplus: int = 0  # beta of log(1 + exp(beta x)) / beta in place of ReLU; 0: ReLU
+    # Axis of pmap or shard_map that batch statistics are averaged over. None under jit, where the
+    # batch is whole, whatever devices it lies on.
+    norm_axis: str | None = None
 
     @property
     def stored(self) -> DTypeLike:
@@ -55,6 +58,7 @@ class Layers(NamedTuple):
             momentum=self.norm_momentum,
             epsilon=1e-5,
             use_fast_variance=False,
+            axis_name=self.norm_axis,
             dtype=self.dtype,
             param_dtype=self.stored,
             # Else flax keeps the running moments of float64 networks in float32.

@@ -1,0 +1,151 @@
+"""The step of `jax.pmap` code, gradients and moments averaged by hand, is our step over a mesh."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from sgd_sparse_jax import models, train
+from sgd_sparse_jax._types import Batch, TrainState
+
+DEVICES, PER_DEVICE, CLASSES, STEPS = 8, 2, 4, 4
+BATCH, TAU, AXIS = DEVICES * PER_DEVICE, 0.9, "devices"
+# A few hundred float64 additions per number, in two orders; the momentum carries them 4 steps.
+SAME = {"rtol": 1e-10, "atol": 1e-12}
+
+
+def net(norm_axis=None):
+    layers = models.Layers(jnp.float64, norm_axis=norm_axis)
+    return models.ResNet((1,), classes=CLASSES, layers=layers, width=4)
+
+
+TX = optax.chain(optax.add_decayed_weights(5e-3), optax.sgd(0.1, 0.9))
+
+
+@pytest.fixture(scope="module")
+def images():
+    """Of two brightnesses in turn: halves of a batch have moments of their own."""
+    rng = np.random.default_rng(0)
+    x = rng.random((64, 8, 8, 3)) * np.repeat([0.3, 1.0], 32)[:, None, None, None]
+    return Batch(x, rng.integers(0, CLASSES, 64, dtype=np.int32))
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """Indices of each step, dark images on the first devices and bright ones on the last."""
+    drawn = np.random.default_rng(1).permuted(np.tile(np.arange(64), (STEPS, 1)), axis=1)
+    return np.sort(drawn[:, :BATCH], axis=1).astype(np.int32)
+
+
+@functools.cache
+def fresh():
+    """The same numbers whatever the axis of the norms, which draw nothing."""
+    x = jnp.zeros((1, 8, 8, 3), jnp.float64)
+    return jax.jit(lambda key: train.init_state(key, net(), TX, x, averaged=True))(jr.key(0))
+
+
+@pytest.fixture(scope="module")
+def ours(images, rows):
+    """States after each step, and losses, of `train` over all devices."""
+    mesh = train.data_mesh()
+    x, y = train.replicate(tuple(images), mesh)
+    step = train.make_step(net(), train.cross_entropy, TX, ema_decay=TAU)
+    segment = jax.jit(
+        train.make_segment(
+            step, lambda key, idx: Batch(x[idx], y[idx]), shard=train.split_examples(mesh)
+        )
+    )
+    state, told = train.replicate(fresh(), mesh), []
+    for row in rows:
+        state, loss = segment(jr.key(1), state, row[None])
+        told.append((state, loss[0]))
+    return told
+
+
+def by_pmap(images, rows, norm_axis):
+    """The same written for `jax.pmap`: a batch per device, means over devices by name.
+
+    Results keep their leading axis, one copy per device.
+    """
+    model = net(norm_axis)
+
+    def objective(params, stats, batch):
+        variables = {"params": params, **stats}
+        (logits, _), stats = model.apply(variables, batch.x, train=True, mutable=["batch_stats"])
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.y[:, None], 1)
+        return -chosen.mean(), stats
+
+    def step(state, batch):
+        grad = jax.value_and_grad(objective, has_aux=True)
+        (loss, stats), grads = grad(state.params, state.stats, batch)
+        grads, loss = jax.lax.pmean(grads, AXIS), jax.lax.pmean(loss, AXIS)
+        updates, opt_state = TX.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = jax.tree.map(lambda a, p: TAU * a + (1 - TAU) * p, state.average, params)
+        return TrainState(state.step + 1, params, stats, opt_state, average), loss
+
+    everywhere = jax.pmap(step, axis_name=AXIS)
+    copies = lambda leaf: jnp.broadcast_to(leaf, (DEVICES, *leaf.shape))
+    state, told = jax.tree.map(copies, fresh()), []
+    for row in rows:
+        x, y = images.x[row], images.y[row]
+        share = lambda a: a.reshape(DEVICES, PER_DEVICE, *a.shape[1:])
+        state, loss = everywhere(state, Batch(share(x), share(y)))
+        told.append((state, loss))
+    return told
+
+
+def test_pmap_with_synchronized_norms_takes_the_same_steps(images, rows, ours):
+    """Parameters, moments, momentum, averaged weights and loss, on every device, at every step."""
+    on_each = lambda leaf: np.stack([leaf] * DEVICES)
+    for one, other in zip(ours, by_pmap(images, rows, AXIS), strict=True):
+        compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
+        jax.tree.map(compare, jax.device_get(one), jax.device_get(other))
+    params, begin = jax.device_get((ours[-1][0].params, fresh().params))
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, begin)
+    assert min(jax.tree.leaves(moved)) > 1e-6  # else there was nothing to compare
+
+
+def test_norms_of_each_device_alone_are_another_algorithm(images, rows, ours):
+    """Without `norm_axis` the first step goes elsewhere, as far as it is long."""
+    one, our_loss = jax.device_get(ours[0])
+    other, their_loss = jax.device_get(by_pmap(images, rows[:1], None)[0])
+    apart = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(a)
+    begin, kernel = fresh().params["Conv_0"]["kernel"], lambda s: s.params["Conv_0"]["kernel"]
+    assert apart(our_loss, their_loss[0]) > 1e-3
+    assert apart(kernel(one) - begin, kernel(other)[0] - begin) > 0.5
+    # Each device goes on with running moments of its own, too.
+    variances = other.stats["batch_stats"]["BatchNorm_0"]["var"]
+    assert apart(variances[0], variances[-1]) > 1e-2
+
+
+@pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])
+def test_moments_are_those_of_the_whole_batch(how):
+    """The running moments that keep nothing older, against NumPy's over all devices' examples."""
+    x = np.random.default_rng(2).normal(size=(DEVICES, PER_DEVICE, 3, 3, 5))
+    x += 10 * np.arange(DEVICES).reshape(-1, 1, 1, 1, 1)  # far apart: a mean of variances is small
+    flat = x.reshape(-1, *x.shape[2:])
+    layers = models.Layers(jnp.float64, norm_momentum=0.0, norm_axis=None if how == "jit" else AXIS)
+    norm = layers.batch_norm(train=True)
+    variables = norm.init(jr.key(0), flat)
+    apply = lambda x: norm.apply(variables, x, mutable=["batch_stats"])
+    mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,))
+    if how == "pmap":
+        out, stats = jax.pmap(apply, axis_name=AXIS)(x)
+        stats = jax.tree.map(lambda leaf: leaf[-1], stats)
+    elif how == "shard_map":
+        split = jax.shard_map(apply, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()))
+        out, stats = jax.jit(split)(flat)
+    else:
+        spread = jax.device_put(flat, jax.sharding.NamedSharding(mesh, P(AXIS)))
+        out, stats = jax.jit(apply)(spread)
+    mean, var = flat.mean((0, 1, 2)), flat.var((0, 1, 2))
+    np.testing.assert_allclose(stats["batch_stats"]["mean"], mean, rtol=1e-12)
+    np.testing.assert_allclose(stats["batch_stats"]["var"], var, rtol=1e-12)
+    whole = (flat - mean.reshape(1, 1, 1, -1)) / np.sqrt(var.reshape(1, 1, 1, -1) + 1e-5)
+    np.testing.assert_allclose(np.reshape(out, flat.shape), whole, rtol=1e-9, atol=1e-12)
