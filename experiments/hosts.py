@@ -177,6 +177,7 @@ class Pauses:
         self.every, self.asked = save_every_seconds, asked
         self.saved_at = time.monotonic()
         self.under_way: deque[jax.Array] = deque()
+        self.met = 0  # how many of the oldest of them a save has answered
         over = NamedSharding(train.data_mesh(), PartitionSpec("data"))
         self.place = lambda wish: jax.make_array_from_process_local_data(
             over, np.full(jax.local_device_count(), wish, np.int32)
@@ -191,9 +192,11 @@ class Pauses:
         self.under_way.append(self.largest(self.place(wish)))
         if len(self.under_way) <= CALLS_LATE:
             return Pause.NO
-        return Pause(int(self.under_way.popleft()))
+        told = Pause(int(self.under_way.popleft()))
+        self.met, met = max(0, self.met - 1), self.met
+        return Pause.NO if told == Pause.SAVE and met else told
 
     def saved(self) -> None:
-        """A state has been saved; older wishes are met by it."""
+        """A state has been saved: of older wishes only those to stop are open."""
         self.saved_at = time.monotonic()
-        self.under_way.clear()
+        self.met = len(self.under_way)

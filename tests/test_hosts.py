@@ -1,0 +1,185 @@
+"""Two processes of two devices each are one run of four: training, sweeps, saves, and ends."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import hosts, records
+from experiments.hosts import Hosts
+
+ROOT = Path(__file__).parents[1]
+DEEP = [
+    *("experiments.resnet_cifar", "--model=resnet_tiny", "--model_width=2", "--batch_size=16"),
+    *("--batch_size_eval=32", "--epochs=40", "--eval_iter_freq=3", "--lr_init=0.05"),
+    *("--lr_schedule=constant", "--sparsity_images=40", "--bn_images=32", "--deterministic"),
+]
+TOY = [
+    *("experiments.diag_nets", "--n=12", "--d=16", "--support=2", "--seeds=6"),
+    *("--num_steps=400", "--spectra_records=3"),
+]
+
+
+def start(command, log, devices, process=None, port=0):
+    """A process that shows JAX `devices` CPU devices, alone or as one of two."""
+    joined = [
+        "--distributed",
+        f"--coordinator=localhost:{port}",
+        "--num_processes=2",
+        f"--process_id={process}",
+    ]
+    environment = os.environ | {
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_COMPILATION_CACHE_DIR": str(log.parents[1] / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    with log.open("w") as errors:
+        return subprocess.Popen(
+            [sys.executable, "-m", *command, *(joined if process is not None else [])],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+        )
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Starts a command as two processes; whatever becomes of the test, they end with it."""
+    started = []
+
+    def of(command):
+        processes, logs = start_pair(command, tmp_path)
+        started.extend(processes)
+        return processes, logs
+
+    yield of
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def start_pair(command, tmp_path, devices=2):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    logs = [tmp_path / f"process{i}.log" for i in range(2)]
+    return [start(command, log, devices, i, port) for i, log in enumerate(logs)], logs
+
+
+def ends(processes, timeout=200):
+    return [process.wait(timeout) for process in processes]
+
+
+def wait_for(condition, seconds=150):
+    for _ in range(int(seconds * 20)):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it has not come to that")
+
+
+@pytest.fixture
+def training(small_cifar, tmp_path):
+    """(name, max_steps) -> command and folder of a training run."""
+
+    def of(name, steps):
+        where = [f"--data_dir={small_cifar}", f"--runs_dir={tmp_path}", f"--exp_name={name}"]
+        folder = f"{name}-cifar10-resnet_tiny-w2-lr0.05-constant-seed0"
+        command = [*DEEP, *where, f"--max_steps={steps}"]
+        return command, tmp_path / "resnet_cifar" / folder
+
+    return of
+
+
+def test_two_processes_train_as_one_and_go_on_as_one(training, pair, tmp_path):
+    """Saved by two processes, continued by one and by two: the same rows to tolerance."""
+    whole, alone = training("alone", 6)
+    assert ends([start(whole, tmp_path / "alone.log", 4)]) == [0]
+    first, folder = training("pair", 3)
+    processes, logs = pair(first)
+    assert ends(processes) == [0, 0], [log.read_text() for log in logs]
+    manifest = records.read_json(folder / "manifest.json")
+    assert [entry["processes"] for entry in manifest["starts"]] == [2]
+    processes, logs = pair(training("pair", 6)[0])
+    assert ends(processes) == [0, 0], [log.read_text() for log in logs]
+    ours, theirs = records.read_rows(folder), records.read_rows(alone)
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 3, 6]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.keys() == other.keys()
+        for name, value in mine.items():
+            np.testing.assert_allclose(value, other[name], rtol=2e-3, atol=2e-2, err_msg=name)
+        for name in ("train/loss", "test/loss", "param_norm"):
+            np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, err_msg=name)
+    assert ends([start(training("pair", 8)[0], tmp_path / "on.log", 1)]) == [0]
+    assert [row["step"] for row in records.read_rows(folder)] == [0, 3, 6, 8]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_where_one_is_killed_the_other_stops_soon_and_says_what_to_do(training, pair, victim):
+    command, folder = training("killed", 0)
+    processes, logs = pair([*command, "--save_every_seconds=0"])
+    wait_for(lambda: (folder / "checkpoints" / "3").is_dir())
+    processes[victim].kill()
+    killed = time.monotonic()
+    other = processes[1 - victim]
+    assert other.wait(2 * hosts.HEARTBEAT_SECONDS) != 0
+    assert time.monotonic() - killed < 2 * hosts.HEARTBEAT_SECONDS
+    wait_for(lambda: "the same command on all hosts goes on" in logs[1 - victim].read_text(), 10)
+    words = logs[1 - victim].read_text().splitlines()[-1]
+    assert f"process {1 - victim} of 2" in words and str(folder) in words
+    assert int(words.rsplit(maxsplit=1)[-1]) >= 3  # the step that is saved
+    steps = [row["step"] for row in records.read_rows(folder)]
+    assert steps == list(range(0, len(steps) * 3, 3))
+
+
+def test_a_signal_to_one_stops_both_at_one_step(training, pair):
+    command, folder = training("signalled", 0)
+    processes, logs = pair(command)
+    wait_for(lambda: (folder / "checkpoints" / "3").is_dir())
+    processes[1].send_signal(signal.SIGTERM)
+    assert ends(processes) == [75, 75], [log.read_text() for log in logs]
+    told = [log.read_text().splitlines()[-1] for log in logs]
+    assert told[0].startswith("Another host: stopped at step")
+    assert told[0].split("stopped")[1] == told[1].split("stopped")[1]
+    assert int(told[0].split()[5]) == max(
+        int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()
+    )
+
+
+def test_two_processes_sweep_as_one(pair, tmp_path):
+    commands = [[*TOY, f"--runs_dir={tmp_path}", f"--exp_name={name}"] for name in ("one", "two")]
+    assert ends([start(commands[0], tmp_path / "alone.log", 4)]) == [0]
+    processes, logs = pair(commands[1])
+    assert ends(processes) == [0, 0], [log.read_text() for log in logs]
+    one, two = (records.load_dataset(tmp_path / "diag_nets" / name) for name in ("one", "two"))
+    for name in one.variables:
+        if one[name].dtype.kind == "f":
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (Hosts(coordinator="a:1"), "go together, with --distributed"),
+        (Hosts(distributed=True, num_processes=2, process_id=0), "go together"),
+        (Hosts(True, "a:1", 2, 2), "--process_id is 2; of --num_processes 2 the last is 1"),
+    ],
+)
+def test_half_a_description_of_the_hosts_is_refused(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        hosts.join(wrong)
+
+
+def test_one_process_is_the_first_and_agrees_with_itself():
+    done = []
+    hosts.on_first(lambda: done.append(1))
+    assert done == [1] and hosts.is_first() and hosts.agreed(True) and not hosts.any_of(False)
+    hosts.leave_the_rest_to_first()
