@@ -1,0 +1,99 @@
+"""docs/slurm.sh: what it does with an exit code, by executables that stand in for Slurm's."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from experiments import cli, resnet_cifar
+from experiments.signals import EXIT_CODE
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
+TEXT = SCRIPT.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def submit(tmp_path):
+    """(shell commands in place of srun's) -> exit code, words of the srun and scontrol calls."""
+    for name, ending in (("srun", 'eval "$FAKE_SRUN"'), ("scontrol", "exit $FAKE_SCONTROL")):
+        fake = tmp_path / "bin" / name
+        fake.parent.mkdir(exist_ok=True)
+        noted = f'for word; do echo "$word"; done >> "{tmp_path / name}"'
+        fake.write_text(f"#!/usr/bin/env bash\n{noted}\n{ending}\n")
+        fake.chmod(0o755)
+
+    def of(commands, *flags, scontrol=0):
+        environment = os.environ | {
+            "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+            "SLURM_JOB_ID": "4711",
+            "RUNS": str(tmp_path / "shared runs"),
+            "FAKE_SRUN": commands,
+            "FAKE_SCONTROL": str(scontrol),
+        }
+        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
+        done = subprocess.run(["bash", SCRIPT, *flags], env=environment, cwd=tmp_path, timeout=60)
+        noted = [tmp_path / name for name in ("srun", "scontrol")]
+        return done.returncode, *(p.read_text().splitlines() if p.exists() else [] for p in noted)
+
+    return of
+
+
+@pytest.mark.parametrize("status", [0, 1, 2, 130, 137])
+def test_what_ended_or_failed_is_not_started_again(submit, status):
+    code, _, scontrol = submit(f"exit {status}")
+    assert (code, scontrol) == (status, [])
+
+
+def test_what_stopped_for_a_signal_goes_back_into_the_queue(submit):
+    code, _, scontrol = submit(f"exit {EXIT_CODE}")
+    assert (code, scontrol) == (EXIT_CODE, ["requeue", "4711"])
+
+
+def test_where_it_cannot_be_requeued_the_code_still_comes_out(submit):
+    code, _, scontrol = submit(f"exit {EXIT_CODE}", scontrol=1)
+    assert (code, scontrol) == (EXIT_CODE, ["requeue", "4711"])
+
+
+def test_what_was_cancelled_stays_so(submit):
+    """`scancel` sends SIGTERM to the processes and to the shell, which waits for them."""
+    code, _, scontrol = submit(f"kill -TERM $PPID; sleep 0.1; exit {EXIT_CODE}")
+    assert (code, scontrol) == (EXIT_CODE, [])
+
+
+def test_the_processes_hear_the_signals_that_the_shell_handles(submit):
+    """A trap that ignored a signal would be passed on to them."""
+    for name in ("USR1", "TERM"):
+        trap = f"trap 'exit {EXIT_CODE}' {name}; kill -{name} $$; exit 1"
+        code, _, scontrol = submit(f"exec bash -c {shlex.quote(trap)}")
+        assert (code, scontrol[:2]) == (EXIT_CODE, ["requeue", "4711"])
+
+
+def test_a_signal_to_the_shell_alone_changes_nothing(submit):
+    assert submit("kill -USR1 $PPID; sleep 0.1; exit 0")[0] == 0
+
+
+def test_every_start_is_the_same_command_in_the_same_place(submit, tmp_path):
+    environment = tmp_path / "environment"
+    commands = f'echo "$JAX_COMPILATION_CACHE_DIR" > "{environment}"; exit 0'
+    _, words, _ = submit(commands, "--lr_init=0.75", "--exp_name=two words")
+    at = words.index("python")
+    assert words[at : at + 3] == ["python", "-m", "experiments.resnet_cifar"]
+    config = cli.parse(resnet_cifar.Config, words[at + 3 :])
+    assert config.hosts.distributed and not config.hosts.coordinator
+    assert (config.lr_init, config.exp_name) == (0.75, "two words")
+    assert config.runs_dir == str(tmp_path / "shared runs")
+    assert environment.read_text() == f"{tmp_path / 'shared runs' / 'compiled'}\n"
+
+
+def test_the_header_is_what_jax_and_our_signals_need():
+    """One process per GPU, all of a node's GPUs visible; USR1 to the processes, not the shell."""
+    header = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", TEXT, re.MULTILINE))
+    assert header["ntasks-per-node"] == header["gpus-per-node"]
+    assert not {"gpus-per-task", "gpu-bind"} & header.keys()
+    assert re.fullmatch(r"USR1@\d+", header["signal"])
+    assert {"requeue", "open-mode"} <= header.keys()
+    directives = TEXT.partition("\nset ")[0].splitlines()
+    assert all(line.startswith("#") or not line for line in directives)  # else sbatch stops reading
