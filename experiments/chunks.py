@@ -1,6 +1,7 @@
 """Finished parts of a sweep, on disk: a run that is cut goes on behind them."""
 
 import logging
+import re
 import shutil
 from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
@@ -38,8 +39,9 @@ class Chunks(MutableMapping[int, Arrays]):
         self._path(first).unlink()
 
     def __iter__(self) -> Iterator[int]:
-        names = (path.stem.rpartition("-") for path in self.folder.glob(f"{self.name}-*.npz"))
-        return iter(sorted(int(first) for name, _, first in names if name == self.name))
+        names = (path.stem.rpartition("-") for path in self.folder.glob("*-*.npz"))
+        ours = (first for name, _, first in names if name == self.name)
+        return iter(sorted(int(first) for first in ours if re.fullmatch("[0-9]+", first)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))

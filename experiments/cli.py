@@ -200,7 +200,13 @@ def told(error: BaseException) -> str:
             text = f"the disk is full ({text}); free some space and run again"
         if isinstance(error.filename, str | bytes | os.PathLike):
             text = f"{os.fsdecode(error.filename)}: {text}"
-    return " ".join(text.split()) or type(error).__name__
+    return in_a_line(text) or type(error).__name__
+
+
+def in_a_line(text: str) -> str:
+    """`text` in one line that any terminal only prints: what a file says is no command to it."""
+    escaped = lambda c: c.encode("unicode_escape").decode()
+    return "".join(c if c.isprintable() else escaped(c) for c in " ".join(text.split()))
 
 
 def _stop(message: str, code: int) -> NoReturn:

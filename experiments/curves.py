@@ -6,14 +6,27 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots, records
+from experiments import plots, records, values
+
+NEEDED = (
+    *("step", "epoch", "train/loss", "train/error", "test/loss", "test/error"),
+    *("test_average/loss", "test_average/error"),
+)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run; ValueError where there is none."""
+    """The evaluations of a run; ValueError where there is none, or one is not all numbers."""
     rows = records.read_rows(folder)
     if not rows:
         raise ValueError(f"{folder} has lost its metrics.jsonl; remove that folder and run again.")
+    for number, row in enumerate(rows, 1):
+        for name in (*NEEDED, *row):
+            if not values.is_number(row.get(name)):
+                told = values.shown(row[name]) if name in row else "missing"
+                raise ValueError(
+                    f"{folder / 'metrics.jsonl'}, line {number}: {name[:60]} is {told}, and has to "
+                    "be a number; remove that folder and run again."
+                )
     return rows
 
 

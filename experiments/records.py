@@ -6,12 +6,12 @@ runs/EXPERIMENT/NAME/config.json      the flags, as values
                      arrays.npz       arrays, if any
                      figures/  checkpoints/
 
-JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity", "-Infinity",
-and a string that says one of these words gets a backslash in front. What is read is what was given.
+What is read is what was given, or an error that names the file; nothing in a file is executed.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -28,9 +28,12 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from experiments import values
+
 if TYPE_CHECKING:
     import xarray
 
+SHOWN = 10  # settings that differ, in a message
 AXES = "axes of each array, as JSON"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -94,33 +97,31 @@ def _changes(
 ) -> list[str]:
     """`seeds 3 -> 4`, one per field that differs."""
 
-    def show(values: Mapping[str, Any], field: str) -> str:
-        return json.dumps(_encode(values[field])) if field in values else "absent"
+    def show(config: Mapping[str, Any], field: str) -> str:
+        return values.shown(config[field]) if field in config else "absent"
 
     def same(field: str) -> bool:
         both = field in before and field in asked
-        return both and _encode(before[field]) == _encode(asked[field])
+        return both and values.encode(before[field]) == values.encode(asked[field])
 
     fields = [*asked, *sorted(before.keys() - asked.keys())]
-    return [
-        f"{field} {show(before, field)} -> {show(asked, field)}"
-        for field in fields
-        if field not in may_change and not same(field)
-    ]
+    changed = [field for field in fields if field not in may_change and not same(field)]
+    listed = [f"{field[:60]} {show(before, field)} -> {show(asked, field)}" for field in changed]
+    more = len(listed) - SHOWN
+    return [*listed[:SHOWN], f"{more} more"] if more > 0 else listed
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; ValueError names the file where it isn't one."""
     try:
-        return _object(path.read_bytes())
-    except (ValueError, RecursionError) as error:
+        return values.from_bytes(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and run again.") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
-    text = json.dumps(_encode(value), indent=2, allow_nan=False) + "\n"
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, (values.to_text(value, indent=2) + "\n").encode("utf-8"))
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -168,7 +169,7 @@ def is_finished(folder: Path) -> bool:
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl, on disk when this returns; a cut line before it goes."""
     path = folder / "metrics.jsonl"
-    line = json.dumps(_encode(row), allow_nan=False) + "\n"
+    line = values.to_text(row) + "\n"
     with _named(path), path.open("a+b") as file:
         _drop_cut_line(file)
         file.write(line.encode("utf-8"))
@@ -196,10 +197,14 @@ def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 def load_arrays(folder: Path) -> dict[str, np.ndarray]:
     """What `save_arrays` wrote. Nothing in the file is executed."""
+    path = folder / "arrays.npz"
+    cure = f"remove {folder} and run again"
     try:
-        return read_arrays(folder / "arrays.npz")
+        return read_arrays(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(errno.ENOENT, f"it is missing; {cure}", str(path)) from error
     except ValueError as error:
-        raise ValueError(f"{error}; remove {folder} and run again.") from error
+        raise ValueError(f"{error}; {cure}.") from error
 
 
 def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = True) -> None:
@@ -214,16 +219,23 @@ def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bo
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """What `write_arrays` wrote; ValueError where it can't be read. Nothing in it is executed."""
     try:
-        # Opened here: of a file that is no archive, NumPy leaves its own handle open.
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-            raise ValueError("not all of it is arrays")
-        return arrays
+        with zipfile.ZipFile(path) as archive:
+            members = archive.namelist()
+            if len(set(members)) < len(members) or not all(m.endswith(".npy") for m in members):
+                raise ValueError("its members aren't arrays, each under a name of its own")
+            return {m.removesuffix(".npy"): _array(archive, m) for m in members}
     except FileNotFoundError:
         raise
-    except Exception as error:
+    except Exception as error:  # the archive, its compression and the arrays each have their own
         raise ValueError(f"{path} can't be read ({error})") from error
+
+
+def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
+    with archive.open(member) as entry:
+        array = np.lib.format.read_array(entry, allow_pickle=False)
+        if entry.read(1):  # else nothing compares the checksum of what is read in part
+            raise ValueError(f"{member} is longer than its array")
+        return array
 
 
 def save_dataset(folder: Path, dataset: "xarray.Dataset") -> None:
@@ -239,7 +251,12 @@ def load_dataset(folder: Path) -> "xarray.Dataset":
 
     arrays = load_arrays(folder)
     try:
-        axes = json.loads(str(arrays.pop(AXES)))
+        axes = values.from_bytes(str(arrays.pop(AXES)).encode())
+        for name, dims in axes.items():
+            if not isinstance(dims, list) or not all(isinstance(dim, str) for dim in dims):
+                raise ValueError(f"axes of {name}: {values.shown(dims)}")
+            if len(set(dims)) < len(dims):
+                raise ValueError(f"{name} has an axis twice: {values.shown(dims)}")
         variables = {name: (tuple(axes[name]), array) for name, array in arrays.items()}
         coords = {dim for dims in axes.values() for dim in dims} & variables.keys()
         return xarray.Dataset(variables).set_coords(sorted(coords))
@@ -280,8 +297,8 @@ def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     *lines, _ = path.read_bytes().split(b"\n")  # behind the last end of line: nothing, or a cut row
     for number, line in enumerate(lines, 1):
         try:
-            row = _object(line)
-        except (ValueError, RecursionError) as error:
+            row = values.from_bytes(line)
+        except ValueError as error:
             raise ValueError(
                 f"{path}, line {number}: not a row of metrics ({error}); remove that line."
             ) from error
@@ -290,8 +307,9 @@ def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _step(path: Path, row: Mapping[str, Any]) -> float:
     step = row.get("step")
-    if not isinstance(step, int | float) or math.isnan(step):
-        raise ValueError(f"{path} holds a row without its step ({row}); remove that line.")
+    if not values.is_number(step) or not math.isfinite(step):
+        told = f"holds a row without its step ({values.shown(row)})"
+        raise ValueError(f"{path} {told}; remove that line.")
     return step
 
 
@@ -327,43 +345,6 @@ def _named(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-
-
-NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_encode(item) for item in value]
-    if isinstance(value, np.generic | np.ndarray) or hasattr(value, "__array__"):
-        return _encode(np.asarray(value).tolist())
-    if isinstance(value, os.PathLike):
-        return _encode(os.fspath(value))
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, str) and value.lstrip("\\") in NOT_FINITE:
-        return "\\" + value
-    return value
-
-
-def _decode(value: Any) -> Any:
-    """The inverse of `_encode` on what JSON can say."""
-    if isinstance(value, dict):
-        return {key: _decode(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_decode(item) for item in value]
-    if isinstance(value, str) and value.lstrip("\\") in NOT_FINITE:
-        return NOT_FINITE.get(value, value[1:])
-    return value
-
-
-def _object(text: bytes) -> dict[str, Any]:
-    value = json.loads(text.decode("utf-8"))
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    return _decode(value)
 
 
 def _now() -> str:

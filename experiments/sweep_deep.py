@@ -134,7 +134,10 @@ def once(setting: str, config: Config) -> Run:
     folder = records.run_folder(*classifiers.place_of(config))
     gone = folder / "diverged.json"
     if gone.exists():
-        reason = records.read_json(gone)["reason"]
+        reason = records.read_json(gone).get("reason")
+        if not isinstance(reason, str):
+            raise ValueError(f"{gone} gives no reason; remove that file and run again.")
+        reason = cli.in_a_line(reason)
         print(f"{folder} has diverged before ({reason}); remove it to try again.")
         return Run(setting, config, folder, reason)
     try:
@@ -194,7 +197,7 @@ def show(title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
             told = ("", "") if place else (setting, seeds)
             table.add_row(*told, words, summary(rows[setting], name, form))
         table.add_section()
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a name may well have brackets in it
 
 
 def summary(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> str:

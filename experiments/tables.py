@@ -89,7 +89,7 @@ def show(rows: Sequence[Row], *, title: str) -> None:
             f"{middle} [{low}, {high}]",
             f"{row.share_diverged:.0%}" if new else "",
         )
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a name may well have brackets in it
 
 
 def diverged_panel(

@@ -11,7 +11,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOUNS = "sgd_sparse_jax._types"
-PLAIN = {f"experiments.{noun}" for noun in ("records", "plots", "cli", "tables", "signals")}
+PLAIN = {
+    f"experiments.{noun}" for noun in ("records", "values", "plots", "cli", "tables", "signals")
+}
 PLACES = {f"experiments.{noun}" for noun in ("devices", "hosts")}
 TOYS = {f"experiments.{noun}" for noun in ("problems", "ensemble", "chunks")}
 DEEP = {f"experiments.{noun}" for noun in ("classifiers", "gauges", "progress", "curves")}
