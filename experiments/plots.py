@@ -110,7 +110,7 @@ def figure(
         for ax in axes.flat[len(panels) :]:
             ax.set_visible(False)
         if title:
-            fig.suptitle(title, fontsize=9)
+            fig.suptitle(_as_text(title), fontsize=9)
         if len(labels) > 1:
             _legend(fig, styles)
         return _save_both(fig, stem)
@@ -133,7 +133,7 @@ def moves(stem: Path, panels: Sequence[Moves], *, title: str | None = None) -> l
         rows = -(-len(panels) // columns)
         fig = Figure(figsize=(2.3 * columns, 2.5 * rows + 0.4), layout="constrained")
         for panel, ax in zip(panels, fig.subplots(rows, columns, squeeze=False).flat, strict=False):
-            ax.set_title(panel.title)
+            ax.set_title(_as_text(panel.title))
             ax.set_xlabel("first weight")
             ax.set_ylabel("second weight")
             for end in panel.directions:
@@ -144,7 +144,7 @@ def moves(stem: Path, panels: Sequence[Moves], *, title: str | None = None) -> l
             ax.plot(*panel.after.T, **styles["after training"])
             ax.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
         if title:
-            fig.suptitle(title, fontsize=9)
+            fig.suptitle(_as_text(title), fontsize=9)
         _legend(fig, styles)
         return _save_both(fig, stem)
 
@@ -169,7 +169,7 @@ def maps(
         if labels:
             _legend(fig, {label: _overlay_style(i) for i, label in enumerate(labels)})
         if title:
-            fig.suptitle(title, fontsize=9)
+            fig.suptitle(_as_text(title), fontsize=9)
         return _save_both(fig, stem)
 
 
@@ -195,7 +195,7 @@ def animation(
         background = canvas.copy_from_bbox(fig.bbox)
         for length, title in zip(lengths, titles, strict=True):
             canvas.restore_region(background)
-            ax.set_title(title)
+            ax.set_title(_as_text(title))
             for curve, (x, y) in zip(curves, frame.overlay.values(), strict=True):
                 curve.set_data(x[:length], y[:length])
             for moving in (*curves, ax.title, *ax.lines[len(curves) :], *ax.texts):
@@ -240,8 +240,8 @@ def draw_map(fig: Any, ax: Any, panel: Map) -> None:
     for label, (x, y) in panel.points.items():
         ax.plot([x], [y], marker="o", color="white", markeredgecolor="black", markersize=4)
         box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-        ax.annotate(label, (x, y), xytext=(4, 4), textcoords="offset points", bbox=box)
-    ax.set(title=panel.title, xlabel=panel.xlabel, ylabel=panel.ylabel)
+        ax.annotate(_as_text(label), (x, y), xytext=(4, 4), textcoords="offset points", bbox=box)
+    ax.set(title=_as_text(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
     bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9)
     if panel.classes:
         bar.set_ticks(range(len(panel.classes)), labels=list(panel.classes))
@@ -284,12 +284,17 @@ def _legend(fig: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
     """Below the panels, in as many columns as the figure is wide enough for."""
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=label, **style) for label, style in styles.items()]
+    handles = [Line2D([], [], label=_as_text(label), **style) for label, style in styles.items()]
     for columns in range(min(len(handles), 4), 0, -1):
         legend = fig.legend(handles=handles, loc="outside lower center", ncols=columns)
         if columns == 1 or legend.get_window_extent().width <= fig.bbox.width:
             return
         legend.remove()
+
+
+def _as_text(words: str) -> str:
+    """Dollars as such: matplotlib would read formulas between them, and stop at bad ones."""
+    return words.replace("$", r"\$")
 
 
 def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndarray:
@@ -303,7 +308,7 @@ def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndar
 
 
 def _draw(ax: Any, panel: Panel, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    ax.set_title(panel.title)
+    ax.set_title(_as_text(panel.title))
     ax.set_xlabel(panel.xlabel)
     ax.set_ylabel(panel.ylabel)
     for label, (x, y) in panel.lines.items():
