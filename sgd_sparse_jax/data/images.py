@@ -3,6 +3,8 @@
 A new data set is one entry of `IMAGE_SETS` here and one of `builders.SOURCES`.
 """
 
+import contextlib
+import json
 import logging
 import os
 import re
@@ -160,8 +162,10 @@ def _open_cache(images_path: Path, labels_path: Path, image_set: ImageSet) -> Im
 
 def _open_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        return np.lib.format.open_memmap(path, mode="r")  # it refuses Python objects, and archives
+    except OSError:
+        raise
+    except Exception as error:  # a header is read as Python's literals, which fail in many ways
         raise ValueError(
             f"{path} is truncated or no array ({error}): delete it and run again; it is rebuilt "
             "from the TFDS directory beside it or, without one, from the official archive."
@@ -236,6 +240,7 @@ def _decode(prepared: Path, split: str, image_set: ImageSet) -> tuple[Pixels, La
 
     cure = "move it away and run again to prepare it anew"
     try:
+        _check_classes(json.loads((prepared / "features.json").read_bytes()))
         builder: Any = tfds.builder_from_directory(prepared)
         names = tuple(builder.info.features["label"].names)
         images = np.empty((builder.info.splits[split].num_examples, *image_set.shape), np.uint8)
@@ -258,6 +263,20 @@ def _decode(prepared: Path, split: str, image_set: ImageSet) -> tuple[Pixels, La
     # Stable, and shorter first: train_99999 before train_100000; mnist has no id and stays.
     order = sorted(range(count), key=lambda i: (len(ids[i]), ids[i]))
     return images[order], labels[order]
+
+
+def _check_classes(described: Any) -> None:
+    """TFDS imports, and so runs, the modules that features.json names: its own ones may be."""
+    if isinstance(described, str):  # it also takes descriptions as text inside of its JSON
+        with contextlib.suppress(ValueError):
+            described = json.loads(described)
+    for key in ("pythonClassName", "python_class_name", "type"):
+        named = described.get(key) if isinstance(described, dict) else None
+        if isinstance(named, str) and not named.startswith("tensorflow_datasets."):
+            raise ValueError(f"features.json names {named[:60]!r}, which is not TFDS's")
+    if isinstance(described, dict | list):
+        for part in described.values() if isinstance(described, dict) else described:
+            _check_classes(part)
 
 
 def _records(builder: Any, split: str) -> Iterator[bytes]:

@@ -38,7 +38,9 @@ def open_checkpoints(
             options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
             item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
         )
-    except ValueError as error:  # it reads all descriptions before one can be passed over
+    except OSError:
+        raise
+    except Exception as error:  # it reads all descriptions before one can be passed over
         raise ValueError(
             f"The states under {folder} can't be listed ({_in_a_line(error)}); move the damaged "
             "step's folder, in most cases the newest, out of it."
@@ -253,6 +255,8 @@ def _description(checkpoints: "ocp.CheckpointManager", step: int) -> tuple[Any, 
     beside = dict(checkpoints.metadata(step).custom_metadata or {})
     if saved is None or not {"about", "digest"} <= beside.keys():
         raise FileNotFoundError("its description is missing")
+    if not all(isinstance(beside.get(part, {}), Mapping) for part in ("about", "progress")):
+        raise ValueError("its description is damaged")
     return saved, beside
 
 

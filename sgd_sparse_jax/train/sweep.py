@@ -1,6 +1,8 @@
 """Many runs in one program."""
 
-from collections.abc import Callable, MutableMapping, Sequence
+import functools
+import logging
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ from jaxtyping import PyTree
 
 from sgd_sparse_jax._types import PRNGKey, Record, Sampler, Segment, TrainState
 
+log = logging.getLogger(__name__)
 WINDOW = 64  # steps whose indices are drawn at once
 STRIDE = 4  # steps per turn of the compiled loop
 
@@ -94,7 +97,8 @@ def make_sweep(
 
     `kept` maps the number of a run to the results of the chunk that begins there, {leaf: array}:
     chunks found in it aren't computed, the others are added, so a mapping that outlives the process
-    lets a sweep go on. Devices of several hosts work together, and each host gets all results.
+    lets a sweep go on. A chunk that isn't of this run's shapes is computed again, and the log says
+    so. Devices of several hosts work together, and each host gets all results.
     """
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; a device takes 1 run at a time or more.")
@@ -129,23 +133,53 @@ def make_sweep(
             raise ValueError(f"Nothing to run: {shape[0]} seeds x {shape[1]} points.")
         turn = min(chunk, -(-total // over.size)) * over.size
         kept = {} if kept is None else kept
+        of_one = functools.cache(lambda: jax.eval_shape(run, keys[0], _first(points)))
         start, blocks, structure = 0, [], None
         while start < total:
             found = kept.get(start)
+            if found is not None and (why := misfit(found, _named(of_one()), total - start)):
+                log.warning("What is kept of runs %d … is no use (%s); they run again.", start, why)
+                found = None
             if found is None:
                 indices = np.arange(start, start + turn) % total  # the last repeats early runs
                 leaves, structure = jax.tree.flatten(_on_host(program(indices, keys, points)))
-                found = {str(i): leaf[: total - start] for i, leaf in enumerate(leaves)}
+                found = {name: leaf[: total - start] for name, leaf in _named(leaves).items()}
                 kept[start] = found
             blocks.append([found[str(i)] for i in range(len(found))])
             start += len(blocks[-1][0])
             on_chunk(start)
         if structure is None:  # all was kept
-            structure = jax.tree.structure(jax.eval_shape(run, keys[0], _first(points)))
+            structure = jax.tree.structure(of_one())
         whole = [np.concatenate(parts) for parts in zip(*blocks, strict=True)]
         return jax.tree.unflatten(structure, [a.reshape(*shape, *a.shape[1:]) for a in whole])
 
     return sweep
+
+
+def misfit(
+    found: Mapping[str, Any], of_one: Mapping[str, jax.ShapeDtypeStruct], most: int
+) -> str | None:
+    """Why the arrays `found` aren't those of 1 … `most` runs, each like `of_one`; None if they are.
+
+    What is kept may be of another program, or of another's making: its runs would mix with ours.
+    """
+    if found.keys() != of_one.keys():
+        has, due = (", ".join(sorted(names)) or "(none)" for names in (found, of_one))
+        return f"its arrays are {has} and not {due}"
+    arrays = {name: np.asarray(array) for name, array in found.items()}
+    runs = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if len(runs) != 1 or not 1 <= min(runs) <= most:
+        return f"its arrays are of {sorted(runs)} runs, and up to {most} are due"
+    for name, array in arrays.items():
+        has, due = (array.dtype, array.shape[1:]), (of_one[name].dtype, of_one[name].shape)
+        if has != due:
+            return f"{name} is {has[0]}{list(has[1])} per run and not {due[0]}{list(due[1])}"
+    return None
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    """Leaves by their number, in words: what an archive can hold."""
+    return {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def _first(points: Any) -> Any:
