@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -170,11 +170,16 @@ def cifar_examples(
     """Records of one byte per label and 3 x 32 x 32 bytes of pixels, file after file."""
     (archive,) = archives
     contents: dict[str, bytes] = {}
-    with tarfile.open(archive) as tar:  # read member by member: nothing is unpacked onto the disk
-        for member in tar:
-            key = PurePosixPath(member.name).name
-            if key in files[split] and (file := tar.extractfile(member)) is not None:
-                contents[key] = file.read()
+    try:
+        with tarfile.open(archive) as tar:  # read member by member: nothing is unpacked
+            for member in tar:
+                key = PurePosixPath(member.name).name
+                if key in files[split] and member.isreg():  # a link would lead to another member
+                    contents[key] = cast(IO[bytes], tar.extractfile(member)).read()
+    except Exception as error:  # gzip's, zlib's and tar's
+        raise ValueError(
+            f"{archive} is not whole ({error!r}): delete it and download it again."
+        ) from error
     for key in files[split]:
         size = len(labels) + 3 * 32 * 32
         if key not in contents or len(contents[key]) % size:
@@ -222,14 +227,21 @@ def svhn_examples(
 
     archive = archives[0 if split == "train" else 1]
     try:
-        content = loadmat(archive)
-        images, labels = content["X"].transpose(3, 0, 1, 2), content["y"].reshape(-1) % 10
+        # Objects and functions in it would come as inert arrays; none of them is looked at.
+        content = loadmat(archive, variable_names=("X", "y"))
+        images, labels = content["X"].transpose(3, 0, 1, 2), content["y"].reshape(-1)
+        if images.dtype != np.uint8 or images.shape[1:] != (32, 32, 3):
+            raise ValueError(f"X holds {images.dtype}{list(content['X'].shape)}")
+        if labels.dtype.kind not in "uif" or not np.isin(labels, range(1, 11)).all():
+            raise ValueError(f"y holds {labels.dtype}, and not the labels 1 … 10 alone")
+        if len(images) != len(labels):
+            raise ValueError(f"{len(images)} images, {len(labels)} labels")
     except Exception as error:  # scipy has its own kinds
         raise ValueError(
             f"{archive} has no whole X and y ({error!r}): delete it and download it again."
         ) from error
     for image, label in zip(images, labels, strict=True):
-        yield np.ascontiguousarray(image), {"label": int(label)}
+        yield np.ascontiguousarray(image), {"label": int(label) % 10}
 
 
 def tiny_imagenet_examples(
@@ -254,9 +266,13 @@ def tiny_imagenet_examples(
             for member, wnid in sorted(
                 labelled, key=lambda m: (m[0].rpartition("_")[0], count(m[0]))
             ):
-                with Image.open(zipped.open(member)) as image:  # some are grey
+                # JPEG and nothing else: Pillow would have another program run what is PostScript.
+                with zipped.open(member) as file, Image.open(file, formats=("JPEG",)) as image:
+                    if image.size != (64, 64):
+                        raise ValueError(f"{member} has {image.size} pixels")
+                    # some are grey
                     yield np.asarray(image.convert("RGB")), {"label": number[wnid]}
-    except (KeyError, OSError, ValueError, IndexError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # zip's, zlib's and Pillow's
         raise ValueError(
             f"{archive} is not whole ({error!r}): delete it and download it again."
         ) from error
