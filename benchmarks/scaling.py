@@ -27,7 +27,7 @@ import jax.random as jr
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import deep, peaks, timing
+from benchmarks import deep_plan, peaks, timing
 from experiments import cli
 from sgd_sparse_jax import data, models, train
 from sgd_sparse_jax._types import Batch
@@ -185,8 +185,8 @@ def command(config: Config) -> str:
 def count(name: str, config: Config, mesh: Mesh) -> dict[str, Any]:
     """One network: its sizes, what its compiled step exchanges and holds, and step times."""
     dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
-    model = models.build(name, classes=deep.CLASSES, width=config.width or None, dtype=dtype)
-    flop = peaks.step_flop(model, (1, *deep.SHAPE))
+    model = models.build(name, classes=deep_plan.CLASSES, width=config.width or None, dtype=dtype)
+    flop = peaks.step_flop(model, (1, *deep_plan.SHAPE))
     begin = time.perf_counter()
     state, program = step_of(model, config, mesh)
     compiled = program.compile()
@@ -245,12 +245,14 @@ def ring(devices: int) -> float:
 
 def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     """Shapes of the training state, and the lowered program of one step on CIFAR-10's images."""
-    tx = optax.chain(optax.add_decayed_weights(deep.L2), optax.sgd(deep.STEP_SIZE, deep.MOMENTUM))
-    step = train.make_step(model, train.cross_entropy, tx, ema_decay=deep.AVERAGE_DECAY)
+    tx = optax.chain(
+        optax.add_decayed_weights(deep_plan.L2), optax.sgd(deep_plan.STEP_SIZE, deep_plan.MOMENTUM)
+    )
+    step = train.make_step(model, train.cross_entropy, tx, ema_decay=deep_plan.AVERAGE_DECAY)
 
     def program(pixels, key, state, indices):
         def fetch(key, idx):
-            x = data.crop_and_flip(key, pixels.x[idx].reshape(-1, *deep.SHAPE))
+            x = data.crop_and_flip(key, pixels.x[idx].reshape(-1, *deep_plan.SHAPE))
             return Batch(x.astype(jnp.float32) / 255, pixels.y[idx])
 
         segment = train.make_segment(step, fetch, shard=train.split_examples(mesh), unroll=1)
@@ -260,11 +262,11 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     on_all = partial(
         jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     )
-    x = jnp.zeros((1, *deep.SHAPE), jnp.float32)
+    x = jnp.zeros((1, *deep_plan.SHAPE), jnp.float32)
     init = partial(train.init_state, model=model, tx=tx, x=x, averaged=True)
     key = jax.eval_shape(lambda: jr.key(0))
     state = jax.eval_shape(init, key)
-    one = (math.prod(deep.SHAPE),) if config.images_as_rows else deep.SHAPE
+    one = (math.prod(deep_plan.SHAPE),) if config.images_as_rows else deep_plan.SHAPE
     described: Any = jax.ShapeDtypeStruct
     pixels = Batch(described((RESIDENT, *one), jnp.uint8), described((RESIDENT,), jnp.int32))
     indices = described((1, config.batch_size), jnp.int32)
@@ -276,7 +278,7 @@ def kept_bytes_per_image(model: nn.Module) -> int:
     """Bytes that reverse mode keeps of each image of a batch, before a compiler recomputes any."""
 
     def of_batch(b: int) -> int:
-        x = jax.ShapeDtypeStruct((b, *deep.SHAPE), jnp.float32)
+        x = jax.ShapeDtypeStruct((b, *deep_plan.SHAPE), jnp.float32)
         variables = dict(jax.eval_shape(model.init, jr.key(0), x))
         params = variables.pop("params")
 

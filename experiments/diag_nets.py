@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags
 
 if TYPE_CHECKING:
     import xarray
 
 
 @dataclass(frozen=True)
-class Config(ensemble.Config):
+class Config(toy_flags.Config):
     """Sparse regression, n examples in d dimensions; defaults are those of the setting."""
 
     setting: Literal["d1", "d2"] = "d1"
@@ -111,13 +111,13 @@ def run(config: Config) -> tables.Finding:
 
 def published(config: Config) -> dict[str, tuple[float, ...]]:
     """The paper's numbers, where all but the seeds is the paper's setting."""
-    asked = ensemble.like(config, SETTINGS[config.setting])
+    asked = toy_flags.like(config, SETTINGS[config.setting])
     return PUBLISHED[config.setting] if asked == SETTINGS[config.setting] else {}
 
 
 def draw(folder: Path, config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> list[Path]:
     """Median and 5-95 % band over seeds of every record, decay times marked."""
-    marks = ensemble.decay_marks(config, toy)
+    marks = toy_flags.decay_marks(config, toy)
     panel = lambda name, title, ylabel, log_y=False: plots.Panel(
         title, ylabel, tables.lines(dataset[name]), log_y=log_y, marks=marks
     )

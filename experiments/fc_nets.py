@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags, toy_runs
 
 if TYPE_CHECKING:
     import xarray
 
 
 @dataclass(frozen=True)
-class Config(ensemble.Config):
+class Config(toy_flags.Config):
     """ReLU nets on toy data, single-example SGD; defaults are those of the setting."""
 
     setting: Literal["1d", "1d-overregularized", "two-layer", "three-layer"] = "1d"
@@ -144,7 +144,7 @@ def run(config: Config) -> tables.Finding:
 
 def published(config: Config) -> dict[str, tuple[float | None, ...]]:
     """The paper's numbers, where all but the seeds is the paper's setting."""
-    asked = ensemble.like(config, SETTINGS[config.setting])
+    asked = toy_flags.like(config, SETTINGS[config.setting])
     return PUBLISHED[config.setting] if asked == SETTINGS[config.setting] else {}
 
 
@@ -152,7 +152,7 @@ def draw_curves(
     stem: Path, config: Config, toy: problems.Toy, dataset: "xarray.Dataset"
 ) -> list[Path]:
     """Losses, Jacobian rank and feature sparsity of every record: median and 5-95 % band."""
-    marks = ensemble.decay_marks(config, toy)
+    marks = toy_flags.decay_marks(config, toy)
 
     def panel(name: str, title: str, ylabel: str, log_y: bool = False, scale: float = 1.0):
         curves = tables.lines(dataset[name] * scale)
@@ -195,7 +195,7 @@ def draw_functions(
     for record in [int(np.searchsorted(steps, share * steps[-1])) for share in shares]:
         lines = {}
         for j, label in enumerate(dataset["schedule"].values):
-            params = ensemble.parameters(toy, snapshots[j, record])
+            params = toy_runs.parameters(toy, snapshots[j, record])
             lines[str(label)] = (grid, np.asarray(toy.predict(params, grid[:, None])))
         panels.append(
             plots.Panel(
@@ -213,7 +213,7 @@ def draw_neurons(stem: Path, toy: problems.Toy, dataset: "xarray.Dataset") -> li
     panels = []
     for j, label in enumerate(dataset["schedule"].values):
         kernels = [
-            np.asarray(ensemble.parameters(toy, theta)["layer1"]["kernel"]).T for theta in ends[j]
+            np.asarray(toy_runs.parameters(toy, theta)["layer1"]["kernel"]).T for theta in ends[j]
         ]
         panels.append(plots.Moves(str(label), kernels[0], kernels[1], teacher))
     return plots.moves(stem, panels, title=f"Incoming weights of each unit, seed {seed}")

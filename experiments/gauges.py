@@ -10,12 +10,14 @@ import jax.random as jr
 import numpy as np
 import optax
 
+from experiments.deep_flags import Config
+from experiments.deep_parts import Parts
 from sgd_sparse_jax import measure, train
 from sgd_sparse_jax._types import Fetch, TrainState
 
 
 def evaluation(
-    config: Any, parts: Any, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
+    config: Config, parts: Parts, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
 ) -> Callable[[TrainState], dict[str, Any]]:
     """State -> a row: loss, error and sparsity on training images, loss and error on test images.
 
@@ -58,7 +60,9 @@ def evaluation(
     return evaluate
 
 
-def parameter_and_gradient_norm(config: Any, parts: Any, fetch: Fetch, shard: Callable) -> Callable:
+def parameter_and_gradient_norm(
+    config: Config, parts: Parts, fetch: Fetch, shard: Callable
+) -> Callable:
     """State -> |p| and |∇L| on the first `batch_size` training images, normalized as a batch."""
     objective = train.make_objective(parts.model, train.cross_entropy)
 
@@ -74,7 +78,7 @@ def parameter_and_gradient_norm(config: Any, parts: Any, fetch: Fetch, shard: Ca
     return norms
 
 
-def jacobian_rank(config: Any, parts: Any, state: TrainState) -> int:
+def jacobian_rank(config: Config, parts: Parts, state: TrainState) -> int:
     """Rank of the Jacobian of all logits on the first `jacobian_examples` training images.
 
     In float64: its squared singular values, the eigenvalues of J J^T, span tol^2 = 1e-8.

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables
+from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags, toy_runs
 from sgd_sparse_jax import data, measure
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(ensemble.Config):
+class Config(toy_flags.Config):
     """n=20, d=30, 3-sparse; three ways down: flow (GD with small steps), GD and SGD with large."""
 
     setting: Literal["d3"] = "d3"
@@ -112,13 +112,13 @@ def published(config: Config) -> dict[str, tuple[float, ...]]:
     """The paper's numbers, where all but the seeds is the paper's setting."""
     setting = SETTINGS[config.setting]
     drawn = {field: getattr(setting, field) for field in ("grid", "low", "high", "frames")}
-    return PUBLISHED if ensemble.like(replace(config, **drawn), setting) == setting else {}
+    return PUBLISHED if toy_flags.like(replace(config, **drawn), setting) == setting else {}
 
 
 def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Surface:
     """The plane through initialization, sparse solution and end of the flow, and all over it."""
     snapshots = jnp.asarray(dataset["shown_theta"].values)
-    unravel = lambda theta: ensemble.parameters(toy, theta)
+    unravel = lambda theta: toy_runs.parameters(toy, theta)
     root = jnp.sqrt(jnp.asarray(data.sparse_regression(0, n=20, d=30, support=3).target))
     sparse, flow = {"u": root, "v": root}, unravel(snapshots[0, -1])
     plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)

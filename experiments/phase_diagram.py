@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import chunks, cli, devices, ensemble, hosts, plots, problems, records
+from experiments import chunks, cli, devices, ensemble, hosts, plots, problems, records, toy_runs
 from experiments.hosts import ALONE, Hosts
 from experiments.signals import deferred
 from sgd_sparse_jax import measure, train
@@ -172,7 +172,7 @@ def simulate(
     """
     static = config.axis in ("batch_size", "decay_time")
     columns = [[value] for value in config.values] if static else [list(config.values)]
-    keys = ensemble.seed_keys(config.seed, config.seeds)
+    keys = toy_runs.seed_keys(config.seed, config.seeds)
     parts = [
         _columns(config, toy, keys, values, kept(f"column{number}"), on_chunk)
         for number, values in enumerate(columns)
@@ -197,7 +197,7 @@ def _columns(
     end = min(decay_step, config.num_steps - 1)
     trend = np.rint(np.linspace(0, end - 8, config.trend_records)).astype(int)
     at = np.unique(np.concatenate([trend, np.arange(end - 8, end), [config.num_steps - 1]]))
-    one_run = ensemble.make_run(
+    one_run = toy_runs.make_run(
         toy,
         num_steps=config.num_steps,
         batch_size=int(of("batch_size")[0]),
@@ -214,7 +214,7 @@ def _columns(
     )
     count = len(grid["step_size"])
     fixed = {"warmup_exponent": jnp.ones(count), "decay_step": jnp.full(count, decay_step)}
-    points = ensemble.Schedule(**(grid | fixed))
+    points = toy_runs.Schedule(**(grid | fixed))
     rows, snapshots = train.sweep(
         one_run, keys, points, on_chunk=lambda done: on_chunk(), kept=kept
     )
@@ -239,9 +239,9 @@ def _observe(toy: problems.Toy, snapshots: np.ndarray) -> dict[str, np.ndarray]:
     flat = jnp.nan_to_num(snapshots.reshape(-1, *snapshots.shape[2:]), posinf=0.0, neginf=0.0)
 
     def watch(key, ends):
-        return toy.watch(ensemble.parameters(toy, ends[0]), ensemble.parameters(toy, ends[1]))
+        return toy.watch(toy_runs.parameters(toy, ends[0]), toy_runs.parameters(toy, ends[1]))
 
-    seen = train.sweep(watch, ensemble.seed_keys(0, 1), flat)
+    seen = train.sweep(watch, toy_runs.seed_keys(0, 1), flat)
     return {name: value.reshape(*snapshots.shape[:2], 1) for name, value in seen.items()}
 
 

@@ -4,9 +4,7 @@ python -m experiments.reproduce                    # 32 seeds: report.md and rep
 python -m experiments.reproduce --seeds 128 --exp_name more
 """
 
-import base64
 import contextlib
-import html
 import importlib
 import io
 import multiprocessing
@@ -17,17 +15,28 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from experiments import cli, devices, diag_nets, ensemble, fc_nets, loss_surface, records, tables
+from experiments import cli, devices, diag_nets, fc_nets, loss_surface, records, tables, toy_flags
+from experiments.report import (
+    AGREES,
+    DIFFERS,
+    ORDERED,
+    Chapter,
+    Verdict,
+    markdown,
+    page,
+    score,
+    summary,
+)
 
-AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
 ENOUGH = 8  # finite runs from which a 1-99 % range is read
+
+
 RESAMPLES = 4000
 
 
@@ -52,21 +61,12 @@ class Config:
     """Where run folders go."""
 
 
-class Verdict(NamedTuple):
-    """Whether the published value lies inside our range, or else stands where it is claimed to."""
-
-    word: str
-    inside: bool
-    reference: str  # the schedule it is compared with
-    confidence: float  # that the order of the two medians is the published one
-
-
 class Task(NamedTuple):
     """One setting to run."""
 
     title: str
     module: ModuleType
-    settings: ensemble.Config
+    settings: toy_flags.Config
 
     @property
     def command(self) -> str:
@@ -76,17 +76,6 @@ class Task(NamedTuple):
             f"python -m {self.module.__name__} --setting {settings.setting} "
             f"--seeds {settings.seeds}"
         )
-
-
-class Chapter(NamedTuple):
-    """One setting's table and figures, and why rows that differ do."""
-
-    title: str
-    command: str
-    rows: list[tables.Row]
-    verdicts: list[Verdict | None]  # one per row, None where nothing is published
-    figures: list[Path]
-    evidence: list[str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,8 +99,8 @@ def run(config: Config) -> list[Chapter]:
     workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
     chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
     seconds = time.perf_counter() - start
-    records.write_bytes(folder / "report.md", markdown(config, chapters, seconds).encode())
-    records.write_bytes(folder / "report.html", page(config, chapters, seconds).encode())
+    records.write_bytes(folder / "report.md", markdown(config.seeds, chapters, seconds).encode())
+    records.write_bytes(folder / "report.html", page(config.seeds, chapters, seconds).encode())
     records.write_json(folder / "verdicts.json", summary(chapters, seconds))
     print(f"{score(chapters)}\n{folder / 'report.html'} ({seconds:.0f} s)")
     return chapters
@@ -166,7 +155,7 @@ def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
         return [done.result() for done in waiting]
 
 
-def _quiet_chapter(title: str, module: str, settings: ensemble.Config) -> Chapter:
+def _quiet_chapter(title: str, module: str, settings: toy_flags.Config) -> Chapter:
     """`chapter_of` in another process, where tables and bars of others would mix with its own."""
     with contextlib.redirect_stdout(io.StringIO()):
         return chapter_of(Task(title, importlib.import_module(module), settings))
@@ -273,143 +262,6 @@ def survival(settings: diag_nets.Config) -> str:
             f"{test.show(test.percentile(50))}, ‖u⊙v‖₀ {support.show(support.percentile(50))}"
         )
     return "SGD at smaller step sizes, same decay: " + "; ".join(parts) + "."
-
-
-def score(chapters: Sequence[Chapter]) -> str:
-    """`54 of 56 published numbers agree`, by kind."""
-    words = [found.word for chapter in chapters for found in chapter.verdicts if found]
-    inside, ordered = words.count(AGREES), words.count(ORDERED)
-    share = (inside + ordered) / len(words)
-    return (
-        f"{inside + ordered} of {len(words)} published numbers agree ({share:.0%}): {inside} lie "
-        f"inside our 1-99 % range, {ordered} more stand in the claimed order."
-    )
-
-
-HEADINGS = ("setting", "quantity", "published", "ours: median [5 %, 95 %]", "diverged", "verdict")
-
-
-def table(chapter: Chapter) -> list[tuple[str, ...]]:
-    """Cells under HEADINGS, of the rows that have a published number."""
-    cells = []
-    for row, found in zip(chapter.rows, chapter.verdicts, strict=True):
-        if found is not None and row.published is not None:
-            low, middle, high = (row.show(row.percentile(level)) for level in (5, 50, 95))
-            order = "" if found.word != ORDERED else f" ({found.confidence:.0%})"
-            cells.append(
-                (
-                    row.schedule,
-                    row.quantity,
-                    row.show(row.published),
-                    f"{middle} [{low}, {high}]",
-                    f"{row.share_diverged:.0%}",
-                    found.word + order,
-                )
-            )
-    return cells
-
-
-def introduction(config: Config, chapters: Sequence[Chapter], seconds: float) -> list[str]:
-    """The paragraphs above the tables."""
-    return [
-        score(chapters),
-        f"{config.seeds} seeds per schedule (T1: {8 * config.seeds}), of the initialization where "
-        "it is random and of SGD; the data are the paper's. The original printed one seed. Runs "
-        "with large steps are chaotic: rounding decides where a run ends, on the original's "
-        "machine as on this one. So a published number agrees when it lies inside the 1-99 % range "
-        "of our runs that did not diverge, or else when the order to the setting's first schedule "
-        "(of the first: to the last) is the published one with a bootstrap confidence of 95 % or "
-        "more. Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
-        f"Made in {seconds:.0f} s, compilation and figures included (finished settings are read "
-        "and not run again).",
-    ]
-
-
-def markdown(config: Config, chapters: Sequence[Chapter], seconds: float) -> str:
-    """The report as one Markdown file; figures are embedded at its end."""
-    lines, embedded = ["# The paper's toy experiments, reproduced", ""], []
-    for paragraph in introduction(config, chapters, seconds):
-        lines += [paragraph, ""]
-    for chapter in chapters:
-        lines += [f"## {chapter.title}", "", f"`{chapter.command}`", ""]
-        lines += [_line(HEADINGS), _line("---" for _ in HEADINGS)]
-        lines += [_line(cells) for cells in table(chapter)] + [""]
-        lines += [f"- {sentence}" for sentence in chapter.evidence] + [""]
-        for figure in _images(chapter):
-            name = f"{figure.parents[1].name}/{figure.name}"
-            lines += [f"![{figure.stem}][{name}]", ""]
-            embedded.append(f"[{name}]: {_data_uri(figure)}")
-    return "\n".join([*lines, *embedded]) + "\n"
-
-
-def page(config: Config, chapters: Sequence[Chapter], seconds: float) -> str:
-    """The report as one HTML file without outside references; what it prints is escaped."""
-    title = "The paper's toy experiments, reproduced"
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    body += [f"<p>{html.escape(text)}</p>" for text in introduction(config, chapters, seconds)]
-    for chapter in chapters:
-        body.append(f"<h2>{html.escape(chapter.title)}</h2>")
-        body.append(f"<p><code>{html.escape(chapter.command)}</code></p>")
-        body.append("<table><tr>" + _cells("th", HEADINGS) + "</tr>")
-        for cells in table(chapter):
-            kind = "differs" if cells[-1] == DIFFERS else "agrees"
-            body.append(f'<tr class="{kind}">' + _cells("td", cells) + "</tr>")
-        body.append("</table>")
-        items = "".join(f"<li>{html.escape(text)}</li>" for text in chapter.evidence)
-        body.append(f"<ul>{items}</ul>" if items else "")
-        body += [
-            f'<img src="{_data_uri(figure)}" alt="{html.escape(figure.stem)}">'
-            for figure in _images(chapter)
-        ]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{CSS}</style><body>" + "\n".join(body) + "</body></html>\n"
-    )
-
-
-CSS = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
-    "table{border-collapse:collapse;margin:1rem 0}th,td{padding:.2rem .6rem;text-align:left;"
-    "border-bottom:1px solid #ddd}tr.differs td:last-child{color:#b00;font-weight:bold}"
-    "img{max-width:100%;display:block;margin:1rem 0}"
-)
-
-
-def summary(chapters: Sequence[Chapter], seconds: float) -> dict:
-    """What verdicts.json holds: the score, and every row with its verdict."""
-    rows = [
-        {
-            "chapter": chapter.title,
-            "schedule": row.schedule,
-            "quantity": row.quantity,
-            "published": row.published,
-            "runs": len(row.values),
-            "share_diverged": row.share_diverged,
-            **{f"p{level}": row.percentile(level) for level in (1, 5, 50, 95, 99)},
-            **found._asdict(),
-        }
-        for chapter in chapters
-        for row, found in zip(chapter.rows, chapter.verdicts, strict=True)
-        if found is not None
-    ]
-    return {"score": score(chapters), "seconds": round(seconds, 1), "rows": rows}
-
-
-def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _cells(tag: str, cells: Sequence[str]) -> str:
-    return "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-
-
-def _images(chapter: Chapter) -> list[Path]:
-    return [path for path in chapter.figures if path.suffix in (".png", ".gif")]
-
-
-def _data_uri(path: Path) -> str:
-    kind = path.suffix.removeprefix(".")
-    return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 if __name__ == "__main__":

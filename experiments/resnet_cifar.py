@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from experiments import classifiers, cli, curves, hosts
-from experiments.classifiers import Config as Config
+from experiments.deep_flags import Config as Config
 
 
 def main(argv: Sequence[str] | None = None) -> None:

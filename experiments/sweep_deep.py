@@ -15,8 +15,8 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from experiments import classifiers, cli, curves, hosts, records
-from experiments.classifiers import Config
+from experiments import classifiers, cli, curves, deep_flags, deep_parts, hosts, records
+from experiments.deep_flags import Config
 
 FIXED = (  # one value for all runs
     *(
@@ -83,11 +83,9 @@ def run(grid: Any) -> Path:
     hosts.join(grid.hosts)
     settings = expand(grid)
     for config in itertools.chain.from_iterable(settings.values()):
-        classifiers.validate(config)
+        deep_parts.validate(config)
     for configs in settings.values():
-        classifiers.assemble(
-            configs[0]
-        )  # missing data, too large a batch: before hours of training
+        deep_parts.assemble(configs[0])  # missing data, too large a batch: before hours of training
     everything = [field.name for field in dataclasses.fields(grid)]
     place = (grid.runs_dir, "sweep_deep", grid.exp_name)
     folder = records.run_folder(*place)
@@ -95,7 +93,7 @@ def run(grid: Any) -> Path:
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     runs = []
     for number, (setting, config) in enumerate(flat, 1):
-        print(f"run {number} of {len(flat)}: {classifiers.run_name(config)}")
+        print(f"run {number} of {len(flat)}: {deep_flags.run_name(config)}")
         runs.append(once(setting, config))
     hosts.leave_the_rest_to_first()
     report(folder, grid.exp_name, runs)
@@ -131,7 +129,7 @@ def expand(grid: Any) -> dict[str, list[Config]]:
 
 def once(setting: str, config: Config) -> Run:
     """Trains to the end, unless that is done; what diverged before is not tried again."""
-    folder = records.run_folder(*classifiers.place_of(config))
+    folder = records.run_folder(*deep_flags.place_of(config))
     gone = folder / "diverged.json"
     if gone.exists():
         reason = records.read_json(gone).get("reason")

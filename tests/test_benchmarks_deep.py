@@ -14,7 +14,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from benchmarks import deep, peaks
+from benchmarks import deep, deep_plan, deep_sides, peaks
 from sgd_sparse_jax import models
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,9 @@ def small_peaks(monkeypatch):
 @pytest.fixture
 def no_torch(monkeypatch):
     found = util.find_spec
-    monkeypatch.setattr(deep, "find_spec", lambda name: None if name == "torch" else found(name))
+    monkeypatch.setattr(
+        deep_plan, "find_spec", lambda name: None if name == "torch" else found(name)
+    )
 
 
 def our_shapes(name, width=None):
@@ -52,7 +54,7 @@ def numbers(tree):
     return [tree] if isinstance(tree, int | float) else []
 
 
-@pytest.mark.parametrize("name", deep.TORCH_NETS)
+@pytest.mark.parametrize("name", deep_plan.TORCH_NETS)
 @pytest.mark.parametrize("small", [False, True])
 def test_both_sides_train_parameters_of_the_same_shapes(name, small):
     pytest.importorskip("torch")
@@ -66,7 +68,7 @@ def test_both_sides_train_parameters_of_the_same_shapes(name, small):
 
 
 @pytest.mark.filterwarnings("default")  # torch's own
-@pytest.mark.parametrize("name", deep.TORCH_NETS)
+@pytest.mark.parametrize("name", deep_plan.TORCH_NETS)
 def test_operations_by_formula_are_those_that_torch_counts_on_its_side(name):
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
@@ -121,7 +123,7 @@ def test_a_tiny_run_without_torch_writes_positive_numbers_and_says_so(
 @pytest.mark.slow
 @pytest.mark.slow
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("name", deep.TORCH_NETS)
+@pytest.mark.parametrize("name", deep_plan.TORCH_NETS)
 def test_the_torch_side_learns_a_few_images_by_heart(name, bf16):
     torch = pytest.importorskip("torch")
     from benchmarks import torch_nets
@@ -169,12 +171,12 @@ def test_a_mode_that_fails_gives_way_to_eager_and_its_reason_is_kept(monkeypatch
     def side(name, mode, plan):
         if mode != "eager":
             raise RuntimeError(f"no {mode}\nand a page about it")
-        return deep.Side(lambda: None, 1, 1, {})
+        return deep_sides.Side(lambda: None, 1, 1, {})
 
-    monkeypatch.setattr(deep, "torch_side", side)
-    plan = deep.complete(deep.Config(batch_size=8, images=8, eval_images=1))
+    monkeypatch.setattr(deep_sides, "torch_side", side)
+    plan = deep_plan.complete(deep_plan.Config(batch_size=8, images=8, eval_images=1))
     plan = plan._replace(no_torch="", torch_modes=("default", "max-autotune"))
-    sides, failed = deep.torch_sides("wrn28", plan)
+    sides, failed = deep_sides.torch_sides("wrn28", plan)
     assert list(sides) == ["torch, eager"]
     assert failed == {
         "default": "RuntimeError: no default",
@@ -208,5 +210,7 @@ def test_what_cannot_be_run_is_said_in_one_line(flags, words, capsys):
 def test_the_command_written_into_results_gives_the_same_run():
     from experiments import cli
 
-    config = deep.Config(nets=("wrn28",), width=2, steps_per_call=(1, 5), torch_modes=("eager",))
-    assert cli.parse(deep.Config, deep.command(config).split()[3:]) == config
+    config = deep_plan.Config(
+        nets=("wrn28",), width=2, steps_per_call=(1, 5), torch_modes=("eager",)
+    )
+    assert cli.parse(deep_plan.Config, deep_plan.command(config).split()[3:]) == config

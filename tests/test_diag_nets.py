@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import diag_nets, ensemble, records
+from experiments import diag_nets, ensemble, records, toy_flags, toy_runs
 from experiments.diag_nets import SETTINGS, Config
 
 SMALL = Config(seeds=3, num_steps=2_000, n=20, d=30, support=3, spectra_records=5)
@@ -149,11 +149,11 @@ def test_diverged_runs_are_counted_and_shown(tmp_path, capsys):
 
 def test_the_decay_comes_after_the_step_that_it_names():
     config = replace(SMALL, num_steps=11, decay_times=(1.0, 0.3, 0.5, 0.9))
-    schedule = ensemble.schedules(config)
+    schedule = toy_runs.schedules(config)
     assert schedule.decay_step.tolist() == [11, 3, 5, 9]  # int(share * steps)
     toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
-    one = ensemble.Schedule(*(leaf[1] for leaf in schedule))
-    sizes = [float(ensemble.step_size(one, toy, 11)(step)) for step in range(6)]
+    one = toy_runs.Schedule(*(leaf[1] for leaf in schedule))
+    sizes = [float(toy_runs.step_size(one, toy, 11)(step)) for step in range(6)]
     np.testing.assert_allclose(sizes, [0.282] * 4 + [0.282 / 4.8] * 2)
 
 
@@ -190,8 +190,8 @@ def test_the_papers_settings_are_recognized():
         schedules = len(setting.step_sizes)
         assert {len(values) for values in diag_nets.published(setting).values()} == {schedules}
         assert setting.setting == name
-    steps = ensemble.record_steps(Config())
-    assert len(steps) == 348 and len(ensemble.spectra_steps(Config())) == 40
+    steps = toy_flags.record_steps(Config())
+    assert len(steps) == 348 and len(toy_flags.spectra_steps(Config())) == 40
 
 
 def numpy_descent(steps, *, eta, momentum=0.0, decay=0.0, rho=0.0, examples=False, average=0.0):
@@ -235,31 +235,31 @@ def numpy_descent(steps, *, eta, momentum=0.0, decay=0.0, rho=0.0, examples=Fals
 )
 def test_the_flags_of_descent_do_what_they_say(flags, loop):
     toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
-    descent = ensemble.Descent(**flags)
+    descent = toy_runs.Descent(**flags)
     config = replace(SMALL, num_steps=120)
-    at = ensemble.record_steps(config)
-    run = ensemble.make_run(
+    at = toy_flags.record_steps(config)
+    run = toy_runs.make_run(
         toy, num_steps=120, batch_size=20, at=at, snapshots_at=at[-1:], descent=descent
     )
-    never = ensemble.Schedule(*map(np.asarray, (0.3, 0.0, 1.0, 120, 1.0, 1.0)))
-    rows, _ = jax.jit(run)(ensemble.seed_keys(0, 1)[0], never)
+    never = toy_runs.Schedule(*map(np.asarray, (0.3, 0.0, 1.0, 120, 1.0, 1.0)))
+    rows, _ = jax.jit(run)(toy_runs.seed_keys(0, 1)[0], never)
     np.testing.assert_allclose(rows["train_loss"], numpy_descent(at, eta=0.3, **loop), rtol=1e-8)
 
 
 def test_label_noise_and_the_valley_floor_are_there_and_decay():
     toy = diag_nets.problems.diagonal(n=20, d=30, support=3)
     at = np.array([0, 50, 999])
-    never = ensemble.Schedule(*map(np.asarray, (0.1, 0.0, 1.0, 1000, 1.0, 1.0)))
-    key = ensemble.seed_keys(0, 1)[0]
+    never = toy_runs.Schedule(*map(np.asarray, (0.1, 0.0, 1.0, 1000, 1.0, 1.0)))
+    key = toy_runs.seed_keys(0, 1)[0]
 
     def losses(**flags):
-        run = ensemble.make_run(
+        run = toy_runs.make_run(
             toy,
             num_steps=1000,
             batch_size=1,
             at=at,
             snapshots_at=at[:1],
-            descent=ensemble.Descent(**flags),
+            descent=toy_runs.Descent(**flags),
         )
         return np.asarray(jax.jit(run)(key, never)[0]["train_loss"])
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import classifiers, records
-from experiments.classifiers import Config
+from experiments.deep_flags import Config
 from sgd_sparse_jax import data, models
 from sgd_sparse_jax.data import builders, images as stored
 

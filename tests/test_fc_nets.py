@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import ensemble, fc_nets, problems, records
+from experiments import fc_nets, problems, records, toy_runs
 from experiments.fc_nets import SETTINGS
 
 
@@ -33,7 +33,7 @@ def test_the_run_folder_holds_data_figures_and_summary(setting, tmp_path):
     np.testing.assert_array_equal(starts[:, 0], starts[:, -1])
     assert not np.array_equal(starts[0], starts[1])
     toy = problems.PROBLEMS[setting]()
-    params = ensemble.parameters(toy, dataset["theta"].sel(end="end").values[1, 0])
+    params = toy_runs.parameters(toy, dataset["theta"].sel(end="end").values[1, 0])
     loss = float(toy.mean_loss(params, toy.test))
     np.testing.assert_allclose(dataset["test_loss"][1, 0, -1], loss, rtol=1e-9)
     seen = jax.tree.map(float, toy.spectra(params))
@@ -64,9 +64,9 @@ def test_the_run_folder_holds_data_figures_and_summary(setting, tmp_path):
 def test_step_sizes_are_the_papers(setting, schedule, reference):
     config = SETTINGS[setting]
     toy = problems.PROBLEMS[fc_nets.PROBLEM.get(setting, setting)]()
-    points = ensemble.schedules(config)
-    ours = ensemble.step_size(
-        ensemble.Schedule(*(leaf[schedule] for leaf in points)), toy, config.num_steps
+    points = toy_runs.schedules(config)
+    ours = toy_runs.step_size(
+        toy_runs.Schedule(*(leaf[schedule] for leaf in points)), toy, config.num_steps
     )
     steps = np.unique([631, 632, *np.linspace(0, config.num_steps - 1, 301).astype(int)])
     np.testing.assert_allclose(

@@ -15,8 +15,14 @@ PLAIN = {
     f"experiments.{noun}" for noun in ("records", "values", "plots", "cli", "tables", "signals")
 }
 PLACES = {f"experiments.{noun}" for noun in ("devices", "hosts")}
-TOYS = {f"experiments.{noun}" for noun in ("problems", "ensemble", "chunks")}
-DEEP = {f"experiments.{noun}" for noun in ("classifiers", "gauges", "progress", "curves")}
+TOYS = {
+    f"experiments.{noun}"
+    for noun in ("problems", "toy_flags", "toy_runs", "ensemble", "chunks", "report")
+}
+DEEP = {
+    f"experiments.{noun}"
+    for noun in ("deep_flags", "deep_parts", "classifiers", "gauges", "progress", "curves")
+}
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "registry", "manager"}
 
 

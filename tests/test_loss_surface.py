@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import ensemble, loss_surface, problems
+from experiments import loss_surface, problems, toy_flags
 from experiments.loss_surface import Config
 
 SMALL = Config(seeds=2, num_steps=400, spectra_records=2, grid=12, frames=3)
@@ -43,7 +43,7 @@ def test_the_surface_is_the_loss_and_the_path_lies_where_it_was(finding):
 def test_published_numbers_stand_beside_the_papers_setting_only():
     assert loss_surface.published(Config(seeds=7, frames=0, grid=5, low=-1.0, high=3.0))
     assert not loss_surface.published(SMALL)
-    steps = ensemble.record_steps(Config())
+    steps = toy_flags.record_steps(Config())
     assert steps[0] == 0 and steps[-1] == 10_000 and len(steps) > 560
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import ensemble, phase_diagram, problems, records
+from experiments import phase_diagram, problems, records, toy_runs
 from experiments.phase_diagram import Config
 from sgd_sparse_jax import measure
 
@@ -43,15 +43,15 @@ def test_a_cell_is_the_run_that_its_labels_name(finished):
     config, dataset = finished
     toy = problems.PROBLEMS["two-layer"]()
     last = np.array([config.num_steps - 1])
-    run = ensemble.make_run(
+    run = toy_runs.make_run(
         toy, num_steps=config.num_steps, batch_size=1, at=last, snapshots_at=last
     )
-    point = ensemble.Schedule(0.3, 0.0, 1.0, int(0.5 * 301), config.decay_factor, 0.5)
-    key = ensemble.seed_keys(0, 3)[2]
+    point = toy_runs.Schedule(0.3, 0.0, 1.0, int(0.5 * 301), config.decay_factor, 0.5)
+    key = toy_runs.seed_keys(0, 3)[2]
     rows, snapshots = jax.jit(run)(key, jax.tree.map(np.asarray, point))
     cell = dataset.sel(seed=2, step_size=0.3, init_scale=0.5)
     np.testing.assert_allclose(cell["test_loss"], rows["test_loss"][0], rtol=1e-9)
-    spectra = toy.spectra(ensemble.parameters(toy, snapshots[0]))
+    spectra = toy.spectra(toy_runs.parameters(toy, snapshots[0]))
     np.testing.assert_allclose(cell["nuclear_norm"], spectra["nuclear_norm"], rtol=1e-9)
 
 

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import classifiers, records, resnet_cifar
+from experiments import deep_flags, deep_parts, records, resnet_cifar
 from experiments.resnet_cifar import Config
 from experiments.signals import Stopped
-from sgd_sparse_jax import models
+from sgd_sparse_jax import models, train
 
 NUM_STEPS = 5
 
@@ -290,16 +290,16 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
     chosen = replace(
         config, model_path=str(folder / state), runs_dir=str(tmp_path), exp_name="more", max_steps=1
     )
-    parts = classifiers.assemble(chosen)
+    parts = deep_parts.assemble(chosen)
     step = 3 if state == "models/3" else 6
     where = "models" if state == "models/3" else "checkpoints"
     import orbax.checkpoint as ocp
 
     saved = ocp.StandardCheckpointer().restore(folder / where / str(step) / "default")
     jax.tree.map(np.testing.assert_array_equal, parts.weights[0], saved["params"])
-    mesh = classifiers.train.data_mesh()
-    pixels = classifiers.placed(parts.images, mesh)
-    fresh = classifiers.training(chosen, parts, mesh, pixels)[2]
+    mesh = train.data_mesh()
+    pixels = deep_parts.placed(parts.images, mesh)
+    fresh = deep_parts.training(chosen, parts, mesh, pixels)[2]
     state = fresh(jax.random.key(0))
     jax.tree.map(np.testing.assert_array_equal, state.params, saved["params"])
     jax.tree.map(np.testing.assert_array_equal, state.average, saved["params"])
@@ -318,20 +318,20 @@ def test_weights_of_another_width_are_refused_by_name(switched, tmp_path):
 
 
 def test_parts_and_wrong_labels_are_of_the_training_set_alone(base):
-    plain = classifiers.assemble(base)
-    noisy = classifiers.assemble(replace(base, p_label_noise=0.5, frac_train=0.75, n_final_eval=7))
+    plain = deep_parts.assemble(base)
+    noisy = deep_parts.assemble(replace(base, p_label_noise=0.5, frac_train=0.75, n_final_eval=7))
     assert len(noisy.images.labels) == len(noisy.images.images) == 48
     np.testing.assert_array_equal(noisy.images.images, plain.images.images[:48])
     assert (noisy.images.labels != plain.images.labels[:48]).sum() == 24
     np.testing.assert_array_equal(noisy.test_images.labels, plain.test_images.labels[:7])
-    assert len(classifiers.assemble(replace(base, n_final_eval=-1)).test_images.labels) == 64
-    asym = classifiers.assemble(replace(base, p_label_noise=1.0, noise_type="asym"))
-    swapped = [classifiers.CONFUSIONS["cifar10"].get(y, y) for y in plain.images.labels.tolist()]
+    assert len(deep_parts.assemble(replace(base, n_final_eval=-1)).test_images.labels) == 64
+    asym = deep_parts.assemble(replace(base, p_label_noise=1.0, noise_type="asym"))
+    swapped = [deep_flags.CONFUSIONS["cifar10"].get(y, y) for y in plain.images.labels.tolist()]
     assert asym.images.labels.tolist() == swapped
 
 
 def test_the_evaluation_default_is_every_fifth_epoch(base):
-    assert classifiers.assemble(replace(base, eval_iter_freq=-1)).eval_every == 5 * 64 // 16
+    assert deep_parts.assemble(replace(base, eval_iter_freq=-1)).eval_every == 5 * 64 // 16
 
 
 @pytest.mark.parametrize(
@@ -339,14 +339,14 @@ def test_the_evaluation_default_is_every_fifth_epoch(base):
     [("cifar10", 1, 1), ("svhn", 1, 0), ("mnist", 0, 0), ("cifar10_dog_cat_gs", 1, 1)],
 )
 def test_augmentation_is_the_released_codes(dataset, moved, mirrored):
-    augment = classifiers.augmentation(Config(dataset=dataset))
+    augment = deep_parts.augmentation(Config(dataset=dataset))
     assert (augment is not None) == bool(moved)
     if augment:
         ramp = np.tile(np.arange(100, 132, dtype=np.uint8)[:, None], (64, 32, 1, 1))
         rising = np.asarray(augment(jax.random.key(0), ramp))[:, 16, 8:24, 0].astype(int)
         falls = (np.diff(rising, axis=1) < 0).any(1)
         assert falls.any() == bool(mirrored)
-    assert classifiers.augmentation(Config(dataset=dataset, no_data_augm=True)) is None
+    assert deep_parts.augmentation(Config(dataset=dataset, no_data_augm=True)) is None
 
 
 @pytest.mark.parametrize(
@@ -414,10 +414,10 @@ def test_the_papers_command_lines_are_understood():
         "piecewise_05epochs --warmup_exp=1.05", "constant"
     )
     assert cli.parse(Config, small.split()).lr_schedule == "constant"
-    assert classifiers.run_name(config) != classifiers.run_name(cli.parse(Config, small.split()))
+    assert deep_flags.run_name(config) != deep_flags.run_name(cli.parse(Config, small.split()))
     art = large.replace("--warmup_exp=1.05", "").replace("--no_data_augm", "--l2_reg=0.0005")
     assert not cli.parse(Config, art.split()).no_data_augm
-    classifiers.validate(config)
+    deep_parts.validate(config)
 
 
 def test_the_penalty_passes_the_momentum():
@@ -425,7 +425,7 @@ def test_the_penalty_passes_the_momentum():
     import jax.numpy as jnp
     import optax
 
-    tx = classifiers.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
+    tx = deep_parts.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
     p, state = jnp.ones(()), tx.init(jnp.ones(()))
     for _ in range(2):
         update, state = tx.update(jnp.zeros(()), state, p)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import jax
 import pytest
 
-from experiments import classifiers, cli, records, sweep_deep
+from experiments import cli, deep_flags, records, sweep_deep
 from sgd_sparse_jax import models
 
 
@@ -27,7 +27,7 @@ def test_a_grid_is_the_product_of_its_lists_times_the_seeds():
     assert len(settings) == 6
     assert list(settings)[1] == "lr_init 0.01, lr_schedule cosine"
     runs = [config for configs in settings.values() for config in configs]
-    assert len({classifiers.run_name(config) for config in runs}) == 12
+    assert len({deep_flags.run_name(config) for config in runs}) == 12
     assert {config.momentum for config in runs} == {0.0}
     assert {(c.lr_init, c.lr_schedule, c.seed) for c in runs} == {
         (lr, name, seed)
@@ -51,14 +51,14 @@ def test_paired_lists_are_walked_together():
 
 def test_what_no_name_tells_apart_gets_into_the_name():
     settings = sweep_deep.expand(grid("--momentum", "0.0", "0.9", "--exp_name", "m"))
-    names = [classifiers.run_name(config) for (config,) in settings.values()]
+    names = [deep_flags.run_name(config) for (config,) in settings.values()]
     assert [name.split("-cifar10")[0] for name in names] == ["m-momentum0.0", "m-momentum0.9"]
 
 
 def test_every_flag_of_a_run_is_there_with_its_words(capsys):
     plain = grid()
     (configs,) = sweep_deep.expand(plain).values()
-    assert configs == [classifiers.Config()]
+    assert configs == [deep_flags.Config()]
     with pytest.raises(SystemExit):
         grid("--help")
     text = capsys.readouterr().out
@@ -103,8 +103,8 @@ def test_a_run_that_was_cut_goes_on(swept, tmp_path):
     chosen, _folder = swept
     moved = replace(chosen, lr_init=(0.05,), runs_dir=str(tmp_path))
     ((config,),) = sweep_deep.expand(moved).values()
-    whole = records.run_folder(*classifiers.place_of(replace(config, runs_dir=chosen.runs_dir)))
-    part = records.run_folder(*classifiers.place_of(config))
+    whole = records.run_folder(*deep_flags.place_of(replace(config, runs_dir=chosen.runs_dir)))
+    part = records.run_folder(*deep_flags.place_of(config))
     shutil.copytree(whole, part)
     shutil.rmtree(part / "checkpoints")  # as if cut before the first save
     sweep_deep.run(moved)

@@ -1,0 +1,172 @@
+"""The sides of `benchmarks.deep`: our training of a network and PyTorch's, ready to be timed."""
+
+import math
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+from benchmarks.deep_plan import (
+    AVERAGE_DECAY,
+    CLASSES,
+    L2,
+    MOMENTUM,
+    SHAPE,
+    STEP_SIZE,
+    TORCH_NETS,
+    Plan,
+)
+from sgd_sparse_jax import data, models, train
+from sgd_sparse_jax._types import Batch, Fetch, TrainState
+
+
+class Side(NamedTuple):
+    """What is timed: `run()` does `steps` training steps and waits for the last."""
+
+    run: Callable[[], object]
+    steps: int
+    devices: int
+    facts: dict[str, Any]
+
+
+class Training:
+    """Our training of one network, put together as `experiments.resnet_cifar` does."""
+
+    def __init__(self, name: str, plan: Plan):
+        batch, width = plan.config.batch_size, plan.config.width or None
+        self.plan, self.per_epoch = plan, len(plan.images.labels) // batch
+        self.model = models.build(name, classes=CLASSES, width=width, dtype=plan.dtype)
+        self.mesh = train.data_mesh()
+        tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(STEP_SIZE, MOMENTUM))
+        step = train.make_step(self.model, train.cross_entropy, tx, ema_decay=AVERAGE_DECAY)
+        fetch = self.fetch_from(plan.images, augmented=True)
+        self.segment = train.make_segment(
+            step, fetch, shard=train.split_examples(self.mesh), unroll=1
+        )
+        self.sampler = train.reshuffled_epochs(len(plan.images.labels), batch)
+        x = jnp.zeros((1, *SHAPE), jnp.float32)
+        init = partial(train.init_state, model=self.model, tx=tx, x=x, averaged=True)
+        self.fresh = jax.jit(init)
+        self.state = self.start()
+
+    def start(self) -> TrainState:
+        """A fresh state on every device."""
+        return train.replicate(self.fresh(jr.key(0)), self.mesh)
+
+    def fetch_from(self, images: data.Images, *, augmented: bool) -> Fetch:
+        """Gathers from uint8 images that are on every device; [0, 1] floats come out."""
+        placed: Any = (images.images, images.labels)
+        pixels, labels = train.replicate(placed, self.mesh)
+
+        def fetch(key, idx):
+            x = data.crop_and_flip(key, pixels[idx]) if augmented else pixels[idx]
+            return Batch(x.astype(jnp.float32) / 255, labels[idx])
+
+        return fetch
+
+
+def memory_peak() -> int:
+    """Most bytes this process has had on a device so far, autotuning included; 0 if not known."""
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def our_side(ours: Training, per_call: int) -> Side:
+    """Calls of `per_call` steps, compiled here; the order of examples is drawn beforehand."""
+    plan, key = ours.plan, jr.key(1)
+    count = math.ceil(plan.steps / per_call)
+    draw = jax.jit(ours.sampler, static_argnums=2)
+    calls = np.asarray(draw(key, 0, count * per_call)).reshape(count, per_call, -1)
+    advance = jax.jit(ours.segment, donate_argnums=1)
+
+    def some(indices: np.ndarray) -> None:
+        for rows in indices:
+            ours.state, _ = advance(key, ours.state, rows)
+        jax.block_until_ready(ours.state)
+
+    begin = time.perf_counter()
+    compiled = advance.lower(key, ours.state, calls[0]).compile()  # jit finds it again
+    facts = {"compile_s": time.perf_counter() - begin}
+    some(calls[:1])
+    facts |= {"first_call_s": time.perf_counter() - begin}
+    facts |= counted_by_xla(compiled, per_call)
+    print(
+        f"ours, {per_call} per call: first call done after {facts['first_call_s']:.1f} s",
+        flush=True,
+    )
+    return Side(lambda: some(calls), count * per_call, jax.device_count(), facts)
+
+
+def counted_by_xla(compiled: Any, per_call: int) -> dict[str, Any]:
+    """Memory of a program of one device; operations and bytes where it is one step without a loop.
+
+    Of a loop XLA counts the body once, or as often as it has unrolled it.
+    """
+    cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    facts: dict[str, Any] = {}
+    if per_call == 1:
+        facts["xla_flop"], facts["xla_bytes"] = cost.get("flops"), cost.get("bytes accessed")
+    if memory is not None:
+        held = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        shared = memory.alias_size_in_bytes
+        facts["memory_bytes"] = held - shared + memory.temp_size_in_bytes
+    return facts
+
+
+def torch_device() -> str:
+    """PyTorch's name for where JAX runs."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def torch_sides(name: str, plan: Plan) -> tuple[dict[str, Side], dict[str, str]]:
+    """PyTorch in every mode that works, else as it is; and why the others don't."""
+    sides: dict[str, Side] = {}
+    failed: dict[str, str] = {}
+    if plan.no_torch or name not in TORCH_NETS:
+        return sides, failed
+    for mode in dict.fromkeys((*plan.torch_modes, "eager")):
+        if sides and mode not in plan.torch_modes:
+            continue  # eager is the last resort
+        try:
+            sides[f"torch, {mode}"] = torch_side(name, mode, plan)
+        except Exception as error:  # whatever a compiler may raise
+            failed[mode] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return sides, failed
+
+
+def torch_side(name: str, mode: str, plan: Plan) -> Side:
+    """PyTorch's steps, on one device; three are done here, which compile."""
+    import torch
+
+    from benchmarks import torch_nets
+
+    device, config = torch_device(), plan.config
+    images = torch.from_numpy(plan.images.images).to(device)
+    labels = torch.from_numpy(plan.images.labels).long().to(device)
+    chosen = {"width": config.width} if config.width else {}
+    before = torch_nets.start_counting_memory(device)
+    begin = time.perf_counter()
+    steps = torch_nets.trainer(
+        torch_nets.NETWORKS[name](CLASSES, **chosen),
+        images,
+        labels,
+        batch=config.batch_size,
+        bf16=config.precision == "bf16",
+        mode=mode,
+        lr=STEP_SIZE,
+        momentum=MOMENTUM,
+        l2=L2,
+        average_decay=AVERAGE_DECAY,
+    )
+    steps(1)
+    facts: dict[str, Any] = {"first_call_s": time.perf_counter() - begin}
+    print(f"torch, {mode}: first step done after {facts['first_call_s']:.1f} s", flush=True)
+    steps(2)  # momentum is there, and CUDA graphs are recorded, only now
+    if device == "cuda":
+        facts["memory_bytes"] = torch.cuda.max_memory_allocated() - before
+    return Side(lambda: steps(plan.steps), plan.steps, 1, facts)

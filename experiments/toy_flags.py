@@ -1,0 +1,155 @@
+"""The flags of an ensemble of toy runs, what they may be, and what follows from them alone."""
+
+from dataclasses import dataclass, replace
+from typing import Literal, TypeVar
+
+import jax
+import numpy as np
+
+from experiments.hosts import ALONE, Hosts
+from experiments.problems import Toy
+
+
+@dataclass(frozen=True)
+class Config:
+    """One entry of each tuple per schedule."""
+
+    setting: str = ""
+    """Which of the paper's settings."""
+    exp_name: str = ""
+    """Name of the run's folder; empty: the setting's name."""
+    seeds: int = 32
+    """Seeds per schedule: of the initialization (where it is random) and of SGD."""
+    seed: int = 0
+    """Seed of the seeds: seed i of the ensemble is fold_in(key(seed), i)."""
+    step_sizes: tuple[float, ...] = ()
+    """Step size at the start of each schedule."""
+    decay_times: tuple[float, ...] = ()
+    """Share of the run after which each schedule decays; 1 is never."""
+    decay_factors: tuple[float, ...] = ()
+    """What each schedule divides its step size by."""
+    warmup_gains: tuple[float, ...] = ()
+    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
+    warmup_exponent: float = 1.0
+    """The exponent of the warm-up."""
+    batch_sizes: tuple[int, ...] = ()
+    """Examples per step, drawn with replacement; all of them is gradient descent."""
+    num_steps: int = 100_001
+    """Steps of each run."""
+    init_scale: float = 1.0
+    """Multiplies the paper's scale of the initial weights."""
+    momentum: float = 0.0
+    """Heavy-ball momentum."""
+    weight_decay: float = 0.0
+    """Adds WEIGHT_DECAY * weights to each gradient."""
+    sam_rho: float = 0.0
+    """Gradients are taken at weights + SAM_RHO * gradient (not normalized)."""
+    sam_of: Literal["batch", "examples"] = "batch"
+    """Whether that point is the batch's or each example's own."""
+    label_noise: float = 0.0
+    """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
+    average: float = 0.0
+    """What is watched is the moving average of the weights with this memory; 0 for the weights."""
+    valley_steps: int = 0
+    """What is watched is the valley floor: the weights after so many steps of GD of size 0.5."""
+    gd_jitter: float = 1e-9
+    """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
+    log_records: bool = False
+    """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
+    spectra_records: int = 40
+    """At how many of the records singular values are taken for every seed (for one seed at all)."""
+    runs_dir: str = "runs"
+    """Where run folders go."""
+    hosts: Hosts = ALONE
+
+
+def validate(config: Config, toy: Toy) -> None:
+    """Raises ValueError, in the words of the flags, for what can't be run."""
+    per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
+    lengths = {field: len(getattr(config, field)) for field in per_schedule}
+    if len(set(lengths.values())) != 1 or not config.step_sizes:
+        counts = ", ".join(f"--{field} {length}" for field, length in lengths.items())
+        raise ValueError(f"Values per schedule: {counts}; give each schedule one of each.")
+    for field in ("seeds", "num_steps", "spectra_records"):
+        if getattr(config, field) < 1:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
+    for field in ("step_sizes", "decay_factors"):
+        for value in getattr(config, field):
+            if not 0 < value < np.inf:
+                raise ValueError(f"--{field} holds {value}; each must be positive and finite.")
+    for value in config.warmup_gains:
+        if not -1 < value < np.inf:
+            raise ValueError(f"--warmup_gains holds {value}; each must be finite and above -1.")
+    for value in config.decay_times:
+        if not 0 <= value <= 1:
+            raise ValueError(f"--decay_times holds {value}; each is a share of the run, 0 to 1.")
+    for value in config.batch_sizes:
+        if not 1 <= value <= len(toy.train.y):
+            raise ValueError(
+                f"--batch_sizes holds {value}; each is between 1 and the {len(toy.train.y)} "
+                "training examples."
+            )
+    for field in ("warmup_exponent", "init_scale"):
+        if not 0 < getattr(config, field) < np.inf:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be positive.")
+    for field in ("weight_decay", "sam_rho", "label_noise", "valley_steps"):
+        if not 0 <= getattr(config, field) < np.inf:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 0 or more.")
+    for field in ("momentum", "average"):
+        if not 0 <= getattr(config, field) < 1:
+            raise ValueError(f"--{field} is {getattr(config, field)}; it must be in [0, 1).")
+    if not 0 <= config.gd_jitter < 1:
+        raise ValueError(f"--gd_jitter is {config.gd_jitter}; give a small share, such as 1e-9.")
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def like(config: ConfigT, setting: ConfigT) -> ConfigT:
+    """`config` but for what says how often, where and how closely it is watched."""
+    free = ("exp_name", "seeds", "seed", "spectra_records", "gd_jitter", "runs_dir", "hosts")
+    return replace(config, **{field: getattr(setting, field) for field in free})
+
+
+def record_steps(config: Config) -> np.ndarray:
+    """The first 100 steps, then points spread over the whole run (the reference's cadence).
+
+    With `log_records`: the first 500, then 200 spaced logarithmically.
+    """
+    if config.log_records:
+        spread = np.geomspace(1, config.num_steps - 1, 201).astype(int)
+        return np.unique(np.concatenate([np.arange(min(500, config.num_steps)), spread]))
+    intervals = 249 if config.num_steps > 50_000 else 150
+    spread = np.rint(np.arange(intervals) * config.num_steps / intervals).astype(int)
+    return np.unique(np.concatenate([np.arange(min(100, config.num_steps)), spread]))
+
+
+def spectra_steps(config: Config) -> np.ndarray:
+    """`spectra_records` of the record steps, the first and the last among them."""
+    at = record_steps(config)
+    return at[np.unique(np.rint(np.linspace(0, len(at) - 1, config.spectra_records)).astype(int))]
+
+
+def labels(config: Config, toy: Toy) -> list[str]:
+    """`η = 0.282, /3.4 at 30 %`, one per schedule."""
+    out = []
+    for j, size in enumerate(config.batch_sizes):
+        share, gain, factor = (
+            config.decay_times[j],
+            config.warmup_gains[j],
+            config.decay_factors[j],
+        )
+        kind = {1: "", len(toy.train.y): "GD, "}.get(size, f"b = {size}, ")
+        reached = config.step_sizes[j] * (1 + gain * share**config.warmup_exponent)
+        warm = f" → {reached:.2g}" if gain else ""
+        decay = f", /{factor:g} at {share:.0%}" if factor != 1 else ", constant"
+        out.append(f"{kind}η = {config.step_sizes[j]:g}{warm}{decay}")
+    return out
+
+
+def decay_marks(config: Config, toy: Toy) -> dict[str, list[float]]:
+    """Where each schedule's step size decays, for figures."""
+    decays = zip(labels(config, toy), config.decay_times, config.decay_factors, strict=True)
+    return {label: [share * config.num_steps] for label, share, factor in decays if factor != 1}

@@ -1,0 +1,171 @@
+"""One run of a toy problem as a function of its seed and its schedule: what a sweep maps over."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax.flatten_util import ravel_pytree
+
+from experiments.problems import Toy
+from experiments.toy_flags import Config
+from sgd_sparse_jax import data, measure, train
+from sgd_sparse_jax._types import Batch, Noise, Params, TrainState
+
+
+class Descent(NamedTuple):
+    """What is not plain SGD, and which weights are watched: fields of Config."""
+
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    sam_rho: float = 0.0
+    sam_of: str = "batch"
+    label_noise: float = 0.0
+    average: float = 0.0
+    valley_steps: int = 0
+
+
+PLAIN = Descent()
+
+
+class Schedule(NamedTuple):
+    """eta (1 + gain t^exponent), t = step / num_steps, up to `decay_step`; then over the factor."""
+
+    step_size: jax.Array
+    warmup_gain: jax.Array
+    warmup_exponent: jax.Array
+    decay_step: jax.Array
+    decay_factor: jax.Array
+    init_scale: jax.Array
+
+
+def schedules(config: Config) -> Schedule:
+    """The sweep's points, one per schedule."""
+    fill = lambda value: jnp.full(len(config.step_sizes), value)
+    return Schedule(
+        jnp.asarray(config.step_sizes),
+        jnp.asarray(config.warmup_gains),
+        fill(config.warmup_exponent),
+        jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
+        jnp.asarray(config.decay_factors),
+        fill(config.init_scale),
+    )
+
+
+def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
+    """The optax schedule that `schedule` describes."""
+    return train.piecewise_decay(
+        train.power_warmup(
+            schedule.step_size, schedule.warmup_gain, schedule.warmup_exponent, num_steps
+        ),
+        [schedule.decay_step + toy.decay_after_step],
+        [schedule.decay_factor],
+    )
+
+
+def optimizer(schedule: Schedule, toy: Toy, descent: Descent, num_steps: int):
+    """SGD with the schedule's step sizes, momentum and weight decay."""
+    decay = [optax.add_decayed_weights(descent.weight_decay)] if descent.weight_decay else []
+    sizes = step_size(schedule, toy, num_steps)
+    return optax.chain(*decay, optax.sgd(sizes, momentum=descent.momentum or None))
+
+
+def ascent(descent: Descent) -> Callable | None:
+    """The gradient maker of `make_step`: SAM's, or None for the plain one."""
+    makers = {"batch": train.sharpness_aware, "examples": train.example_sharpness_aware}
+    return makers[descent.sam_of](descent.sam_rho) if descent.sam_rho else None
+
+
+def label_noise(schedule: Schedule, toy: Toy, descent: Descent) -> Noise | None:
+    """Noise on labels that decays with the step size; None for none."""
+    if not descent.label_noise:
+        return None
+    boundary = [schedule.decay_step + toy.decay_after_step]
+    constant = lambda step: jnp.asarray(descent.label_noise)
+    return data.gaussian_label_noise(
+        train.piecewise_decay(constant, boundary, [schedule.decay_factor])
+    )
+
+
+def make_run(
+    toy: Toy,
+    *,
+    num_steps: int,
+    batch_size: int,
+    at: np.ndarray,
+    snapshots_at: np.ndarray,
+    gd_jitter: float = 0.0,
+    watched: bool = True,
+    descent: Descent = PLAIN,
+):
+    """(key, schedule) -> (rows at `at`, parameters [snapshots, p] at `snapshots_at`) of one run."""
+    n = len(toy.train.y)
+    everything = batch_size == n
+
+    def run(key: jax.Array, schedule: Schedule):
+        drawing, running = jr.split(key)
+        model = toy.network(schedule.init_scale)
+        tx = optimizer(schedule, toy, descent, num_steps)
+        initial = model.init(drawing, toy.train.x)["params"]
+        if everything:
+            initial = _jittered(drawing, initial, gd_jitter)
+        averaged = bool(descent.average)
+        state = train.init_state(drawing, model, tx, toy.train.x, averaged=averaged, params=initial)
+        step = train.make_step(
+            model,
+            toy.loss,
+            tx,
+            ema_decay=descent.average if averaged else None,
+            gradient=ascent(descent),
+        )
+
+        def seen(state: TrainState) -> Params:
+            if descent.valley_steps:
+                loss = lambda params: toy.mean_loss(params, toy.train)
+                return measure.valley_floor(loss, state.params, num_steps=descent.valley_steps)
+            return state.average if descent.average else state.params
+
+        def row(state: TrainState) -> dict:
+            params = seen(state)
+            losses = {
+                "train_loss": toy.mean_loss(params, toy.train),
+                "test_loss": toy.mean_loss(params, toy.test),
+            }
+            return losses | (toy.watch(initial, params) if watched else {})
+
+        def fetch(key, idx) -> Batch:
+            return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
+
+        _, rows = train.record_run(
+            running,
+            train.cyclic(1, 1) if everything else train.with_replacement(n, batch_size),
+            train.make_segment(step, fetch, noise=label_noise(schedule, toy, descent)),
+            state,
+            [
+                train.Gauge(row, at),
+                train.Gauge(lambda state: ravel_pytree(seen(state))[0], snapshots_at),
+            ],
+            num_steps,
+        )
+        return rows
+
+    return run
+
+
+def _jittered(key: jax.Array, params: Params, jitter: float) -> Params:
+    flat, unravel = ravel_pytree(params)
+    return unravel(flat * (1 + jitter * jr.normal(jr.fold_in(key, 1), flat.shape, flat.dtype)))
+
+
+def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:
+    """The network's parameters from a snapshot [p]."""
+    template = toy.network(1.0).init(jr.key(0), toy.train.x[:1])["params"]
+    return ravel_pytree(template)[1](jnp.asarray(theta))
+
+
+def seed_keys(seed: int, seeds: int) -> jax.Array:
+    """Key i is fold_in(key(seed), i), whatever the number of seeds."""
+    return jax.vmap(lambda i: jr.fold_in(jr.key(seed), i))(jnp.arange(seeds))
