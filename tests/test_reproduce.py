@@ -6,8 +6,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments import diag_nets, fc_nets, loss_surface, records, reproduce
-from experiments.reproduce import AGREES, DIFFERS, ORDERED
+from experiments import diag_nets, fc_nets, loss_surface, records, report, reproduce
+from experiments.report import AGREES, DIFFERS, ORDERED
 from experiments.tables import Row
 
 
@@ -154,7 +154,7 @@ def test_what_a_worker_cannot_run_is_said(tmp_path):
 
 
 def test_cells_are_escaped():
-    assert reproduce._cells("td", ["<script>", "a & b"]) == (
+    assert report._cells("td", ["<script>", "a & b"]) == (
         "<td>&lt;script&gt;</td><td>a &amp; b</td>"
     )
 
