@@ -1,5 +1,6 @@
 """What was saved is what comes back, or an error says why: never other numbers in silence."""
 
+import errno
 import gc
 import logging
 import shutil
@@ -144,7 +145,9 @@ def test_a_damaged_description_falls_back(folder):
 def test_descriptions_that_cannot_be_listed_name_the_cure(folder):
     path = folder / "2" / "_CHECKPOINT_METADATA"
     path.write_text(path.read_text().replace("performance_metrics", "performance_metricz"))
-    with pytest.raises(ValueError, match=r"can't be listed .*metricz.*move the damaged step"):
+    with pytest.raises(
+        ValueError, match=r"can't be listed .*metricz.*move the damaged step.*, 2, out"
+    ):
         restored(folder)
 
 
@@ -255,9 +258,43 @@ def test_a_save_that_fails_in_the_background_is_heard_of(folder, monkeypatch):
     assert train.latest_step(folder) == 2
 
 
-def test_a_disk_without_room_is_told_before_anything_is_written(folder, monkeypatch):
-    import errno
+def test_a_save_without_room_is_an_error_of_the_disk_without_tracebacks(
+    folder, monkeypatch, caplog
+):
+    """TensorStore has the number of such an error in a text; orbax logs it, three times over."""
+    from orbax.checkpoint._src.handlers import pytree_checkpoint_handler
 
+    def full(*args, **kwargs):
+        raise ValueError("RESOURCE_EXHAUSTED: Failed to write 177 bytes [os_error_code='28']")
+
+    monkeypatch.setattr(pytree_checkpoint_handler.PyTreeCheckpointHandler, "finalize", full)
+    with pytest.raises(OSError, match="No space left") as no, train.open_checkpoints(folder) as to:
+        train.save(to, state_at(3), ABOUT)
+    assert no.value.errno == errno.ENOSPC and no.value.filename == str(folder)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_what_a_cut_save_left_goes_with_the_next_start_but_not_with_a_reader(folder):
+    cut = folder / "3.orbax-checkpoint-tmp"
+    (cut / "default.orbax-checkpoint-tmp").mkdir(parents=True)
+    like = state_at(0)
+    train.load_weights(folder, like.params, like.stats)
+    assert cut.is_dir()
+    assert_is(restored(folder), 2)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_stands_beside_a_damaged_state_is_nothing(folder, damage):
+    with train.open_checkpoints(folder) as checkpoints:
+        train.save(checkpoints, state_at(3), ABOUT, {"rows": [2, "{}"]})
+    assert train.progress_of(folder, 3) == {"rows": [2, "{}"]}
+    path = array_file(folder, 3)
+    path.write_bytes(DAMAGES[damage](path.read_bytes()))
+    assert train.progress_of(folder, 3) is None
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(folder, monkeypatch):
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(state_at(3)))
     before = sorted(folder.rglob("*"))
     usage = shutil.disk_usage(folder)

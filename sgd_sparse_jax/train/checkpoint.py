@@ -1,9 +1,12 @@
 """A TrainState on disk: the one module that knows orbax."""
 
+import contextlib
 import errno
 import logging
+import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,20 +25,30 @@ LISTED = 5  # arrays that differ, by name
 ODD = 1_000_003  # so that no set bit is ever multiplied away
 
 
+@contextlib.contextmanager
 def open_checkpoints(
-    directory: str | PathLike[str], *, keep: int | None = 2
-) -> "ocp.CheckpointManager":
-    """Keeps the newest `keep` states under `directory`, or all; use it as a context manager.
+    directory: str | PathLike[str], *, keep: int | None = 2, ours: bool = True
+) -> "Iterator[ocp.CheckpointManager]":
+    """Keeps the newest `keep` states under `directory`, or all.
 
-    Leaving the context waits for saves under way, and raises what went wrong in them.
+    Where the run is `ours`, what is left of saves that were cut goes first. Leaving the context
+    waits for saves under way; what went wrong in them is raised, with `save`s as an OSError.
     """
+    folder = Path(directory).expanduser().absolute()
+    with _errors_told_once(), _disk_errors(folder), _manager(folder, keep, ours) as checkpoints:
+        yield checkpoints
+
+
+def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManager":
     import orbax.checkpoint as ocp
 
-    folder = Path(directory).expanduser().absolute()
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=True, cleanup_tmp_directories=ours
+    )
     try:
         return ocp.CheckpointManager(
             folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            options=options,
             item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
         )
     except OSError:
@@ -43,8 +56,38 @@ def open_checkpoints(
     except Exception as error:  # it reads all descriptions before one can be passed over
         raise ValueError(
             f"The states under {folder} can't be listed ({_in_a_line(error)}); move the damaged "
-            "step's folder, in most cases the newest, out of it."
+            f"step's folder, in most cases the newest, {latest_step(folder)}, out of it."
         ) from error
+
+
+@contextlib.contextmanager
+def _errors_told_once() -> Iterator[None]:
+    """Keeps orbax from logging, with tracebacks, what it also raises."""
+    log = logging.getLogger("absl")
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not (record.exc_info and "orbax" in record.pathname)
+
+    log.addFilter(is_news)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_news)
+
+
+@contextlib.contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """Errors of the file system are OSErrors about `folder`: TensorStore's are ValueErrors."""
+    try:
+        yield
+    except ValueError as error:
+        if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(folder)) from error
 
 
 def latest_step(directory: str | PathLike[str]) -> int | None:
@@ -149,7 +192,7 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
     """
     folder, step = _find_state(Path(path).expanduser().absolute())
     like = {"params": params, "stats": stats}
-    state = _read(folder, step, like)
+    state, _ = _read(folder, step, like)
     put = lambda old, new: jax.device_put(np.asarray(old), new.sharding)
     return jax.tree.map(put, state["params"], params), jax.tree.map(put, state["stats"], stats)
 
@@ -163,7 +206,7 @@ def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
     """
     network = ("params", "stats", "average")
     folder = state_folder(path, step).parent
-    saved = _named_leaves(_read(folder, step, {k: getattr(like, k) for k in network}))
+    saved = _named_leaves(_read(folder, step, {k: getattr(like, k) for k in network})[0])
     mine = _named_leaves(like)
 
     def taken(name: str) -> jax.Array:
@@ -189,14 +232,28 @@ def state_folder(path: str | PathLike[str], step: int) -> Path:
     )
 
 
-def _read(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
-    """All arrays of a saved state, on each host; its parts named in `like` have to be alike."""
+def progress_of(directory: str | PathLike[str], step: int) -> dict[str, Any] | None:
+    """What was saved beside a state, all of whose numbers are read too; None if any is damaged."""
+    try:
+        _, beside = _read(Path(directory).expanduser().absolute(), step, {})
+    except ValueError:
+        return None
+    return dict(beside.get("progress", {}))
+
+
+def _read(
+    folder: Path, step: int, like: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """All arrays of a saved state, on each host, and what was saved beside them.
+
+    The parts named in `like` have to be alike.
+    """
     import orbax.checkpoint as ocp
 
     devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
     everywhere = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
     where = f"{folder}, step {step}"
-    with open_checkpoints(folder, keep=None) as checkpoints:
+    with open_checkpoints(folder, keep=None, ours=False) as checkpoints:
         try:
             whole = checkpoints.item_metadata(step)
             saved = {name: jax.tree.map(_described, whole[name]) for name in like}
@@ -211,12 +268,12 @@ def _read(folder: Path, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         _assert_alike(saved, like, where)
         try:
             state = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
-            about = checkpoints.metadata(step).custom_metadata or {}
-            if int(digest(TrainState(**state))) != about.get("digest"):
+            beside = dict(checkpoints.metadata(step).custom_metadata or {})
+            if int(digest(TrainState(**state))) != beside.get("digest"):
                 raise ValueError("its numbers are not those that were saved")
         except Exception as error:
             raise ValueError(f"{where}: the state is damaged ({_in_a_line(error)}).") from error
-    return state
+    return dict(state), beside
 
 
 def _find_state(path: Path) -> tuple[Path, int]:
