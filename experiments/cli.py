@@ -17,11 +17,12 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from experiments.signals import EXIT_CODE, Stopped
+from experiments.signals import EXIT_CODE, Stopped, interrupting
 
 ConfigT = TypeVar("ConfigT")
 CURABLE = (ValueError, OSError, FloatingPointError)  # what a user can mend; the rest are bugs
 FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 MORE = "--help lists all flags"
 
 
@@ -40,7 +41,8 @@ def main(
     try:
         config = parse(config_type, argv, settings=settings)
         try:
-            run(config)
+            with interrupting():
+                run(config)
         except BrokenPipeError:
             raise
         except CURABLE as error:
@@ -198,6 +200,8 @@ def told(error: BaseException) -> str:
         text = error.strerror
         if error.errno in FULL:
             text = f"the disk is full ({text}); free some space and run again"
+        if error.errno in FORBIDDEN:
+            text += "; change its permissions, or choose another place, and run again"
         if isinstance(error.filename, str | bytes | os.PathLike):
             text = f"{os.fsdecode(error.filename)}: {text}"
     return in_a_line(text) or type(error).__name__

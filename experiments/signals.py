@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -26,6 +26,17 @@ class Asked:
 
 
 @contextlib.contextmanager
+def interrupting() -> Iterator[None]:
+    """Within, SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    with _listening(interrupt):
+        yield
+
+
+@contextlib.contextmanager
 def deferred() -> Iterator[Asked]:
     """Within, SIGINT, SIGTERM and SIGUSR1 are noted and change nothing; a second one interrupts.
 
@@ -40,10 +51,16 @@ def deferred() -> Iterator[Asked]:
         told = f"\n{asked.name}: saves what is done, then stops; once more to stop now\n"
         os.write(2, told.encode())  # not print: that may be what the signal interrupted
 
-    listening = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, note) for number in ASKING} if listening else {}
-    try:
+    with _listening(note):
         yield asked
+
+
+@contextlib.contextmanager
+def _listening(handler: Callable[[int, object], None]) -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, handler) for number in ASKING} if main else {}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

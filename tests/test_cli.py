@@ -3,8 +3,10 @@
 import errno
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, fields
 from typing import Literal
 
@@ -201,6 +203,24 @@ def test_a_full_disk_is_called_full(number, capsys):
     assert said.startswith("error: runs/arrays.npz: the disk is full")
     assert said.count("\n") == 1
     assert "the disk is full" in ended(capsys, OSError(number, os.strerror(number)), 1)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EROFS])
+def test_a_place_that_may_not_be_written_names_the_cure(number, capsys):
+    text = os.strerror(number)
+    said = ended(capsys, OSError(number, text, "runs/a/figures"), 1)
+    assert said.startswith(f"error: runs/a/figures: {text}; change its permissions, or choose ")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_that_nothing_defers_is_one_line(number, capsys):
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, lambda config: (os.kill(os.getpid(), number), time.sleep(9)), [])
+    assert stop.value.code == 130
+    assert re.fullmatch(r"error: interrupted; the same[^\n]*\n", capsys.readouterr().err)
+    assert signal.getsignal(number) == before
 
 
 def test_the_traceback_on_demand(capsys, monkeypatch):
