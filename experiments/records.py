@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import errno
 import json
+import logging
 import math
 import os
 import platform
@@ -24,7 +25,7 @@ from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     import xarray
 
 SHOWN = 10  # settings that differ, in a message
+SCRATCH = ".*-" + 32 * "[0-9a-f]"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 AXES = "axes of each array, as JSON"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
@@ -58,10 +61,14 @@ def open_run(
         probe = folder / f".probe-{uuid.uuid4().hex}"
         probe.touch()
         probe.unlink()
+        for place in (folder, folder / "chunks", folder / "figures"):
+            for left in place.glob(SCRATCH):  # by a process that was killed
+                left.unlink()
     except OSError as error:
+        cure = "choose another place with --runs_dir"
+        cure = f"free some space, or {cure}" if error.errno in FULL else cure
         raise PermissionError(
-            f"The run folder {folder} can't be written ({error.strerror}); "
-            "choose another place with --runs_dir."
+            f"The run folder {folder} can't be written ({error.strerror}); {cure}."
         ) from error
     path = folder / "config.json"
     if path.exists():
@@ -180,6 +187,36 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
 def read_rows(folder: Path) -> list[dict[str, Any]]:
     """All whole rows of metrics.jsonl; a last line that a kill cut short is left out."""
     return [row for _, row in _whole_lines(folder)]
+
+
+class Written(NamedTuple):
+    """How many rows metrics.jsonl has, and the newest as it stands there."""
+
+    rows: int
+    newest: str
+
+
+def written(folder: Path) -> Written:
+    """The rows of now; a last line that a kill cut short is left out."""
+    lines = [line for line, _ in _whole_lines(folder)]
+    return Written(len(lines), lines[-1].decode("utf-8") if lines else "")
+
+
+def put_back(folder: Path, known: Written) -> None:
+    """Appends the newest row where metrics.jsonl has lost it since it was `known`; the log says so.
+
+    Raises ValueError where more is lost.
+    """
+    lost = known.rows - written(folder).rows
+    if lost > 1:
+        raise ValueError(
+            f"{folder} has lost {lost} rows of its metrics.jsonl; remove that folder and run again."
+        )
+    if lost == 1:
+        row = values.from_bytes(known.newest.encode("utf-8"))
+        append_row(folder, row)
+        told = "%s had lost the row of step %s; it is back, from the saved state."
+        logging.getLogger(__name__).warning(told, folder / "metrics.jsonl", row.get("step"))
 
 
 def drop_rows_after(folder: Path, step: int) -> None:

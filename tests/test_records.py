@@ -655,3 +655,46 @@ def test_a_folder_without_a_data_set_is_called_so(tmp_path):
     with pytest.raises(ValueError, match="no labelled data set") as error:
         records.load_dataset(tmp_path)
     assert str(tmp_path / "arrays.npz") in str(error.value)
+
+
+def test_one_row_that_was_lost_comes_back_as_it_was(tmp_path, caplog):
+    for step in range(3):
+        records.append_row(tmp_path, {"step": step, "loss": 0.1 + step, "rank": float("nan")})
+    path = tmp_path / "metrics.jsonl"
+    whole, known = path.read_bytes(), records.written(tmp_path)
+    records.put_back(tmp_path, known)
+    assert path.read_bytes() == whole and not caplog.records
+    path.write_bytes(whole[:-9])
+    records.put_back(tmp_path, known)
+    assert path.read_bytes() == whole
+    assert f"{path} had lost the row of step 2" in caplog.text
+
+
+def test_more_than_one_lost_row_is_an_error(tmp_path):
+    for step in range(3):
+        records.append_row(tmp_path, {"step": step})
+    known = records.written(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(ValueError, match=r"has lost 2 rows of its metrics.jsonl; remove that"):
+        records.put_back(tmp_path, known)
+
+
+def test_what_a_killed_process_left_half_written_goes_with_the_next_start(tmp_path):
+    folder = records.open_run(tmp_path, "e", "n", Config())
+    (folder / "chunks").mkdir()
+    mine = [folder / ".hidden", folder / "chunks" / "batch1-0.npz"]
+    left = [folder / f".{name}-{32 * 'a'}" for name in ("probe", "metrics.jsonl")]
+    left.append(folder / "chunks" / f".batch1-0.npz-{32 * '0'}")
+    for path in (*mine, *left):
+        path.touch()
+    records.open_run(tmp_path, "e", "n", Config())
+    assert all(path.exists() for path in mine) and not any(path.exists() for path in left)
+
+
+def test_a_run_folder_on_a_full_disk_names_that_cure(tmp_path, monkeypatch):
+    def full(path, *args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "touch", full)
+    with pytest.raises(PermissionError, match="free some space, or choose another place"):
+        records.open_run(tmp_path, "e", "n", Config())
