@@ -36,13 +36,28 @@ def run(config: Config) -> Path:
             )
         if config.fork_from and saved is None:
             train.state_folder(config.fork_from, config.fork_step)
-        hosts.on_first(lambda: records.open_run(*place_of(config), config, may_change=MAY_CHANGE))
-        if saved == parts.num_steps:
-            print(f"{folder} is at its last step, {saved}, already.")
-            return folder
         with jax.debug_nans(config.debug), failures_named(config, folder):
-            go_on(config, parts, folder, asked)
+            hosts.on_first(
+                lambda: records.open_run(*place_of(config), config, may_change=MAY_CHANGE)
+            )
+            if saved == parts.num_steps and is_whole(folder, parts.num_steps):
+                print(f"{folder} is at its last step, {saved}, already.")
+            else:
+                go_on(config, parts, folder, asked)
     return folder
+
+
+def is_whole(folder: Path, step: int) -> bool:
+    """Whether a finished run has its last state undamaged, and the row that belongs to it."""
+    beside = train.progress_of(folder / "checkpoints", step)
+    return beside is not None and hosts.agreed(
+        known_rows(beside) in (None, records.written(folder))
+    )
+
+
+def known_rows(beside: Mapping[str, Any]) -> records.Written | None:
+    """The rows that a saved state had when it was saved; None where it says nothing of them."""
+    return records.Written(*beside["rows"]) if "rows" in beside else None
 
 
 @contextlib.contextmanager
@@ -54,6 +69,8 @@ def failures_named(config: Config, folder: Path) -> Iterator[None]:
         cure = f"--lr_init is {config.lr_init:g}, the run is {folder}"
         raise FloatingPointError(f"{error} ({cure})") from error
     except OSError as error:
+        if error.errno is None:  # it has its cure in its words
+            raise
         saved = train.latest_step(folder / "checkpoints")
         since = "has no saved state yet" if saved is None else f"is saved up to step {saved}"
         told = f"{error.strerror or error}; the run {folder} {since}; the same command goes on"
@@ -80,10 +97,14 @@ def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
         )
         fresh_state = train.replicate(fresh(init_key), mesh)
         state, beside = starting_state(config, checkpoints, fresh_state, about)
-        on_row, on_call = stack.enter_context(recording(config, parts, folder, int(state.step)))
+        on_row, on_call = stack.enter_context(
+            recording(config, parts, folder, int(state.step), known_rows(beside))
+        )
 
         def save(state: TrainState, window: train.Window) -> None:
-            train.save(checkpoints, state, about, {"window": window._asdict()})
+            rows = records.written(folder) if hosts.is_first() else ()
+            beside = {"window": window._asdict(), "rows": list(rows)}
+            train.save(checkpoints, state, about, beside)
             pauses.saved()
 
         ended = train.fit(
@@ -130,14 +151,19 @@ def starting_state(
 
 @contextlib.contextmanager
 def recording(
-    config: Config, parts: Parts, folder: Path, done: int
+    config: Config, parts: Parts, folder: Path, done: int, known: records.Written | None
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[int], None]]]:
-    """Who hears of rows and of steps: files, bar and board of process 0; nobody elsewhere."""
+    """Who hears of rows and of steps: files, bar and board of process 0; nobody elsewhere.
+
+    `known` are the rows that the state it begins with had.
+    """
     if not hosts.is_first():
         yield lambda row: None, lambda step: None
         return
     # The state a run begins with was saved, if at all, without its row: that row comes anew.
     records.drop_rows_after(folder, done if done > config.fork_step else -1)
+    if known:
+        records.put_back(folder, known)
     records.start_manifest(
         folder,
         seed=config.seed,

@@ -1,9 +1,11 @@
 """The command as its user runs it, in small: a data set of 64 images in the cache's layout."""
 
+import gc
 import json
 import os
 import shutil
 import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -136,6 +138,36 @@ def test_a_signal_stops_at_the_next_step_and_nothing_is_lost(
     assert [start["from_step"] for start in starts] == [0, 4]
 
 
+@pytest.mark.parametrize("steps", [3, NUM_STEPS])
+def test_a_row_that_was_cut_is_put_back(whole, base, tmp_path, steps, caplog):
+    """The state of its step is saved, so no later step would write it again."""
+    config = replace(base, runs_dir=str(tmp_path))
+    folder = resnet_cifar.run(replace(config, max_steps=steps))
+    path = folder / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    resnet_cifar.run(config)
+    assert untimed_rows(folder) == untimed_rows(whole[1])
+    assert f"had lost the row of step {steps}" in caplog.text
+
+
+# Where one array can't be read, orbax abandons the reads of the others, which complain later.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_finished_run_whose_state_was_damaged_goes_back_and_on(whole, tmp_path, caplog):
+    config, folder = whole
+    copy = shutil.copytree(folder, tmp_path / "resnet_cifar" / folder.name)
+    for path in (copy / "checkpoints" / str(NUM_STEPS)).rglob("d/*"):
+        path.write_bytes(b"")
+    resnet_cifar.run(replace(config, runs_dir=str(tmp_path)))
+    assert f"state of step {NUM_STEPS} is damaged" in caplog.text
+    assert "going back to step 3" in caplog.text
+    jax.tree.map(
+        np.testing.assert_array_equal, saved_state(copy, NUM_STEPS), saved_state(folder, NUM_STEPS)
+    )
+    assert untimed_rows(copy) == untimed_rows(folder)
+    time.sleep(0.1)
+    gc.collect()
+
+
 def test_two_runs_of_one_command_give_the_same_bytes(whole, base, tmp_path):
     """However often the states are saved, and however many of them are kept."""
     once = replace(base, runs_dir=str(tmp_path / "a"), deterministic=True)
@@ -241,7 +273,7 @@ def test_a_finished_run_without_rows_says_so(whole, tmp_path):
     config, folder = whole
     shutil.copytree(folder, tmp_path / "resnet_cifar" / folder.name)
     (tmp_path / "resnet_cifar" / folder.name / "metrics.jsonl").unlink()
-    with pytest.raises(ValueError, match=r"has lost its metrics.jsonl; remove that folder"):
+    with pytest.raises(ValueError, match=r"has lost 3 rows of its metrics.jsonl; remove that"):
         resnet_cifar.run(replace(config, runs_dir=str(tmp_path)))
 
 
