@@ -51,6 +51,7 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
             print(
                 f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
             )
+            hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
             return folder, records.load_dataset(folder)
         hosts.on_first(lambda: start(folder, config.seed))
         began = time.perf_counter()
