@@ -99,6 +99,7 @@ def training(small_cifar, tmp_path):
     return of
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_go_on_as_one(training, pair, tmp_path):
     """Saved by two processes, continued by one and by two: the same rows to tolerance."""
     whole, alone = training("alone", 6)
@@ -122,6 +123,7 @@ def test_two_processes_train_as_one_and_go_on_as_one(training, pair, tmp_path):
     assert [row["step"] for row in records.read_rows(folder)] == [0, 3, 6, 8]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_where_one_is_killed_the_other_stops_soon_and_says_what_to_do(training, pair, victim):
     command, folder = training("killed", 0)
@@ -140,6 +142,7 @@ def test_where_one_is_killed_the_other_stops_soon_and_says_what_to_do(training, 
     assert steps == list(range(0, len(steps) * 3, 3))
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_both_at_one_step(training, pair):
     command, folder = training("signalled", 0)
     processes, logs = pair(command)
@@ -154,6 +157,7 @@ def test_a_signal_to_one_stops_both_at_one_step(training, pair):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_sweep_as_one(pair, tmp_path):
     commands = [[*TOY, f"--runs_dir={tmp_path}", f"--exp_name={name}"] for name in ("one", "two")]
     assert ends([start(commands[0], tmp_path / "alone.log", 4)]) == [0]
