@@ -2,6 +2,7 @@
 
 import base64
 import html
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -9,10 +10,6 @@ from typing import NamedTuple
 from experiments import tables
 
 HEADINGS = ("setting", "quantity", "published", "ours: median [5 %, 95 %]", "diverged", "verdict")
-
-AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
-
-AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
 
 AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
 
@@ -88,15 +85,15 @@ def markdown(seeds: int, chapters: Sequence[Chapter], seconds: float) -> str:
     """The report as one Markdown file; figures are embedded at its end."""
     lines, embedded = ["# The paper's toy experiments, reproduced", ""], []
     for paragraph in introduction(seeds, chapters, seconds):
-        lines += [paragraph, ""]
+        lines += [_plain(paragraph), ""]
     for chapter in chapters:
-        lines += [f"## {chapter.title}", "", f"`{chapter.command}`", ""]
-        lines += [_line(HEADINGS), _line("---" for _ in HEADINGS)]
+        lines += [f"## {_plain(chapter.title)}", "", _code(chapter.command), ""]
+        lines += [_line(HEADINGS), "|" + " --- |" * len(HEADINGS)]
         lines += [_line(cells) for cells in table(chapter)] + [""]
-        lines += [f"- {sentence}" for sentence in chapter.evidence] + [""]
+        lines += [f"- {_plain(sentence)}" for sentence in chapter.evidence] + [""]
         for figure in _images(chapter):
-            name = f"{figure.parents[1].name}/{figure.name}"
-            lines += [f"![{figure.stem}][{name}]", ""]
+            name = f"figure {len(embedded) + 1}"  # a file's name could end the brackets
+            lines += [f"![{_plain(figure.stem)}][{name}]", ""]
             embedded.append(f"[{name}]: {_data_uri(figure)}")
     return "\n".join([*lines, *embedded]) + "\n"
 
@@ -155,7 +152,19 @@ def summary(chapters: Sequence[Chapter], seconds: float) -> dict:
 
 
 def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(map(_plain, cells)) + " |"
+
+
+def _plain(text: str) -> str:
+    """Words that Markdown prints as they are, in one line: what they say is no mark-up."""
+    return re.sub(r"[\\`*_\[\]<>|&~$]|^[#+-]", r"\\\g<0>", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """In more backticks than it has itself."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks} {text} {ticks}" if "`" in text else f"{ticks}{text}{ticks}"
 
 
 def _cells(tag: str, cells: Sequence[str]) -> str:

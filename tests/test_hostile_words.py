@@ -1,0 +1,162 @@
+"""Words that are mark-up elsewhere come out as words: in reports, on the terminal, in figures."""
+
+import html
+import io
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, example, given, settings, strategies as st
+from markdown_it import MarkdownIt
+
+from experiments import cli, plots, report, sweep_deep, tables
+from experiments.tables import Row
+
+HOSTILE = [
+    *("<script>alert(1)</script>", "</script>", "</table><h1>x", '" onload="x', "' x='", "&amp;"),
+    *("a|b", "`x`", "``", "`", "[x](javascript:y)", "![x](y)", "[x][figure 1]", "**x**", "_x_"),
+    *("# x", "- x", "a\n\n# b", "a\r\nb", "<!--", "-->", "\\", "\\|", "~~x~~", "$x$", "~~~"),
+    *("[bold]", "[/]", "[/bold]", "[link=x]y[/link]", "[red", ":car:", "\x1b[2J", "[@click=x]y"),
+]
+words = st.sampled_from(HOSTILE) | st.text(
+    st.sampled_from("<>&\"'`|[]()!*_#-\\$~:/ \nax"), max_size=12
+)
+
+
+def times(number):
+    odd = [HealthCheck.function_scoped_fixture]
+    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
+
+
+def chapter(folder, word):
+    """A chapter that says `word` wherever a chapter says something."""
+    figure = folder / f"f{word.replace('/', '')}.png"
+    figure.write_bytes(b"png")
+    row = Row(word, word, "loss", ".2g", 0.5, np.array([0.4, 0.6]), 0.0)
+    found = report.Verdict(report.DIFFERS, False, word, 0.5)
+    return report.Chapter(word, word, [row], [found], [figure], [word])
+
+
+class Outline(HTMLParser):
+    """Tags with their attributes, and all text."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.attributes, self.text, self.comments = [], [], [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, *attribute) for attribute in attrs]
+
+    def handle_endtag(self, tag):
+        self.tags.append(f"/{tag}")
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def handle_comment(self, data):
+        self.comments.append(data)
+
+
+@times(150)
+@given(words)
+def test_the_page_has_the_same_elements_whatever_it_says(tmp_path, word):
+    plain, said = (
+        Outline(report.page(2, [chapter(tmp_path, each)], 1.0)) for each in ("word", word)
+    )
+    assert said.tags == plain.tags and said.comments == []
+    names = lambda outline: [attribute[:2] for attribute in outline.attributes]
+    assert names(said) == names(plain)
+    as_it_was = " ".join(word.split())
+    assert [t for t in said.text if " ".join(t.split()) == as_it_was] or not as_it_was
+    sources = [value for _, name, value in said.attributes if name in ("src", "href")]
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def outline(markdown):
+    """Elements in order, as a reader of Markdown with tables sees them, and the texts in them."""
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    elements, texts = [], []
+    for token in reader.parse(markdown):
+        elements.append((token.type, token.tag, token.info))
+        for part in token.children or []:
+            elements.append((part.type, part.tag, str(part.attrs.get("src", ""))[:10]))
+            texts.append(part.content)
+    joined = [e for e, before in zip(elements, [None, *elements], strict=False) if e != before]
+    return joined, texts
+
+
+@times(150)
+@given(words)
+def test_the_markdown_has_the_same_elements_whatever_it_says(tmp_path, word):
+    word = " ".join(word.split()) or "x"
+    (plain, _), (said, texts) = (
+        outline(report.markdown(2, [chapter(tmp_path, each)], 1.0)) for each in ("word", word)
+    )
+    assert said == plain
+    assert texts.count(word) == 5  # title, command, two cells, evidence
+
+
+def printed(monkeypatch, show):
+    """What `show` prints, on a terminal with colours that is wide enough."""
+    import rich.console
+
+    screen, real = io.StringIO(), rich.console.Console
+    onto = lambda **options: real(
+        file=screen, width=500, force_terminal=True, color_system="truecolor", **options
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(rich.console, "Console", onto)
+        show()
+    return screen.getvalue()
+
+
+TERMINALS = [word for word in HOSTILE if word.isprintable()] + [
+    "[not bold]x[/not bold]",
+    "[#ff0000]",
+]
+
+
+@pytest.mark.parametrize("word", TERMINALS)
+def test_tables_on_the_terminal_print_what_they_are_told(monkeypatch, tmp_path, word):
+    row = Row(word, f"of {word}", "loss", ".2g", 0.5, np.array([0.4, 0.6]), 0.0)
+    text = printed(monkeypatch, lambda: tables.show([row], title=f"about {word}"))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    assert f"about {word}, at the last" in plain and f" {word} " in plain and f"of {word}" in plain
+
+    def show():
+        sweep_deep.show(f"about {word}", {f"setting {word}": []})
+
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", printed(monkeypatch, show))
+    assert f"about {word}: last rows" in plain and f"setting {word}" in plain
+
+
+@times(200)
+@given(st.text(max_size=40) | words)
+@example("\u202eevil\u2028x\x9b2J\ud800")
+def test_an_error_is_one_line_that_moves_nothing_on_the_terminal(text):
+    told = cli.told(ValueError(text))
+    assert told.isprintable() and told.encode("utf-8")
+    assert told == text or not text or not text.isprintable() or " ".join(text.split()) != text
+
+
+@pytest.mark.parametrize("word", ["$x_{$", "$", "$$", "\\$", "a $b$ c", "\\frac$", "%", "{", "^_"])
+def test_a_figure_shows_the_words_and_no_formula_of_theirs(monkeypatch, tmp_path, word):
+    shown = []
+    monkeypatch.setattr(plots, "_save_both", lambda fig, stem: shown.append(fig) or [stem])
+    x = np.arange(3.0)
+    plots.figure(tmp_path / "f", [plots.Panel(word, "y", {word: (x, x), "b": (x, x)})], title=word)
+    (fig,) = shown
+    fig.canvas.draw() if hasattr(fig.canvas, "draw") else None
+    texts = [fig.get_suptitle(), fig.axes[0].get_title(), fig.legends[0].get_texts()[0].get_text()]
+    for text in texts:
+        formula, is_math = fig.axes[0].title._preprocess_math(text)
+        assert (formula, is_math) == (word, False)
+
+
+def test_cells_are_escaped_as_html_says():
+    assert html.unescape("&lt;script&gt;") == "<script>"
+    assert report._cells("td", ["<a>", '"']) == "<td>&lt;a&gt;</td><td>&quot;</td>"
