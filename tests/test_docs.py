@@ -1,0 +1,78 @@
+"""The pages under docs: their commands parse, their tables are the recorded results."""
+
+import importlib
+import itertools
+import re
+import runpy
+import shlex
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+MODULES = r"experiments\.\w+$|benchmarks\.(deep|scaling)$"  # others import what may not be there
+
+
+def commands(page):
+    """(module, flags) of the command lines in ```sh blocks, and of those that stand in a line.
+
+    $NAME is what the page has set it to. What an ellipsis leaves open is left out.
+    """
+    known = {}
+    text = page.read_text(encoding="utf-8")
+    spans = [" ".join(each.split()) for each in re.findall(r"`(python -m [^`…]+)`", text)]
+    for block in [*re.findall(r"```sh\n(.*?)```", text, re.DOTALL), *spans]:
+        for line in re.split(r"\n|;|&&|&(?!>)", re.sub(r"\\\n\s*", "", block)):
+            line = re.sub(r"\$(\w+)", lambda name: known.get(name[1], name[0]), line)
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["for"]:
+                known[words[1]] = words[3]
+            elif len(words) == 1 and (assigned := re.fullmatch(r"(\w+)=(.*)", words[0], re.DOTALL)):
+                known[assigned[1]] = " ".join(assigned[2].split())
+            elif words[:2] == ["sbatch", "docs/slurm.sh"]:
+                yield "experiments.resnet_cifar", words[2:]
+            for word, module in itertools.pairwise(words):
+                if word == "-m" and re.match(MODULES, module):
+                    yield module, words[words.index(module) + 1 :]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_line_is_understood(page):
+    """Nothing is run; a flag that isn't there, or a value of the wrong kind, ends in SystemExit."""
+    for name, flags in commands(page):
+        assert not [word for word in flags if "$" in word], flags
+        module = importlib.import_module(name)
+        if hasattr(module, "grid_type") or hasattr(module, "Config"):
+            config = module.grid_type() if hasattr(module, "grid_type") else module.Config
+            cli.parse(config, flags, settings=getattr(module, "SETTINGS", None))
+
+
+def test_the_pages_commands_are_found():
+    count = {page.name: len(list(commands(page))) for page in PAGES}
+    assert count["README.md"] >= 4 and count["running.md"] >= 12 and count["scaling.md"] >= 5
+
+
+def test_the_tables_of_scaling_are_the_recorded_results():
+    tables = runpy.run_path(str(ROOT / "docs" / "scaling_tables.py"))
+    page = tables["PAGE"].read_text(encoding="utf-8")
+    assert tables["filled"](page) == page, "run python docs/scaling_tables.py"
+    marks = re.findall(r"<!-- (\w+) -->\n\|", page)
+    assert sorted(marks) == sorted(tables["TABLES"])
+
+
+def test_a_changed_number_shows():
+    """The control: the tables are made anew, and not read off the page."""
+    tables = runpy.run_path(str(ROOT / "docs" / "scaling_tables.py"))
+    page = tables["PAGE"].read_text(encoding="utf-8")
+    assert tables["filled"](page.replace("11,173,962", "11,173,963")) == page
+
+
+def test_links_lead_to_files_that_are_there():
+    for page in PAGES:
+        links = re.findall(r"\]\(\s*([^)#\s]+)\)", page.read_text(encoding="utf-8"))
+        for link in links:
+            assert "://" in link or (page.parent / link).exists(), (page.name, link)
