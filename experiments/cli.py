@@ -41,7 +41,7 @@ def main(
     try:
         config = parse(config_type, argv, settings=settings)
         try:
-            with interrupting():
+            with interrupting(), _no_echoes():
                 run(config)
         except BrokenPipeError:
             raise
@@ -211,6 +211,22 @@ def in_a_line(text: str) -> str:
     """`text` in one line that any terminal only prints: what a file says is no command to it."""
     escaped = lambda c: c.encode("unicode_escape").decode()
     return "".join(c if c.isprintable() else escaped(c) for c in " ".join(text.split()))
+
+
+@contextlib.contextmanager
+def _no_echoes() -> Iterator[None]:
+    """Silences what comes too late for an event loop: who waited there has had its error."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _stop(message: str, code: int) -> NoReturn:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -221,6 +222,16 @@ def test_a_signal_that_nothing_defers_is_one_line(number, capsys):
     assert stop.value.code == 130
     assert re.fullmatch(r"error: interrupted; the same[^\n]*\n", capsys.readouterr().err)
     assert signal.getsignal(number) == before
+
+
+def test_of_errors_that_nothing_catches_only_echoes_are_silent(monkeypatch):
+    """A callback into a closed event loop, from a save that has failed already."""
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable))
+    late = [RuntimeError(words) for words in ("Event loop is closed", "another")]
+    tell = lambda error: sys.unraisablehook(SimpleNamespace(exc_value=error))
+    cli.main(Config, lambda config: [tell(error) for error in late], [])
+    assert [unraisable.exc_value for unraisable in heard] == late[1:]
 
 
 def test_the_traceback_on_demand(capsys, monkeypatch):
