@@ -372,7 +372,8 @@ def _replacing(path: Path) -> Iterator[IO[bytes]]:
                 os.fsync(file.fileno())
             os.replace(scratch, path)
     finally:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what went wrong before that matters more
+            scratch.unlink()
 
 
 @contextlib.contextmanager

@@ -691,6 +691,17 @@ def test_what_a_killed_process_left_half_written_goes_with_the_next_start(tmp_pa
     assert all(path.exists() for path in mine) and not any(path.exists() for path in left)
 
 
+def test_a_read_only_place_is_told_by_the_file_that_was_to_be(tmp_path, monkeypatch):
+    def read_only(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(Path, "open", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)  # refused even where there is nothing to remove
+    with pytest.raises(OSError, match="Read-only") as no:
+        records.write_bytes(tmp_path / "file", b"")
+    assert no.value.filename == str(tmp_path / "file")
+
+
 def test_a_run_folder_on_a_full_disk_names_that_cure(tmp_path, monkeypatch):
     def full(path, *args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
