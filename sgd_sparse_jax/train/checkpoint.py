@@ -4,7 +4,6 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -21,6 +20,7 @@ from sgd_sparse_jax._types import Params, Stats, TrainState
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 LISTED = 5  # arrays that differ, by name
 ODD = 1_000_003  # so that no set bit is ever multiplied away
 
@@ -35,7 +35,9 @@ def open_checkpoints(
     waits for saves under way; what went wrong in them is raised, with `save`s as an OSError.
     """
     folder = Path(directory).expanduser().absolute()
-    with _errors_told_once(), _disk_errors(folder), _manager(folder, keep, ours) as checkpoints:
+    for log in ("absl", "asyncio"):  # for good: the threads outlive this context
+        logging.getLogger(log).addFilter(_is_news)
+    with _disk_errors(folder), _manager(folder, keep, ours) as checkpoints:
         yield checkpoints
 
 
@@ -60,19 +62,9 @@ def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManag
         ) from error
 
 
-@contextlib.contextmanager
-def _errors_told_once() -> Iterator[None]:
-    """Keeps orbax from logging, with tracebacks, what it also raises."""
-    log = logging.getLogger("absl")
-
-    def is_news(record: logging.LogRecord) -> bool:
-        return not (record.exc_info and "orbax" in record.pathname)
-
-    log.addFilter(is_news)
-    try:
-        yield
-    finally:
-        log.removeFilter(is_news)
+def _is_news(record: logging.LogRecord) -> bool:
+    """Not what orbax's threads and tasks log with a traceback, one by one: it is raised too."""
+    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
 
 
 @contextlib.contextmanager
@@ -81,9 +73,10 @@ def _disk_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        if not (found := re.search(r"os_error_code='(\d+)'", str(error))):
+        found = [number for number in DISK_ERRORS if os.strerror(number) in str(error)]
+        if not found:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise OSError(found[0], os.strerror(found[0]), str(folder)) from error
     except OSError as error:
         if error.errno is None or error.filename is not None:
             raise
