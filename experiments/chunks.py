@@ -64,9 +64,9 @@ def drop(folder: Path) -> None:
     shutil.rmtree(folder / "chunks", ignore_errors=True)
 
 
-def flat(tree: Mapping[str, Any], above: str = "") -> Arrays:
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Nested dicts of arrays as one, under names like `step/train_loss`."""
-    arrays: Arrays = {}
+    arrays: dict[str, Any] = {}
     for name, value in tree.items():
         nested = isinstance(value, Mapping)
         arrays |= flat(value, f"{above}{name}/") if nested else {f"{above}{name}": value}

@@ -10,7 +10,7 @@ import jax
 import jax.random as jr
 import numpy as np
 
-from experiments import devices, gauges, hosts, progress, records
+from experiments import devices, gauges, hosts, progress, records, values
 from experiments.deep_flags import MAY_CHANGE, Config, place_of
 from experiments.deep_parts import Parts, assemble, fetch, placed, training, validate
 from experiments.signals import Asked, Stopped, deferred
@@ -51,13 +51,32 @@ def is_whole(folder: Path, step: int) -> bool:
     """Whether a finished run has its last state undamaged, and the row that belongs to it."""
     beside = train.progress_of(folder / "checkpoints", step)
     return beside is not None and hosts.agreed(
-        known_rows(beside) in (None, records.written(folder))
+        known_of(beside, folder)[1] in (None, records.written(folder))
     )
 
 
-def known_rows(beside: Mapping[str, Any]) -> records.Written | None:
-    """The rows that a saved state had when it was saved; None where it says nothing of them."""
-    return records.Written(*beside["rows"]) if "rows" in beside else None
+def known_of(
+    beside: Mapping[str, Any], folder: Path
+) -> tuple[train.Window, records.Written | None]:
+    """The window that a state was saved in, and the rows there were; None where it has no rows.
+
+    Raises ValueError where what is saved beside it isn't that.
+    """
+    window, rows = beside.get("window", {}), beside.get("rows") or None
+    try:
+        if not all(map(values.is_number, window.values())):
+            raise ValueError("no numbers")
+        known = None if rows is None else records.Written(*rows)
+        if known and type(known.rows) is not int:
+            raise ValueError("no number of rows")
+        if known and known.rows:
+            values.from_bytes(known.newest.encode())
+        return train.Window(**window), known
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"What lies beside the newest state in {folder / 'checkpoints'} is damaged ({error}); "
+            "move that state's folder out of it and run again."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -97,8 +116,9 @@ def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
         )
         fresh_state = train.replicate(fresh(init_key), mesh)
         state, beside = starting_state(config, checkpoints, fresh_state, about)
+        window, known = known_of(beside, folder)
         on_row, on_call = stack.enter_context(
-            recording(config, parts, folder, int(state.step), known_rows(beside))
+            recording(config, parts, folder, int(state.step), known)
         )
 
         def save(state: TrainState, window: train.Window) -> None:
@@ -123,7 +143,7 @@ def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
             on_call=on_call,
             pause=pauses,
             start=config.fork_step,
-            window=train.Window(**beside.get("window", {})),
+            window=window,
         )
         at = int(ended.step)
     if at < parts.num_steps:

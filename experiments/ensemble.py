@@ -4,13 +4,16 @@ A Config says what runs; `results` runs it into its folder (or reads it there) a
 xarray.Dataset: variables over seed, schedule and step, those of singular values over spectra_step.
 """
 
+import functools
+import logging
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 
 from experiments import chunks, hosts, records
@@ -24,12 +27,9 @@ if TYPE_CHECKING:
     import xarray
 
 RUNS_AT_A_TIME = 64  # per device: what fills a core
-
-
 SNAPSHOTS_AT_A_TIME = 256
-
-
 Kept = MutableMapping[int, dict[str, np.ndarray]]
+Described = dict[str, jax.ShapeDtypeStruct]
 
 
 def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Dataset]":
@@ -52,7 +52,9 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
                 f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
             )
             hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
-            return folder, records.load_dataset(folder)
+            dataset = records.load_dataset(folder)
+            assert_like(dataset, blank(config, toy), folder)
+            return folder, dataset
         hosts.on_first(lambda: start(folder, config.seed))
         began = time.perf_counter()
         kept = lambda name: chunks.Chunks(folder, name)
@@ -103,6 +105,21 @@ def simulate(
     return _dataset(config, toy, jax.tree.map(lambda *p: np.concatenate(p, 1)[:, order], *parts))
 
 
+def program(config: Config, toy: Toy, group: np.ndarray) -> tuple[Callable, Any]:
+    """The run of the schedules of one batch size, and these schedules."""
+    at = record_steps(config)
+    run = make_run(
+        toy,
+        num_steps=config.num_steps,
+        batch_size=config.batch_sizes[group[0]],
+        at=at,
+        snapshots_at=at,
+        gd_jitter=config.gd_jitter,
+        descent=Descent(*(getattr(config, field) for field in Descent._fields)),
+    )
+    return run, jax.tree.map(lambda leaf: leaf[group], schedules(config))
+
+
 def _simulate_group(
     config: Config,
     toy: Toy,
@@ -117,16 +134,7 @@ def _simulate_group(
     records of one seed.
     """
     at = record_steps(config)
-    run = make_run(
-        toy,
-        num_steps=config.num_steps,
-        batch_size=config.batch_sizes[group[0]],
-        at=at,
-        snapshots_at=at,
-        gd_jitter=config.gd_jitter,
-        descent=Descent(*(getattr(config, field) for field in Descent._fields)),
-    )
-    points = jax.tree.map(lambda leaf: leaf[group], schedules(config))
+    run, points = program(config, toy, group)
     block = min(config.seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(group)))
     sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
     keys = seed_keys(config.seed, config.seeds)
@@ -148,9 +156,14 @@ def _simulate_group(
         theta = snapshots[shown][None]
         return spectra(theta) | {"theta": theta, "seed": np.full((1, len(group)), shown)}
 
+    due = functools.cache(lambda: of_each_seed(config, toy, run, points))
     first, blocks = 0, []
     while first < config.seeds:
         found = kept.get(first)
+        if found is not None and (why := _misfit(found, due(), first, config.seeds)):
+            told = "What is kept of seeds %d … is no use (%s); they run again."
+            logging.getLogger(__name__).warning(told, first, why)
+            found = None
         if found is None:
             found = kept[first] = chunks.flat(of_block(first))
         blocks.append(chunks.nested(found))
@@ -159,6 +172,32 @@ def _simulate_group(
         on_seeds(count)
     shown = blocks[0].pop("of_one")
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *blocks) | {"of_one": shown}
+
+
+def of_each_seed(config: Config, toy: Toy, run: Callable, points: Any) -> Described:
+    """What a block holds of each of its seeds, and the first one of a single seed."""
+    rows, thetas = jax.eval_shape(jax.vmap(run, (None, 0)), jr.key(0), points)
+    names = jax.eval_shape(lambda theta: toy.spectra(parameters(toy, theta[0, 0])), thetas)
+    count, every, size = thetas.shape
+    shaped = lambda *shape: jax.ShapeDtypeStruct(shape, thetas.dtype)
+    spectra = lambda records: {name: shaped(count, records) for name in names}
+    of_one = {"theta": shaped(*thetas.shape), "seed": jax.ShapeDtypeStruct((count,), int)}
+    tree = {
+        "step": rows,
+        "spectra_step": spectra(len(spectra_steps(config))),
+        "end": {"theta": shaped(count, 2, size)},
+        "of_one": spectra(every) | of_one,
+    }
+    return chunks.flat(tree)
+
+
+def _misfit(found: Mapping[str, np.ndarray], due: Described, first: int, seeds: int) -> str | None:
+    """Why a kept block isn't one of this run; else None."""
+    part = lambda arrays, one: {n: a for n, a in arrays.items() if n.startswith("of_one/") == one}
+    of_one = part(due, True) if first == 0 else {}
+    return train.misfit(part(found, False), part(due, False), seeds - first) or train.misfit(
+        part(found, True), of_one, 1
+    )
 
 
 def stop_if_asked(asked: Asked, folder: Path) -> None:
@@ -218,6 +257,30 @@ def _dataset(config: Config, toy: Toy, found: dict) -> "xarray.Dataset":
         "end": np.array(["start", "end"]),
     }
     return xarray.Dataset(variables, coords)
+
+
+def blank(config: Config, toy: Toy) -> "xarray.Dataset":
+    """What `simulate` gives, with zeros in the place of what it computes."""
+    due = of_each_seed(config, toy, *program(config, toy, np.arange(len(config.step_sizes))))
+    seeds = lambda name: 1 if name.startswith("of_one/") else config.seeds
+    zeros = {name: np.zeros((seeds(name), *like.shape), like.dtype) for name, like in due.items()}
+    return _dataset(config, toy, chunks.nested(zeros))
+
+
+def assert_like(dataset: "xarray.Dataset", ours: "xarray.Dataset", folder: Path) -> None:
+    """ValueError where the data found in `folder` have other names, sizes or labels than `ours`."""
+    odd = sorted(map(str, ours.variables.keys() ^ dataset.variables.keys()))
+    for name in ours.variables.keys() & dataset.variables.keys():
+        mine, other = ours.variables[name], dataset.variables[name]
+        same = (mine.dims, mine.shape) == (other.dims, other.shape)
+        kinds = mine.dtype.kind == other.dtype.kind
+        if not (same and kinds and (name not in ours.coords or mine.equals(other))):
+            odd.append(str(name))
+    if odd:
+        raise ValueError(
+            f"{folder / 'arrays.npz'} isn't what this run gives ({', '.join(odd[:5])}); remove "
+            f"{folder} and run again."
+        )
 
 
 def departed(losses: np.ndarray) -> np.ndarray:

@@ -112,11 +112,28 @@ def results(
     hosts.on_first(lambda: records.open_run(*place, config, may_change=("runs_dir", "hosts")))
     if records.is_finished(folder):
         print(f"{folder} is finished: shown again. (--exp_name starts another.)")
-        return records.load_dataset(folder)
+        return found(config, folder)
     hosts.on_first(lambda: ensemble.start(folder, config.seed))
     began = time.perf_counter()
     dataset = simulate(config, toy, lambda name: chunks.Chunks(folder, name), on_chunk)
     hosts.on_first(lambda: ensemble.finish(folder, dataset, began))
+    return dataset
+
+
+def found(config: Config, folder: Path) -> "xarray.Dataset":
+    """The data of a finished run; ValueError where they aren't over the seeds and axes asked."""
+    dataset = records.load_dataset(folder)
+    axes = {"step_size": config.step_sizes, config.axis: config.values}
+    over = ("seed", *axes)
+    drawn = {"outcome", "plateau_level", "train_loss", "test_loss", "rank"}
+    if (
+        not all(dataset.get(name, dataset).dims == over for name in drawn | set(dataset))
+        or dataset.sizes["seed"] != config.seeds
+        or not all(np.array_equal(dataset[axis], asked) for axis, asked in axes.items())
+    ):
+        raise ValueError(
+            f"{folder / 'arrays.npz'} isn't what this run gives; remove {folder} and run again."
+        )
     return dataset
 
 

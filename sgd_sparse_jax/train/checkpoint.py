@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 LISTED = 5  # arrays that differ, by name
+FAILURES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
 ODD = 1_000_003  # so that no set bit is ever multiplied away
 
 
@@ -53,9 +54,7 @@ def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManag
             options=options,
             item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
         )
-    except OSError:
-        raise
-    except Exception as error:  # it reads all descriptions before one can be passed over
+    except FAILURES as error:  # it reads all descriptions before one can be passed over
         raise ValueError(
             f"The states under {folder} can't be listed ({_in_a_line(error)}); move the damaged "
             f"step's folder, in most cases the newest, {latest_step(folder)}, out of it."
@@ -237,10 +236,7 @@ def progress_of(directory: str | PathLike[str], step: int) -> dict[str, Any] | N
 def _read(
     folder: Path, step: int, like: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All arrays of a saved state, on each host, and what was saved beside them.
-
-    The parts named in `like` have to be alike.
-    """
+    """All arrays of a saved state and what is beside it; parts named in `like` have to be alike."""
     import orbax.checkpoint as ocp
 
     devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
@@ -250,10 +246,8 @@ def _read(
         try:
             whole = checkpoints.item_metadata(step)
             saved = {name: jax.tree.map(_described, whole[name]) for name in like}
-            target = jax.tree.map(
-                lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-                dict(whole),
-            )
+            place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+            target = jax.tree.map(place, dict(whole))
         except Exception as error:  # each layer of a saved state has its own exceptions
             raise ValueError(
                 f"{where}: no state that can be read ({_in_a_line(error)})."
@@ -261,7 +255,7 @@ def _read(
         _assert_alike(saved, like, where)
         try:
             state = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
-            beside = dict(checkpoints.metadata(step).custom_metadata or {})
+            beside = _beside(checkpoints, step)
             if int(digest(TrainState(**state))) != beside.get("digest"):
                 raise ValueError("its numbers are not those that were saved")
         except Exception as error:
@@ -302,12 +296,17 @@ def digest(state: TrainState) -> jax.Array:
 def _description(checkpoints: "ocp.CheckpointManager", step: int) -> tuple[Any, Mapping[str, Any]]:
     """Shapes and dtypes of a saved state, and what was saved beside it."""
     saved = jax.tree.map(_described, checkpoints.item_metadata(step))
-    beside = dict(checkpoints.metadata(step).custom_metadata or {})
-    if saved is None or not {"about", "digest"} <= beside.keys():
+    if saved is None:
         raise FileNotFoundError("its description is missing")
-    if not all(isinstance(beside.get(part, {}), Mapping) for part in ("about", "progress")):
-        raise ValueError("its description is damaged")
-    return saved, beside
+    return saved, _beside(checkpoints, step)
+
+
+def _beside(checkpoints: "ocp.CheckpointManager", step: int) -> dict[str, Any]:
+    beside = dict(checkpoints.metadata(step).custom_metadata or {})
+    parts = beside.get("about"), beside.get("progress", {})
+    if "digest" not in beside or not all(isinstance(part, Mapping) for part in parts):
+        raise ValueError("its description is missing or damaged")
+    return beside
 
 
 def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, str], to: int) -> None:

@@ -166,6 +166,8 @@ def misfit(
     if found.keys() != of_one.keys():
         has, due = (", ".join(sorted(names)) or "(none)" for names in (found, of_one))
         return f"its arrays are {has} and not {due}"
+    if not found:
+        return None
     arrays = {name: np.asarray(array) for name, array in found.items()}
     runs = {len(array) if array.ndim else 0 for array in arrays.values()}
     if len(runs) != 1 or not 1 <= min(runs) <= most:
