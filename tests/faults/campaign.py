@@ -1,0 +1,240 @@
+"""One command, started again after every fault until it is done; then anew, until all are used."""
+
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from faults import KINDS, UNHARMED, Victim, finished
+
+from experiments import records
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 120  # seconds until a process that was asked to stop, or left alone, hangs
+MANY = 40  # lives of one run: so many mean that it gets nowhere
+EARLY = 0.1  # share of faults that come while the command starts up
+LATE = 0.1  # share of faults that come when all is computed, and the figures are drawn
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A command, and where its run keeps what it has finished."""
+
+    name: str
+    flags: tuple[str, ...]
+    saves: str  # checkpoints or chunks
+    whole: int  # how far the finished run is: its last step, or the number of its blocks
+    kinds: Mapping[str, int]  # kind of fault -> how many
+
+    def folder(self, runs_dir: Path) -> Path:
+        """Of the only run in `runs_dir`; as long as there is none, a folder that isn't there."""
+        above = runs_dir / self.name
+        return next(iter(above.iterdir()), above) if above.is_dir() else above / "none"
+
+    def progress(self, folder: Path) -> float:
+        """The share that is done."""
+        saves = folder / self.saves
+        names = [path.name for path in saves.iterdir()] if saves.is_dir() else []
+        steps = [int(name) for name in names if name.isdigit()]
+        return max(steps, default=sum(name.endswith(".npz") for name in names)) / self.whole
+
+
+class Life(NamedTuple):
+    """One start of a command, from what was on disk before to what it left."""
+
+    after: str  # the fault before it, "" for a first start
+    kind: str  # the fault that ended it, "" for none
+    detail: str | None
+    before: dict[str, tuple[int, int]]  # finished states or blocks, oldest first: inode and time
+    seen: dict[str, tuple[int, int]]  # as last seen meanwhile: the finished run drops its blocks
+    left: dict[str, tuple[int, int]]
+    rows: list[dict[str, Any]] | str  # when it had ended; words where they can't be read
+    from_step: int | None  # None where it did not get as far as noting its start
+    touched: bool  # whether it changed anything on disk
+    code: int | None  # None: it hung
+    said: list[str]  # lines of stderr
+
+
+class Run(NamedTuple):
+    """A run that came to its end through all its lives: where it was, and where it is now."""
+
+    ran_in: Path
+    folder: Path
+    lives: list[Life]
+
+
+class Campaign:
+    """All faults of an experiment at random times, over as many runs as that takes.
+
+    `disk` is where a run is while it goes on, `place` where it and its logs are kept.
+    """
+
+    def __init__(self, experiment: Experiment, place: Path, disk: Path, seed: str):
+        self.experiment, self.place, self.disk = experiment, place, disk
+        self.rng = random.Random(f"{seed} {experiment.name}")
+        self.todo: list[str] = []
+        self.seen: dict[str, tuple[int, int]] = {}
+        self.starting = self.working = 0.0  # seconds of an undisturbed run
+
+    def undisturbed(self) -> Path:
+        """The reference: run twice, since the first compiles, and timed."""
+        for count in range(2):
+            runs_dir = self.place / f"{self.experiment.name}-reference-{count}"
+            began = time.monotonic()
+            process, log = self._start(runs_dir, runs_dir.with_suffix(".log"))
+            self._wait(process, runs_dir, lambda: self._starts(runs_dir))  # noqa: B023
+            noted = time.monotonic()
+            assert process.wait(300) == 0, log.read_text()
+            self.starting, self.working = noted - began, time.monotonic() - noted
+        return self.experiment.folder(runs_dir)
+
+    def disturbed(self, possible: Callable[[str], bool]) -> list[Run]:
+        """The runs that all faults were spread over, each finished in the end."""
+        kinds = self.experiment.kinds.items()
+        self.todo = [kind for kind, count in kinds for _ in range(count) if possible(kind)]
+        self.rng.shuffle(self.todo)
+        runs: list[Run] = []
+        while self.todo:
+            name, lives = f"{self.experiment.name}-{len(runs)}", list[Life]()
+            runs_dir = self.disk / name
+            while not lives or lives[-1].code != 0:
+                assert len(lives) < MANY, f"{name} comes to no end"
+                log = self.place / f"{name}-{len(lives)}.log"
+                lives.append(self._life(runs_dir, log, lives[-1].kind if lives else ""))
+                saves = self.experiment.folder(runs_dir) / self.experiment.saves
+                follow_cure(saves, lives[-1].said)
+            ran_in = self.experiment.folder(runs_dir)
+            shutil.move(ran_in, self.place / name)  # off the small disk: it has room for one run
+            runs.append(Run(ran_in, self.place / name, lives))
+        return runs
+
+    def _start(self, runs_dir: Path, log: Path) -> tuple[subprocess.Popen, Path]:
+        """The command as its user types it, on one CPU device."""
+        environment = os.environ | {
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_PLATFORMS": "cpu",
+            "JAX_COMPILATION_CACHE_DIR": str(self.place / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        command = [sys.executable, "-m", f"experiments.{self.experiment.name}"]
+        with log.open("w") as errors:
+            process = subprocess.Popen(
+                [*command, *self.experiment.flags, f"--runs_dir={runs_dir}"],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+        return process, log
+
+    def _life(self, runs_dir: Path, log: Path, after: str) -> Life:
+        """One start: up to the next fault, if one is left and the run lasts so long."""
+        folder = self.experiment.folder(runs_dir)
+        before, changed = finished(folder / self.experiment.saves), newest_change(folder)
+        noted, self.seen = len(self._starts(runs_dir)), {}
+        process, _ = self._start(runs_dir, log)
+        kind, fault = "", UNHARMED
+        if self.todo and self._lasts_to_a_moment(process, runs_dir, noted):
+            kind = self.todo.pop()
+            fault = KINDS[kind]
+        folder = self.experiment.folder(runs_dir)
+        saves = folder / self.experiment.saves
+        with fault(Victim(process, folder, saves, self.disk), self.rng) as detail:
+            self._wait(process, runs_dir)
+            code = ending(process)
+            left, rows = finished(saves), rows_of(folder)
+        if detail is None:
+            self.todo.insert(0, kind)
+            kind = "kill -9"
+        folder = self.experiment.folder(runs_dir)
+        mine = self._starts(runs_dir)[noted:]
+        return Life(
+            after=after,
+            kind=kind,
+            detail=detail,
+            before=before,
+            seen=self.seen,
+            left=left,
+            rows=rows,
+            from_step=mine[0].get("from_step", 0) if mine else None,
+            touched=newest_change(folder) != changed,
+            code=code,
+            said=[line for line in log.read_text().splitlines() if line.strip()],
+        )
+
+    def _lasts_to_a_moment(self, process: subprocess.Popen, runs_dir: Path, noted: int) -> bool:
+        """Waits for a random moment, of the start-up or of the work; whether it still runs then.
+
+        A moment of the work is told by what is done by then: clocks differ from life to life.
+        """
+        share, goal, rest = self.rng.random(), self.rng.random() ** 2, self.rng.random()
+        progress = lambda: self.experiment.progress(self.experiment.folder(runs_dir))
+        if share < EARLY:
+            seconds = rest * self.starting
+        else:
+            self._wait(process, runs_dir, lambda: len(self._starts(runs_dir)) > noted)
+            done = progress()
+            goal = 1.0 if share < EARLY + LATE else done + goal * (1 - done)
+            self._wait(process, runs_dir, lambda: progress() >= goal)
+            seconds = rest * self.working * max(LATE, 1 / self.experiment.whole)
+        moment = time.monotonic() + seconds
+        self._wait(process, runs_dir, lambda: time.monotonic() >= moment)
+        return process.poll() is None
+
+    def _wait(
+        self,
+        process: subprocess.Popen,
+        runs_dir: Path,
+        condition: Callable[[], object] = lambda: False,
+    ) -> None:
+        """Watches until the condition holds, or the process has ended, or hangs."""
+        patience = time.monotonic() + PATIENCE
+        while process.poll() is None and time.monotonic() < patience and not condition():
+            self.seen |= finished(self.experiment.folder(runs_dir) / self.experiment.saves)
+            time.sleep(0.01)
+
+    def _starts(self, runs_dir: Path) -> list[dict[str, Any]]:
+        """The starts that the run has noted so far."""
+        path = self.experiment.folder(runs_dir) / "manifest.json"
+        return records.read_json(path)["starts"] if path.exists() else []
+
+
+def ending(process: subprocess.Popen) -> int | None:
+    """The exit code; None, and the process is killed, where it hangs."""
+    try:
+        return process.wait(1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        return None
+
+
+def follow_cure(saves: Path, said: list[str]) -> None:
+    """Does what the last line tells its reader to do with states that can't be read."""
+    last = said[-1] if said else ""
+    if "remove that folder to start from the beginning" in last:
+        shutil.rmtree(saves)
+    elif "move the damaged step's folder" in last:
+        newest = saves / list(finished(saves))[-1]
+        newest.rename(saves / f"damaged-{newest.name}")
+
+
+def newest_change(folder: Path) -> int:
+    """When anything in the run's folder was last written, made or removed."""
+    if not folder.is_dir():
+        return 0
+    return max(path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*")))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]] | str:
+    """The rows of metrics.jsonl, or why they can't be read."""
+    try:
+        return records.read_rows(folder)
+    except ValueError as error:
+        return str(error)

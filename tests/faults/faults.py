@@ -1,0 +1,195 @@
+"""The kinds of fault: each happens to a running process, and is undone once that has ended."""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+IS_ROOT = os.geteuid() == 0
+
+
+class Victim(NamedTuple):
+    """A run under way: its process, its folder, where it keeps what it has finished, its disk."""
+
+    process: subprocess.Popen
+    folder: Path
+    saves: Path  # checkpoints/ or chunks/
+    disk: Path
+
+
+# What was done, in words; None where there was nothing to damage, and the process was only killed.
+Fault = Callable[[Victim, random.Random], contextlib.AbstractContextManager[str | None]]
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, mebibytes: int) -> Iterator[bool]:
+    """`folder` as a small disk of its own, where this user may mount one; whether it is."""
+    folder.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    done = _succeeds(words)
+    try:
+        yield done
+    finally:
+        if done:
+            _succeeds(["umount", "-l", str(folder)])
+
+
+def may_bind(scratch: Path) -> bool:
+    """Whether a folder can be made read-only for the user who runs this."""
+    scratch.mkdir()
+    with _read_only(scratch):
+        try:
+            (scratch / "probe").touch()
+        except OSError:
+            return True
+    return False
+
+
+@contextlib.contextmanager
+def unharmed(victim: Victim, rng: random.Random) -> Iterator[str]:
+    """Nothing happens to it."""
+    yield ""
+
+
+@contextlib.contextmanager
+def kill(victim: Victim, rng: random.Random) -> Iterator[str]:
+    """kill -9."""
+    victim.process.kill()
+    victim.process.wait()
+    yield ""
+
+
+def signalled(number: signal.Signals) -> Fault:
+    """A signal that asks it to stop."""
+
+    @contextlib.contextmanager
+    def fault(victim: Victim, rng: random.Random) -> Iterator[str]:
+        victim.process.send_signal(number)
+        yield ""
+
+    return fault
+
+
+@contextlib.contextmanager
+def disk_full(victim: Victim, rng: random.Random) -> Iterator[str]:
+    """The disk fills up: all of it, or so that something small still fits."""
+    assert victim.disk.is_mount()  # it is a small one
+    ballast = victim.disk / "ballast"
+    left = rng.choice([0, 0, 2**12, 2**16, 2**18, 2**20])
+    try:
+        with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+            os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(victim.disk).free - left))
+            while not left:  # what the run has freed meanwhile
+                file.seek(0, os.SEEK_END)
+                file.write(bytes(2**12))
+        yield f"{left} bytes left"
+    finally:
+        ballast.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def read_only(victim: Victim, rng: random.Random) -> Iterator[str]:
+    """Where it saves can't be written any more."""
+    place = next(path for path in (victim.saves, victim.folder, victim.disk) if path.is_dir())
+    with _read_only(place):
+        yield place.name
+
+
+@contextlib.contextmanager
+def damaged_save(victim: Victim, rng: random.Random) -> Iterator[str | None]:
+    """kill -9, and some of the newest state's or block's files are not what was written."""
+    victim.process.kill()
+    names = list(finished(victim.saves)) if victim.process.wait() else []
+    if not names:
+        yield None
+        return
+    newest = victim.saves / names[-1]
+    files = [newest] if newest.is_file() else [p for p in newest.rglob("*") if p.is_file()]
+    files = [path for path in sorted(files) if path.stat().st_size]
+    chosen = rng.sample(files, rng.randint(1, min(3, len(files))))
+    for path in chosen:
+        _damage(path, rng)
+    yield ", ".join(str(path.relative_to(victim.saves)) for path in chosen)
+
+
+@contextlib.contextmanager
+def cut_row(victim: Victim, rng: random.Random) -> Iterator[str | None]:
+    """kill -9, and the last line of metrics.jsonl ends in its middle."""
+    path = victim.folder / "metrics.jsonl"
+    victim.process.kill()
+    content = path.read_bytes() if victim.process.wait() and path.exists() else b""
+    if not content:
+        yield None
+        return
+    last = content.rstrip(b"\n").rfind(b"\n") + 1
+    keep = rng.randrange(last, len(content))
+    path.write_bytes(content[:keep])
+    yield f"{keep - last} of {len(content) - last} bytes kept"
+
+
+def finished(saves: Path) -> dict[str, tuple[int, int]]:
+    """Finished states or blocks, oldest first, by what changes when one is written anew."""
+    found = {}
+    with contextlib.suppress(FileNotFoundError):  # there are none yet, or dropped just now
+        for name in os.listdir(saves):
+            if name.isdigit() or name.endswith(".npz"):
+                stat = (saves / name).stat()
+                found[name] = stat.st_ino, stat.st_mtime_ns
+    age = lambda name: (int(name) if name.isdigit() else 0, found[name][1])
+    return {name: found[name] for name in sorted(found, key=age)}
+
+
+UNHARMED: Fault = unharmed
+KINDS: dict[str, Fault] = {
+    "kill -9": kill,
+    "SIGTERM": signalled(signal.SIGTERM),
+    "SIGINT": signalled(signal.SIGINT),
+    "SIGUSR1": signalled(signal.SIGUSR1),
+    "disk full": disk_full,
+    "read-only": read_only,
+    "damaged save": damaged_save,
+    "cut row": cut_row,
+}
+
+
+def _damage(path: Path, rng: random.Random) -> None:
+    """Truncated, or overwritten in part."""
+    content = path.read_bytes()
+    at = rng.randrange(len(content))
+    if rng.random() < 0.5:
+        path.write_bytes(content[:at])
+    else:
+        noise = rng.randbytes(min(64, len(content) - at))
+        path.write_bytes(content[:at] + noise + content[at + len(noise) :])
+
+
+@contextlib.contextmanager
+def _read_only(folder: Path) -> Iterator[None]:
+    """By permission bits, and for root, whom they don't bind, by a mount over itself."""
+    if not IS_ROOT:
+        mode = folder.stat().st_mode
+        folder.chmod(0o555)
+        try:
+            yield
+        finally:
+            folder.chmod(mode)
+        return
+    over = _succeeds(["mount", "--bind", str(folder), str(folder)])
+    try:
+        _succeeds(["mount", "-o", "remount,ro,bind", str(folder)])
+        yield
+    finally:
+        if over:
+            _succeeds(["umount", "-l", str(folder)])
+
+
+def _succeeds(words: list[str]) -> bool:
+    try:
+        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False

@@ -1,0 +1,116 @@
+"""Runs that are killed, signalled, starved of space and damaged at random times come out the same.
+
+    pytest -n 0 -s -m slow tests/faults
+
+FAULTS_SEED=N repeats the draws of an earlier harness run (its table says which), FAULTS_TABLE=PATH
+has the table as JSON, FAULTS_SHARE=0.2 injects a fifth of the faults.
+"""
+
+import contextlib
+import json
+import math
+import os
+import secrets
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import verdict
+from campaign import Campaign, Experiment
+from faults import may_bind, mounted
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+SHARE = float(os.environ.get("FAULTS_SHARE", "1"))
+DISK = 48  # MiB
+SIGNALS = {"SIGTERM": 3, "SIGINT": 2, "SIGUSR1": 2}
+DEEP = Experiment(
+    name="resnet_cifar",
+    flags=(
+        *("--model=resnet_tiny", "--model_width=2", "--batch_size=16", "--batch_size_eval=32"),
+        *("--epochs=40", "--max_steps=40", "--eval_iter_freq=7", "--lr_init=0.05"),
+        *("--lr_schedule=constant", "--sparsity_images=40", "--bn_images=32", "--deterministic"),
+        *("--save_every_seconds=0", "--exp_name=faults"),
+    ),
+    saves="checkpoints",
+    whole=40,
+    kinds={
+        "kill -9": 8,
+        **SIGNALS,
+        "disk full": 5,
+        "read-only": 4,
+        "damaged save": 5,
+        "cut row": 3,
+    },
+)
+TOY = Experiment(
+    name="diag_nets",
+    flags=(
+        *("--n=12", "--d=16", "--support=2", "--seeds=256", "--num_steps=4000"),
+        *("--spectra_records=3", "--batch_sizes", "1", "1", "12", "12", "--exp_name=faults"),
+    ),
+    saves="chunks",
+    whole=8,
+    kinds={"kill -9": 7, **SIGNALS, "disk full": 4, "read-only": 3, "damaged save": 5},
+)
+
+
+@pytest.fixture(scope="module")
+def outcome(small_cifar, tmp_path_factory):
+    """Experiment -> its findings; the table is printed, and written where FAULTS_TABLE says."""
+    seed = os.environ.get("FAULTS_SEED") or str(secrets.randbelow(10**6))
+    place = tmp_path_factory.mktemp("faults")
+    began = time.monotonic()
+    both = experiments(small_cifar)
+    with contextlib.ExitStack() as stack:
+        disks = [place / f"disk-{each.name}" for each in both]
+        mounts = [stack.enter_context(mounted(disk, DISK)) for disk in disks]
+        may = {"disk full": all(mounts), "read-only": may_bind(place / "bound")}
+        possible = lambda kind: may.get(kind, True)
+
+        def one(experiment, disk):
+            campaign = Campaign(experiment, place, disk, seed)
+            return campaign.undisturbed(), campaign.disturbed(possible)
+
+        with ThreadPoolExecutor() as pool:
+            done = list(pool.map(one, both, disks))
+    runs = {each.name: runs for each, (_, runs) in zip(both, done, strict=True)}
+    findings = {
+        each.name: [f for run in runs for f in verdict.of_run(each, run, reference)]
+        for each, (reference, runs) in zip(both, done, strict=True)
+    }
+    table = verdict.table(runs, findings)
+    not_run = {
+        each.name: {kind: n for kind, n in each.kinds.items() if not possible(kind)}
+        for each in both
+    }
+    seconds = round(time.monotonic() - began)
+    print(f"\nFAULTS_SEED={seed}, {seconds} s\n{verdict.printed(table, not_run)}")
+    for name, of_experiment in findings.items():
+        for finding in of_experiment:
+            print(f"{name}: {finding}")
+    if path := os.environ.get("FAULTS_TABLE"):
+        whole = {"seed": seed, "seconds": seconds, "table": table, "not_run": not_run}
+        Path(path).write_text(json.dumps(whole | {"findings": findings}, indent=2) + "\n")
+    return table, not_run, findings
+
+
+def experiments(data_dir):
+    """Both, with the data's place, and as many faults as asked for."""
+    some = lambda each: {kind: math.ceil(count * SHARE) for kind, count in each.kinds.items()}
+    deep = replace(DEEP, flags=(*DEEP.flags, f"--data_dir={data_dir}"), kinds=some(DEEP))
+    return deep, replace(TOY, kinds=some(TOY))
+
+
+@pytest.mark.parametrize("counter", verdict.COUNTERS)
+def test_no_fault_leaves(outcome, counter):
+    findings = [f for found in outcome[2].values() for f in found if f.counter == counter]
+    assert findings == []
+
+
+def test_as_many_faults_as_promised_were_injected(outcome):
+    table, not_run, _ = outcome
+    injected = [row["injected"] for kinds in table.values() for row in kinds.values()]
+    missing = [count for kinds in not_run.values() for count in kinds.values()]
+    assert sum(injected) + sum(missing) >= 50 * SHARE
