@@ -1,0 +1,181 @@
+"""What a run costs beside its steps: the bar and rows that tell of it, and the states it saves.
+
+    python -m benchmarks.overheads --batch_size 32 --out benchmarks/results/overheads.json
+
+Each side is the same steps through `train.fit`, in turn: bare; with the bar moved at every call and
+rows filed; with a save after the first quarter, whose files are written beside the steps that
+follow. At the default cadence a run saves every 300 seconds, and at every evaluation.
+"""
+
+import contextlib
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.random as jr
+
+from benchmarks import deep_plan, timing
+from benchmarks.deep_sides import Training
+from experiments import cli, progress, records
+from experiments.deep_flags import Config as Flags
+from sgd_sparse_jax import train
+from sgd_sparse_jax._types import TrainState
+
+
+@dataclass(frozen=True)
+class Config:
+    """Times the same training steps bare, watched and saved."""
+
+    net: str = "resnet18_plain"
+    """Network by name."""
+    width: int = 0
+    """Width in the network's own measure (0: its default)."""
+    batch_size: int = 256
+    """Examples per step, over all devices."""
+    steps: int = 40
+    """Steps of each side and round."""
+    rounds: int = 5
+    """How often each side is timed."""
+    steps_per_call: int = 0
+    """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
+    out: Path | None = None
+    """Where to write the JSON."""
+
+
+class Sides:
+    """The three ways through the same steps; how long each save kept the loop is noted beside."""
+
+    def __init__(self, config: Config, folder: Path):
+        plan = deep_plan.complete(
+            deep_plan.Config(
+                nets=(config.net,),
+                width=config.width,
+                batch_size=config.batch_size,
+                precision="fp32",
+                images=max(20 * config.batch_size, 1),
+            )
+        )
+        self.config, self.folder, self.training = config, folder, Training(config.net, plan)
+        on_cpu = jax.default_backend() == "cpu"
+        self.steps_per_call = config.steps_per_call or (1 if on_cpu else 25)
+        self.blocked: list[float] = []
+
+    def fit(self, **hooks: Any) -> None:
+        """The steps, with whatever is done beside them."""
+        ours, steps = self.training, self.config.steps
+        hooks = {"on_row": lambda row: None} | hooks
+        ended = train.fit(
+            jr.key(2),
+            ours.start(),
+            ours.sampler,
+            ours.segment,
+            num_steps=steps,
+            eval_every=steps,
+            evaluate=lambda state: {},
+            steps_per_call=self.steps_per_call,
+            **hooks,
+        )
+        jax.block_until_ready(ended)
+
+    def watched(self) -> None:
+        """With the bar and rows of `experiments.resnet_cifar`."""
+        live = progress.Live(0, self.config.steps, self.config.batch_size)
+        blank = dict.fromkeys(("train/loss", "test/error"), 0.0)
+
+        def on_row(row: dict[str, Any]) -> None:
+            records.append_row(self.folder, row)
+            live.on_row(blank | row)
+
+        try:
+            self.fit(on_row=on_row, on_call=live.on_call)
+        finally:
+            live.close()
+
+    def saved(self) -> None:
+        """With a save after the first quarter of the steps, waited for at the end if need be."""
+        calls, quarter = itertools.count(1), max(self.config.steps // 4 // self.steps_per_call, 1)
+        with self.checkpoints() as checkpoints:
+
+            def save(state: TrainState, window: train.Window) -> None:
+                if int(state.step) < self.config.steps:
+                    begin = time.perf_counter()
+                    train.save(checkpoints, state)
+                    self.blocked.append(time.perf_counter() - begin)
+
+            due = lambda: train.Pause.SAVE if next(calls) == quarter else train.Pause.NO
+            self.fit(save=save, pause=due)
+
+    def alone(self) -> float:
+        """Seconds until a state is on disk, with nothing beside."""
+        state = jax.block_until_ready(self.training.start())
+        with self.checkpoints() as checkpoints:
+            begin = time.perf_counter()
+            train.save(checkpoints, state)
+            checkpoints.wait_until_finished()
+            return time.perf_counter() - begin
+
+    @contextlib.contextmanager
+    def checkpoints(self) -> Iterator[Any]:
+        """A place for states that goes at the end."""
+        with (
+            tempfile.TemporaryDirectory(dir=self.folder) as place,
+            train.open_checkpoints(place) as checkpoints,
+        ):
+            yield checkpoints
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    cli.main(Config, run, argv)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Measures, prints, and writes JSON."""
+    if min(config.steps // 4, config.rounds, config.batch_size) < 1:
+        raise ValueError("--steps needs 4 or more, --rounds and --batch_size 1 or more.")
+    with tempfile.TemporaryDirectory() as folder:
+        sides = Sides(config, Path(folder))
+        ways = {"bare": sides.fit, "watched": sides.watched, "saved": sides.saved}
+        seconds = timing.rounds(ways, config.rounds)
+        alone = [sides.alone() for _ in range(config.rounds)]
+    pairs = lambda name: list(zip(seconds[name], seconds["bare"], strict=True))
+    watched, longer = [a / b for a, b in pairs("watched")], [a - b for a, b in pairs("saved")]
+    middle = statistics.median
+    cost = max(middle(longer), middle(sides.blocked[1:]))  # the first compiles its digest
+    results = {
+        "state_bytes": sum(leaf.nbytes for leaf in jax.tree.leaves(sides.training.state)),
+        "ms_per_step": 1e3 * middle(seconds["bare"]) / config.steps,
+        "watched_over_bare": middle(watched),
+        "save_alone_s": middle(alone),
+        "save_keeps_the_loop_s": middle(sides.blocked[1:]),
+        "save_lengthens_the_run_s": middle(longer),
+        "seconds_between_saves": Flags.save_every_seconds,
+        "share_of_a_run": cost / Flags.save_every_seconds,
+        "rounds": seconds | {"alone": alone, "keeps_the_loop": sides.blocked[1:]},
+    }
+    print(
+        f"{config.net}: {results['ms_per_step']:.1f} ms a step, with bar and rows "
+        f"{results['watched_over_bare']:.4f} of that. A save of "
+        f"{results['state_bytes'] / 2**20:.0f} MiB takes {results['save_alone_s']:.2f} s, keeps "
+        f"the loop for {results['save_keeps_the_loop_s']:.2f} s and lengthens the run by "
+        f"{results['save_lengthens_the_run_s']:.2f} s: {results['share_of_a_run']:.2%} of the "
+        f"{Flags.save_every_seconds:.0f} s from one to the next"
+    )
+    timing.write(config.out, command(config), ("flax", "optax", "orbax-checkpoint"), **results)
+    return results
+
+
+def command(config: Config) -> str:
+    """The command line that runs `config` again."""
+    words = [f"--{name} {value}" for name, value in vars(config).items() if value is not None]
+    return f"python -m benchmarks.overheads {' '.join(words)}"
+
+
+if __name__ == "__main__":
+    main()
