@@ -65,11 +65,9 @@ def open_run(
             for left in place.glob(SCRATCH):  # by a process that was killed
                 left.unlink()
     except OSError as error:
-        cure = "choose another place with --runs_dir"
-        cure = f"free some space, or {cure}" if error.errno in FULL else cure
-        raise PermissionError(
-            f"The run folder {folder} can't be written ({error.strerror}); {cure}."
-        ) from error
+        room = "free some space, or " if error.errno in FULL else ""
+        told = f"The run folder {folder} can't be written ({error.strerror}); {room}"
+        raise PermissionError(f"{told}choose another place with --runs_dir.") from error
     path = folder / "config.json"
     if path.exists():
         changes = _changes(read_json(path), asked, may_change)
