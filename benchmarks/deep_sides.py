@@ -61,11 +61,12 @@ class Training:
 
     def fetch_from(self, images: data.Images, *, augmented: bool) -> Fetch:
         """Gathers from uint8 images that are on every device; [0, 1] floats come out."""
-        placed: Any = (images.images, images.labels)
+        placed: Any = (images.images.reshape(len(images.images), -1), images.labels)
         pixels, labels = train.replicate(placed, self.mesh)
 
         def fetch(key, idx):
-            x = data.crop_and_flip(key, pixels[idx]) if augmented else pixels[idx]
+            x = pixels[idx].reshape(-1, *SHAPE)
+            x = data.crop_and_flip(key, x) if augmented else x
             return Batch(x.astype(jnp.float32) / 255, labels[idx])
 
         return fetch

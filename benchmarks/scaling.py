@@ -81,8 +81,8 @@ class Config:
     """TPUs to compile for in place of CPUs, as v5e:2x4 (needs the extra `tpu`, but no TPU)."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of convolutions; parameters are float32 in both."""
-    images_as_rows: bool = False
-    """Let the data set lie on the devices as rows of bytes, and shape images after the gather."""
+    images_as_maps: bool = False
+    """Let images lie on the devices as they are, and not as rows of bytes: what that would cost."""
     out: Path | None = None
     """Where to write the JSON; it is written anew after every network."""
 
@@ -266,7 +266,7 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     init = partial(train.init_state, model=model, tx=tx, x=x, averaged=True)
     key = jax.eval_shape(lambda: jr.key(0))
     state = jax.eval_shape(init, key)
-    one = (math.prod(deep_plan.SHAPE),) if config.images_as_rows else deep_plan.SHAPE
+    one = deep_plan.SHAPE if config.images_as_maps else (math.prod(deep_plan.SHAPE),)
     described: Any = jax.ShapeDtypeStruct
     pixels = Batch(described((RESIDENT, *one), jnp.uint8), described((RESIDENT,), jnp.int32))
     indices = described((1, config.batch_size), jnp.int32)

@@ -104,6 +104,7 @@ def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
     mesh = train.data_mesh()
     init_key, fit_key = jr.split(jr.key(config.seed))
     pixels, test_pixels = placed(parts.images, mesh), placed(parts.test_images, mesh)
+    fetches = [fetch(each, parts.images.images.shape[1:]) for each in (pixels, test_pixels)]
     segment, sampler, fresh = training(config, parts, mesh, pixels)
     about = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     pauses = hosts.Pauses(config.save_every_seconds, asked)
@@ -134,7 +135,7 @@ def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
             segment,
             num_steps=parts.num_steps,
             eval_every=parts.eval_every,
-            evaluate=gauges.evaluation(config, parts, mesh, fetch(pixels), fetch(test_pixels)),
+            evaluate=gauges.evaluation(config, parts, mesh, *fetches),
             on_row=on_row,
             save=save,
             keep_every=config.save_model_each_k_epochs * parts.steps_per_epoch,
@@ -210,7 +211,8 @@ def parent_of(config: Config) -> dict[str, Any]:
     """Which state of which run this one forks from, and the settings that differ: [its, ours]."""
     path = Path(config.fork_from).expanduser().absolute() / "config.json"
     its = records.read_json(path) if path.exists() else {}
-    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    new = (*MAY_CHANGE, "exp_name", "fork_from", "fork_step")
+    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in new}
     changed = {k: [its[k], v] for k, v in ours.items() if k in its and its[k] != v}
     return {"run": str(path.parent), "step": config.fork_step, "changed": changed}
 

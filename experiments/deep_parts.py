@@ -141,18 +141,19 @@ def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransfo
 
 def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batch):
     """The compiled segment, the order of examples, and key -> fresh state."""
+    shape = parts.images.images.shape[1:]
     tx = optimizer(config, parts.schedules.step_size)
     step = train.make_step(parts.model, train.cross_entropy, tx, ema_decay=config.swa_tau)
     noise = data.uniform_label_noise(parts.schedules.label_noise, len(parts.images.class_names))
     segment = train.make_segment(
         step,
-        fetch(pixels, augmentation(config)),
+        fetch(pixels, shape, augmentation(config)),
         shard=train.split_examples(mesh),
         unroll=1,
         noise=noise if config.sgd_p_label_noise else None,
     )
     sampler = train.reshuffled_epochs(len(parts.images.images), config.batch_size)
-    x = jnp.zeros((1, *parts.images.images.shape[1:]), jnp.float32)
+    x = jnp.zeros((1, *shape), jnp.float32)
 
     @jax.jit
     def fresh(key):
@@ -166,16 +167,20 @@ def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batc
 
 
 def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
-    """A data set, as it is stored, on every device."""
-    arrays: Any = (np.asarray(images.images), np.asarray(images.labels))
+    """A data set on every device, its images as rows of the values that are stored.
+
+    A TPU would pad the axes of an image, to four times the bytes, in a copy at every call.
+    """
+    rows = np.asarray(images.images).reshape(len(images.images), -1)
+    arrays: Any = (rows, np.asarray(images.labels))
     return Batch(*train.replicate(arrays, mesh))
 
 
-def fetch(pixels: Batch, augment: Callable | None = None):
-    """Gathers from a data set on the device; bytes come out as floats in [0, 1]."""
+def fetch(pixels: Batch, shape: tuple[int, ...], augment: Callable | None = None):
+    """Gathers images of `shape` from a data set on the device; bytes become floats in [0, 1]."""
 
     def gather(key, idx):
-        x = pixels.x[idx]
+        x = pixels.x[idx].reshape(-1, *shape)
         x = augment(key, x) if augment else x
         return Batch(x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x, pixels.y[idx])
 

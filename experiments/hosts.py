@@ -59,20 +59,22 @@ def join(hosts: Hosts) -> None:
             f"last is {hosts.num_processes - 1}."
         )
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM for itself
-    try:
-        jax.distributed.initialize(
-            hosts.coordinator or None,
-            hosts.num_processes if all(told) else None,
-            hosts.process_id if all(told) else None,
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-        )
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"--distributed: the other hosts were not found ({' '.join(str(error).split())}); "
-            "start the same command on each, or name them with --coordinator HOST:PORT, "
-            "--num_processes and --process_id."
-        ) from error
+    lost = "--distributed: the other hosts were not found"
+    cure = (
+        "start the same command on each, or name them with --coordinator HOST:PORT, "
+        "--num_processes and --process_id."
+    )
+    with last_words(f"error: {lost} within {JOIN_SECONDS} s; {cure}"):
+        try:
+            jax.distributed.initialize(
+                hosts.coordinator or None,
+                hosts.num_processes if all(told) else None,
+                hosts.process_id if all(told) else None,
+                initialization_timeout=JOIN_SECONDS,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{lost} ({' '.join(str(error).split())}); {cure}") from error
 
 
 def is_first() -> bool:
@@ -147,15 +149,16 @@ def together(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def last_words(message: str, folder: Path) -> Iterator[Callable[[], None]]:
-    """`message` and the newest saved step on stderr, should Python have no part in the end.
+def last_words(message: str, folder: Path | None = None) -> Iterator[Callable[[], None]]:
+    """`message`, and the newest step saved in `folder`, should Python have no part in the end.
 
     JAX aborts a process whose coordinator is gone, and nothing in it can speak then: a shell beside
     it does, unless it is told, by the function yielded or at the end, that all is said.
     """
+    saved = folder / "checkpoints" if folder else os.devnull
     step = 'ls "$1" 2>/dev/null | grep -x "[0-9]*" | sort -n | tail -n 1'
     speaker = subprocess.Popen(
-        ["sh", "-c", f'read all_said || echo "$0 $({step})" >&2', message, folder / "checkpoints"],
+        ["sh", "-c", f'read all_said || echo "$0" $({step}) >&2', message, str(saved)],
         stdin=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is not for it
     )

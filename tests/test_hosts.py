@@ -66,10 +66,14 @@ def pair(tmp_path):
         process.wait()
 
 
-def start_pair(command, tmp_path, devices=2):
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+        return free.getsockname()[1]
+
+
+def start_pair(command, tmp_path, devices=2):
+    port = free_port()
     logs = [tmp_path / f"process{i}.log" for i in range(2)]
     return [start(command, log, devices, i, port) for i, log in enumerate(logs)], logs
 
@@ -167,6 +171,21 @@ def test_two_processes_sweep_as_one(pair, tmp_path):
     for name in one.variables:
         if one[name].dtype.kind == "f":
             np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
+
+
+def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
+    """JAX aborts them itself, in the middle of its own call."""
+    program = (
+        "from experiments import hosts; hosts.JOIN_SECONDS = 3; "
+        f"hosts.join(hosts.Hosts(True, 'localhost:{free_port()}', 2, 0))"
+    )
+    with (tmp_path / "log").open("w+") as log:
+        ended = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, stderr=log, timeout=100, check=False
+        )
+        told = "error: --distributed: the other hosts were not found within 3 s; start the same"
+        wait_for(lambda: told in (tmp_path / "log").read_text(), 10)
+    assert ended.returncode != 0
 
 
 @pytest.mark.parametrize(
