@@ -18,7 +18,14 @@ class Totals(NamedTuple):
     loss: Scalar
     errors: Scalar
     examples: Scalar
-    active: dict[str, Scalar]  # per block, the share of positive units
+
+
+class Seen(NamedTuple):
+    """What a batch's features say, block by block."""
+
+    active: dict[str, Scalar]  # the sum over examples of the share of positive units
+    alive: dict[str, Bool[Array, " units"]]  # whether a unit is positive for any example
+    units: dict[str, Float[Array, "b m"]]  # the sampled ones
 
 
 def index_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -50,40 +57,52 @@ def make_evaluation(
     @jax.jit
     def totals(
         key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"], mask: Bool[Array, " b"]
-    ):
+    ) -> tuple[Totals, dict[str, Array]]:
         examples = fetch(key, shard(idx))
         out: Any = model.apply({"params": params, **stats}, examples.x)
         logits, features = out
         wrong = logits.argmax(-1) != examples.y
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
-        sums = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask), {})
-        if not sample:
-            return sums, {}, {}
+        sums = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask))
+        return sums, features if sample else {}
+
+    # A program of its own: in one, XLA computes norms and ReLUs once more for each that reads them.
+    @jax.jit
+    def see(features: dict[str, Array], mask: Bool[Array, " b"]) -> Seen:
+        assert sample is not None
         positive = {block: (phi > 0).reshape(len(phi), -1) for block, phi in features.items()}
-        active = {block: summed(on.mean(1, dtype=jnp.float32)) for block, on in positive.items()}
-        alive = {block: (on & mask[:, None]).any(0) for block, on in positive.items()}
-        units = {block: sample(block, phi) for block, phi in features.items()}
-        return sums._replace(active=active), alive, units
+        share = lambda on: jnp.where(mask, on.mean(1, dtype=jnp.float32), 0).sum()
+        return Seen(
+            {block: share(on) for block, on in positive.items()},
+            {block: (on & mask[:, None]).any(0) for block, on in positive.items()},
+            {block: sample(block, phi) for block, phi in features.items()},
+        )
 
     either = jax.jit(lambda a, b: jax.tree.map(jnp.logical_or, a, b))
     dead = jax.jit(lambda alive: jax.tree.map(lambda unit: (~unit).mean(), alive))
     share = jax.jit(distinct) if distinct else None
 
     def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
-        parts, alive, units = [], None, []
-        for rows in index_batches(n, batch):
-            sums, ever, chosen = totals(key, params, stats, *rows)
-            alive = ever if alive is None else either(alive, ever)
+        parts, active, units, alive = [], [], [], None
+        for idx, mask in index_batches(n, batch):
+            sums, features = totals(key, params, stats, idx, mask)
             parts.append(sums)
-            units.append(chosen)
+            if sample:
+                seen = see(features, mask)
+                active.append(seen.active)
+                units.append(seen.units)
+                alive = seen.alive if alive is None else either(alive, seen.alive)
         joined = lambda block: jnp.concatenate([chosen[block] for chosen in units])[:n]
-        shares = {block: share(joined(block)) for block in units[0]} if share else {}
-        sums, never, shares = jax.device_get((parts, dead(alive), shares))
-        count = sum(float(part.examples) for part in sums)
-        mean = lambda pick: sum(float(pick(part)) for part in sums) / count
-        row = {"loss": mean(lambda part: part.loss), "error": mean(lambda part: part.errors)}
-        for block in sums[0].active:
-            row[f"active/{block}"] = mean(lambda part, block=block: part.active[block])
+        shares = {block: share(joined(block)) for block in units[0]} if share and units else {}
+        never = dead(alive) if sample else {}
+        parts, active, never, shares = jax.device_get((parts, active, never, shares))
+        count = sum(float(part.examples) for part in parts)
+        row = {
+            "loss": sum(float(part.loss) for part in parts) / count,
+            "error": sum(float(part.errors) for part in parts) / count,
+        }
+        for block in never:
+            row[f"active/{block}"] = sum(float(part[block]) for part in active) / count
             row[f"dead/{block}"] = float(never[block])
         return row | {f"distinct/{block}": float(value) for block, value in shares.items()}
 

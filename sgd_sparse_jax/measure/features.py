@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
@@ -63,4 +64,8 @@ def sample_units(
     """
     units = math.prod(phi.shape[1:])
     flat = phi.reshape(len(phi), units)
-    return flat if units <= limit else flat[:, jr.permutation(key, units)[:limit]]
+    if units <= limit:
+        return flat
+    with jax.ensure_compile_time_eval():  # of a known key the choice is a constant of the program
+        chosen = jnp.sort(jr.permutation(key, units)[:limit])
+    return flat[:, chosen]
