@@ -20,3 +20,18 @@ def small_cifar(tmp_path_factory):
         np.save(root / "cifar10" / f"{split}_images.npy", images)
         np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, 64, dtype=np.int32))
     return str(root)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """Keeps programs on disk: runs that differ in their data alone do not compile anew."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)

@@ -22,6 +22,8 @@ from sgd_sparse_jax import data, models, train
 from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import Layers, ResNet
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def single_precision():

@@ -15,7 +15,11 @@ from experiments.deep_flags import Config
 from sgd_sparse_jax import data, models
 from sgd_sparse_jax.data import builders, images as stored
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("compiled_once"),
+]
 WIDTHS = {"wrn28": 1}
 KINDS = (
     "cifar10",
@@ -36,21 +40,6 @@ def examples(shape, classes, paths, split):
     rng = np.random.default_rng(0)
     for i in range(200 if split == "train" else 40):
         yield rng.integers(0, 256, shape, np.uint8), {"label": i % classes}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Keeps programs on disk, so that the second run of a pair does not compile anew."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from experiments.signals import Stopped
 from sgd_sparse_jax import models, train
 
 NUM_STEPS = 5
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 @pytest.fixture(autouse=True)

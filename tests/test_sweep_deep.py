@@ -10,6 +10,8 @@ import pytest
 from experiments import cli, deep_flags, records, sweep_deep
 from sgd_sparse_jax import models
 
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 
 @pytest.fixture(autouse=True)
 def single_precision():
