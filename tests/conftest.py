@@ -35,3 +35,20 @@ def compiled_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def single_precision():
+    """As the commands that train image classifiers run."""
+    with jax.enable_x64(False):
+        yield
+
+
+@pytest.fixture(scope="module")
+def shallow():
+    """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
+    from sgd_sparse_jax import models  # not above: pytest first has to say that shapes are checked
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.NETWORKS, "shallow", lambda **sizes: models.ResNet((1,), **sizes))
+        yield

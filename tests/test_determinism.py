@@ -16,27 +16,13 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import classifiers, records
-from experiments.classifiers import Config
-from sgd_sparse_jax import data, models, train
+from experiments import classifiers, deep_flags, records
+from experiments.deep_flags import Config
+from sgd_sparse_jax import data, train
 from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import Layers, ResNet
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):  # as the command runs
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shallow():
-    """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, "shallow", lambda **sizes: ResNet((1,), **sizes))
-        yield
+pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "single_precision")
 
 
 @pytest.fixture(scope="module")
@@ -278,9 +264,9 @@ def test_a_fork_with_another_batch_size_keeps_the_velocity(parents):
 )
 def test_a_fork_tells_its_parent_and_what_it_changed(base, tmp_path, name, its, ours):
     parent = replace(base, runs_dir=str(tmp_path), **{name: its})
-    folder = records.open_run(*classifiers.place_of(parent), parent)
+    folder = records.open_run(*deep_flags.place_of(parent), parent)
     fork = replace(parent, fork_from=str(folder), fork_step=3, **{name: ours})
     told = classifiers.parent_of(fork)
     changed = {k: v for k, v in told["changed"].items() if not k.startswith("fork_")}
     assert told["run"] == str(folder) and told["step"] == 3 and changed == {name: [its, ours]}
-    assert classifiers.place_of(fork) != classifiers.place_of(parent)
+    assert deep_flags.place_of(fork) != deep_flags.place_of(parent)

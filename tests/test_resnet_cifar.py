@@ -16,24 +16,10 @@ import pytest
 from experiments import deep_flags, deep_parts, records, resnet_cifar
 from experiments.resnet_cifar import Config
 from experiments.signals import Stopped
-from sgd_sparse_jax import models, train
+from sgd_sparse_jax import train
 
 NUM_STEPS = 5
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):  # as the command runs
-        yield
-
-
-@pytest.fixture(autouse=True, scope="module")
-def shallow():
-    """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(models.NETWORKS, "shallow", lambda **sizes: models.ResNet((1,), **sizes))
-        yield
+pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "single_precision")
 
 
 @pytest.fixture(scope="module")

@@ -10,13 +10,7 @@ import pytest
 from experiments import cli, deep_flags, records, sweep_deep
 from sgd_sparse_jax import models
 
-pytestmark = pytest.mark.usefixtures("compiled_once")
-
-
-@pytest.fixture(autouse=True)
-def single_precision():
-    with jax.enable_x64(False):  # as the command runs
-        yield
+pytestmark = pytest.mark.usefixtures("compiled_once", "single_precision")
 
 
 def grid(*words):
