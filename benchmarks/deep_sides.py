@@ -22,8 +22,9 @@ from benchmarks.deep_plan import (
     TORCH_NETS,
     Plan,
 )
+from experiments import deep_parts
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax._types import Batch, Fetch, TrainState
+from sgd_sparse_jax._types import Fetch, TrainState
 
 
 class Side(NamedTuple):
@@ -60,16 +61,9 @@ class Training:
         return train.replicate(self.fresh(jr.key(0)), self.mesh)
 
     def fetch_from(self, images: data.Images, *, augmented: bool) -> Fetch:
-        """Gathers from uint8 images that are on every device; [0, 1] floats come out."""
-        placed: Any = (images.images.reshape(len(images.images), -1), images.labels)
-        pixels, labels = train.replicate(placed, self.mesh)
-
-        def fetch(key, idx):
-            x = pixels[idx].reshape(-1, *SHAPE)
-            x = data.crop_and_flip(key, x) if augmented else x
-            return Batch(x.astype(jnp.float32) / 255, labels[idx])
-
-        return fetch
+        """Gathers from images that are on every device, as a run does."""
+        pixels = deep_parts.placed(images, self.mesh)
+        return deep_parts.fetch(pixels, SHAPE, data.crop_and_flip if augmented else None)
 
 
 def memory_peak() -> int:

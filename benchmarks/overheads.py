@@ -22,7 +22,7 @@ import jax.random as jr
 
 from benchmarks import deep_plan, timing
 from benchmarks.deep_sides import Training
-from experiments import cli, progress, records
+from experiments import classifiers, cli, progress, records
 from experiments.deep_flags import Config as Flags
 from sgd_sparse_jax import train
 from sgd_sparse_jax._types import TrainState
@@ -62,8 +62,9 @@ class Sides:
             )
         )
         self.config, self.folder, self.training = config, folder, Training(config.net, plan)
-        on_cpu = jax.default_backend() == "cpu"
-        self.steps_per_call = config.steps_per_call or (1 if on_cpu else 25)
+        self.steps_per_call = classifiers.steps_per_call(
+            Flags(steps_per_call=config.steps_per_call)
+        )
         self.blocked: list[float] = []
 
     def fit(self, **hooks: Any) -> None:
