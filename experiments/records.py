@@ -262,7 +262,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     except FileNotFoundError:
         raise
     except Exception as error:  # the archive, its compression and the arrays each have their own
-        raise ValueError(f"{path} can't be read ({error})") from error
+        raise ValueError(f"{path} can't be read ({values.shortened(str(error))})") from error
 
 
 def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
@@ -297,8 +297,8 @@ def load_dataset(folder: Path) -> "xarray.Dataset":
         return xarray.Dataset(variables).set_coords(sorted(coords))
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(
-            f"{folder / 'arrays.npz'} is no labelled data set ({error!r}); remove {folder} and run "
-            "again."
+            f"{folder / 'arrays.npz'} is no labelled data set ({values.shortened(repr(error))}); "
+            f"remove {folder} and run again."
         ) from error
 
 

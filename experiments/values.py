@@ -34,7 +34,11 @@ def to_text(value: Any, indent: int | None = None) -> str:
 
 def shown(value: Any, most: int = 60) -> str:
     """A value as JSON in a message: printable, and not too long."""
-    text = to_text(value)
+    return shortened(to_text(value), most)
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """`text`, or its beginning: what a file says may be of any length."""
     return text if len(text) <= most else f"{text[:most]}…"
 
 

@@ -166,9 +166,9 @@ def _open_array(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # a header is read as Python's literals, which fail in many ways
-        raise ValueError(
-            f"{path} is truncated or no array ({error}): delete it and run again; it is rebuilt "
-            "from the TFDS directory beside it or, without one, from the official archive."
+        raise ValueError(  # without NumPy's words, which may quote pixels that it took for a header
+            f"{path} is truncated or no array: delete it and run again; it is rebuilt from the "
+            "TFDS directory beside it or, without one, from the official archive."
         ) from error
 
 
@@ -255,7 +255,7 @@ def _decode(prepared: Path, split: str, image_set: ImageSet) -> tuple[Pixels, La
         if count != len(images):
             raise ValueError(f"{count} examples of {len(images)}")
     except Exception as error:  # each format and each codec has its own exceptions
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(f"{prepared} can't be read ({reason}): {cure}.") from error
     if names != image_set.class_names:
         raise ValueError(f"{prepared} has other classes, {', '.join(names)}: {cure}.")
