@@ -3,10 +3,25 @@
 import jax
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = {
+    "deadline": None,
+    "database": None,
+    "suppress_health_check": [
+        HealthCheck.function_scoped_fixture,
+        HealthCheck.too_slow,
+        HealthCheck.data_too_large,
+    ],
+}
+# The suite draws the same examples every time; `--hypothesis-profile=explore` draws others.
+settings.register_profile("explore", **SHARED)
+settings.register_profile("repeatable", **SHARED, derandomize=True)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -122,7 +122,7 @@ def test_the_flags_default_to_those_of_the_process(monkeypatch):
     assert cli.parse(Config).seeds == 9
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.floats(allow_nan=False), st.lists(st.floats(allow_nan=False), min_size=1, max_size=4))
 def test_every_float_arrives(lr_init, step_sizes):
     argv = [f"--lr_init={lr_init!r}", "--step_sizes", *map(repr, step_sizes)]
@@ -135,7 +135,7 @@ words = st.text(st.characters(exclude_characters="\0"), max_size=12) | st.sample
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @example(["-" * 30])
 @example(["│ ─────────── ╯"])
 @given(st.lists(words, max_size=4))
@@ -345,7 +345,7 @@ flags = st.permutations(
 )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(flags)
 def test_a_setting_gives_the_same_wherever_it_stands(flags):
     config = cli.parse(Chosen, [word for flag in flags for word in flag], settings=CHOSEN)

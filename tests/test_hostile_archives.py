@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from sgd_sparse_jax.data import builders
@@ -183,11 +183,6 @@ def test_members_outside_of_an_archive_stay_in_it(tmp_path, name):
     assert not list(tmp_path.rglob("outside*")) and not Path("/outside.bin").exists()
 
 
-def times(number):
-    odd = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
-
-
 def damage(draw, whole):
     """Cut, or with one byte changed."""
     at = draw(st.integers(0, len(whole) - 1))
@@ -196,7 +191,7 @@ def damage(draw, whole):
     return whole[:at] + bytes([whole[at] ^ draw(st.integers(1, 255))]) + whole[at + 1 :]
 
 
-@times(100)
+@settings(max_examples=100)
 @given(st.data())
 def test_a_damaged_tar_is_refused_or_whole(tmp_path, data):
     """100 archives."""
@@ -247,7 +242,7 @@ def test_a_picture_that_would_fill_the_memory_is_refused_by_its_header(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about damaged tags
-@times(100)
+@settings(max_examples=100)
 @given(st.data(), st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED]))
 def test_a_damaged_zip_is_refused_or_whole(tmp_path, data, how):
     """100 archives; encrypted members and unknown compressions are among them."""

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from markdown_it import MarkdownIt
 
 from experiments import cli, plots, report, sweep_deep, tables
@@ -22,11 +22,6 @@ HOSTILE = [
 words = st.sampled_from(HOSTILE) | st.text(
     st.sampled_from("<>&\"'`|[]()!*_#-\\$~:/ \nax"), max_size=12
 )
-
-
-def times(number):
-    odd = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
 
 
 def chapter(folder, word):
@@ -61,7 +56,7 @@ class Outline(HTMLParser):
         self.comments.append(data)
 
 
-@times(150)
+@settings(max_examples=150)
 @given(words)
 def test_the_page_has_the_same_elements_whatever_it_says(tmp_path, word):
     plain, said = (
@@ -89,7 +84,7 @@ def outline(markdown):
     return joined, texts
 
 
-@times(150)
+@settings(max_examples=150)
 @given(words)
 def test_the_markdown_has_the_same_elements_whatever_it_says(tmp_path, word):
     word = " ".join(word.split()) or "x"
@@ -134,7 +129,7 @@ def test_tables_on_the_terminal_print_what_they_are_told(monkeypatch, tmp_path, 
     assert f"about {word}: last rows" in plain and f"setting {word}" in plain
 
 
-@times(200)
+@settings(max_examples=200)
 @given(st.text(max_size=40) | words)
 @example("\u202eevil\u2028x\x9b2J\ud800")
 def test_an_error_is_one_line_that_moves_nothing_on_the_terminal(text):

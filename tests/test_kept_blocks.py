@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from experiments import chunks, classifiers, cli, diag_nets, ensemble, phase_diagram, records
 from sgd_sparse_jax import train
@@ -18,11 +18,6 @@ TOY = diag_nets.problems.diagonal(n=12, d=16, support=2)
 CONFIG = replace(
     diag_nets.SETTINGS["d1"], seeds=5, num_steps=300, n=12, d=16, support=2, spectra_records=3
 )
-
-
-def times(number):
-    odd = [HealthCheck.function_scoped_fixture]
-    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +50,7 @@ def test_what_a_block_holds_is_known_without_running_it(whole):
         assert ensemble._misfit(block, due(), first, 5) is None
 
 
-@times(300)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_block_with_anything_amiss_is_no_block(whole, data):
     """300 blocks: an array missing, one too many, of another length, shape or kind."""
@@ -116,7 +111,7 @@ def amiss(dataset, kind, number):
 
 
 @pytest.mark.filterwarnings("ignore:Generating overly large repr")
-@times(60)
+@settings(max_examples=60)
 @given(st.sampled_from(["lost", "more", "short", "label", "words", "turned"]), st.integers(0, 999))
 def test_data_that_are_not_this_runs_are_refused_by_name(whole, tmp_path, kind, number):
     """60 data sets, each whole in itself."""
@@ -160,7 +155,7 @@ odd_values = st.sampled_from(
 )
 
 
-@times(120)
+@settings(max_examples=120)
 @given(st.fixed_dictionaries({}, optional={"window": odd_values, "rows": odd_values}))
 def test_what_lies_beside_a_state_is_a_window_and_rows_or_is_refused(tmp_path, beside):
     """120 of them."""

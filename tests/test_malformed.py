@@ -6,39 +6,27 @@ How many malformed inputs each reader is given stands beside it: 1,800 in all.
 import builtins
 import json
 import math
-import os
 import pickle
-import re
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import given, settings, strategies as st
+from traps import (
+    REFUSED,
+    TRAP,
+    Trap,
+    answer,
+    nothing_is_executed as nothing_is_executed,
+)
 
-from experiments import cli, curves, records, resnet_cifar, sweep_deep, values
-
-CURES = r"remove|delete|run again|move .* out of it|another folder"
-TRAP = '__import__("builtins").__dict__.__setitem__("SPRUNG", 1)'
-
-
-def times(number):
-    """`number` examples in one temporary folder."""
-    odd = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
-    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
-
-
-class Trap:
-    def __reduce__(self):
-        return exec, (TRAP,)
+from experiments import curves, records, resnet_cifar, sweep_deep, values
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_executed(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def nothing_else_runs(monkeypatch):
     monkeypatch.setattr(records, "git_revision", lambda: None)
     monkeypatch.setattr(records, "_version", lambda package: None)
-    yield
-    assert not hasattr(builtins, "SPRUNG")
 
 
 def test_the_traps_would_spring():
@@ -46,20 +34,6 @@ def test_the_traps_would_spring():
         sprung()
         assert builtins.SPRUNG
         del builtins.SPRUNG
-
-
-REFUSED = object()
-
-
-def answer(call, path):
-    """What `call` gives, or REFUSED: by an error whose one line names the file and a cure."""
-    try:
-        return call()
-    except (ValueError, OSError) as error:
-        told = cli.told(error)
-        assert str(path) in told and re.search(CURES, told), told
-        assert told.isprintable() and len(told) < 2500, told
-        return REFUSED
 
 
 texts = st.text(max_size=6) | st.sampled_from(
@@ -134,7 +108,7 @@ class Config:
 PLAIN = json.loads(json.dumps(asdict(Config())))
 
 
-@times(600)
+@settings(max_examples=600)
 @given(damaged(PLAIN))
 def test_a_config_says_the_same_settings_or_is_refused(tmp_path, content):
     """600 configurations."""
@@ -163,7 +137,7 @@ def damaged_manifests(draw):
     return b'{"starts": [' + json.dumps(START).encode() + b", " + last + b"]}"
 
 
-@times(400)
+@settings(max_examples=400)
 @given(damaged_manifests())
 def test_a_manifest_lists_starts_or_is_refused(tmp_path, content):
     """400 manifests, each read and written in three ways."""
@@ -208,7 +182,7 @@ def steps_of(content):
     return None if None in rows else [row.get("step") for row in rows]
 
 
-@times(400)
+@settings(max_examples=400)
 @given(files, st.integers(-1, 9))
 def test_metrics_are_rows_or_are_refused(tmp_path, content, most):
     """400 files, each read, shortened and appended to."""
@@ -229,7 +203,7 @@ def test_metrics_are_rows_or_are_refused(tmp_path, content, most):
     assert before == content.split(b"\n")[:-1] and parsed(last) == ROW and nothing == b""
 
 
-@times(300)
+@settings(max_examples=300)
 @given(files)
 def test_what_is_drawn_and_printed_is_numbers_or_is_refused(tmp_path, content):
     """300 files, each drawn in two ways, printed, and summed up in a table."""
@@ -259,7 +233,7 @@ def test_what_is_drawn_and_printed_is_numbers_or_is_refused(tmp_path, content):
         assert all({"step", "epoch", "train/loss", "test/error"} <= row.keys() for row in rows)
 
 
-@times(100)
+@settings(max_examples=100)
 @given(damaged({"reason": "The loss is nan at step 3; lower the step size."}))
 def test_what_a_run_diverged_of_is_told_or_is_refused(tmp_path, content):
     """100 files; what they say never moves the terminal's cursor."""

@@ -3,13 +3,10 @@
 How many malformed inputs each reader is given stands beside it: 1,260 in all.
 """
 
-import builtins
 import io
 import json
 import logging
-import os
 import pickle
-import re
 import shutil
 import warnings
 import zipfile
@@ -19,45 +16,18 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
+from traps import (
+    REFUSED,
+    TRAP,
+    Trap,
+    answer,
+    nothing_is_executed as nothing_is_executed,
+)
 
-from experiments import chunks, cli, records
+from experiments import chunks, records
 from sgd_sparse_jax import data, train
 from sgd_sparse_jax._types import TrainState
-
-CURES = r"remove|delete|run again|these runs are computed again|move .* out of it|another folder"
-TRAP = '__import__("builtins").__dict__.__setitem__("SPRUNG", 1)'
-REFUSED = object()
-
-
-def times(number):
-    """`number` examples in one temporary folder."""
-    odd = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(max_examples=number, deadline=None, suppress_health_check=odd, database=None)
-
-
-class Trap:
-    def __reduce__(self):
-        return exec, (TRAP,)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_executed(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-    yield
-    assert not hasattr(builtins, "SPRUNG")
-
-
-def answer(call, path):
-    """What `call` gives, or REFUSED: by an error whose one line names the file and a cure."""
-    try:
-        return call()
-    except (ValueError, OSError) as error:
-        told = cli.told(error)
-        assert str(path) in told and re.search(CURES, told), told
-        assert told.isprintable() and len(told) < 2500, told
-        return REFUSED
-
 
 ARRAYS = {"a": np.arange(40.0).reshape(8, 5), "b": np.array(["x", "η"]), "c": np.array(7)}
 
@@ -131,8 +101,12 @@ def archives(draw):
     return zipped([*members, more[kind]], how), kind
 
 
+TOO_LONG = ("x" * 50_000 + ".npy", npy(np.zeros(3)) + b"more")  # a message would quote its name
+
+
 @pytest.mark.filterwarnings("ignore")  # NumPy's and Python's, about the headers
-@times(500)
+@settings(max_examples=500)
+@example((zipped([TOO_LONG]), "name"))
 @given(archives())
 def test_an_archive_gives_the_arrays_that_were_saved_or_is_refused(tmp_path, drawn):
     """500 archives, each read in three ways; nothing is unpacked anywhere."""
@@ -182,7 +156,8 @@ texts = axes.map(json.dumps) | st.text(max_size=5) | st.sampled_from(["[" * 10**
 
 
 @pytest.mark.filterwarnings("ignore")  # xarray's, about coordinates it converts
-@times(250)
+@settings(max_examples=250)
+@example({"x" * 50_000: np.zeros(2)}, "{}", ())
 @example({"loss": np.zeros((2, 2))}, '{"loss": ["seed", "seed"]}', ())
 @given(some_arrays, texts, st.sampled_from([(), (1,), (2,), None]))
 def test_a_data_set_is_what_its_axes_say_or_is_refused(tmp_path, arrays, text, shape):
@@ -211,7 +186,7 @@ wrong_arrays = st.dictionaries(
 )
 
 
-@times(200)
+@settings(max_examples=200)
 @given(st.dictionaries(st.integers(0, 11), wrong_arrays, max_size=3))
 def test_parts_of_another_sweep_never_mix_with_this_one(tmp_path, found):
     """200 folders of parts; what fits in every name, number, shape and dtype is as good as ours."""
@@ -258,11 +233,17 @@ def test_parts_that_do_not_fit_are_told_and_written_anew(tmp_path, caplog):
     assert kept[0]["0"].shape == (8, 2) and list(kept) == [0, 8]
 
 
+CACHE = {
+    "images": npy(np.zeros((4, 32, 32, 3), np.uint8)),
+    "labels": npy(np.arange(4, dtype=np.int32)),
+}
+OF_PIXELS = CACHE["images"][:9] + b"\x03" + CACHE["images"][10:]  # a header of 886 bytes: pixels
+
+
 @st.composite
 def caches(draw):
     """Images and labels of a cache, one of them damaged."""
-    good = {"images": np.zeros((4, 32, 32, 3), np.uint8), "labels": np.arange(4, dtype=np.int32)}
-    files = {name: npy(array) for name, array in good.items()}
+    files = dict(CACHE)
     which, at = draw(st.sampled_from(["images", "labels"])), draw(st.integers(0, 140))
     whole = files[which]
     odd = [
@@ -288,7 +269,8 @@ def caches(draw):
 
 
 @pytest.mark.filterwarnings("ignore")  # NumPy's and Python's, about the headers
-@times(250)
+@settings(max_examples=250)
+@example(CACHE | {"images": OF_PIXELS})
 @given(caches())
 def test_a_cache_of_images_is_whole_or_is_refused(tmp_path, files):
     """250 caches."""
@@ -322,7 +304,7 @@ json_values = st.sampled_from(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-@times(60)
+@settings(max_examples=60)
 @given(st.sampled_from(["_CHECKPOINT_METADATA", "default/_METADATA"]), st.data())
 def test_a_state_is_one_that_was_saved_or_is_refused(saved, tmp_path, name, draw):
     """60 descriptions beside a saved state; a state whose own is damaged is passed over."""

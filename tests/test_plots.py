@@ -66,7 +66,7 @@ runs = hnp.arrays(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(runs, levels)
 def test_percentiles_are_those_of_the_finite_runs(y, levels):
     got = plots.percentiles(y, levels)

@@ -13,17 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, example, given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 
 from experiments import records
 
-ONE_FOLDER = settings(
-    max_examples=50,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-MANY = settings(ONE_FOLDER, max_examples=200)
 words = st.text(max_size=8) | st.sampled_from(
     ["NaN", "\\NaN", "\\\\NaN", "Infinity", "-Infinity", "nan", "null", "\u2028", "\ud800", "é\n"]
 )
@@ -74,7 +68,7 @@ def quick_disk(monkeypatch):
 
 
 @pytest.mark.usefixtures("quick_disk")
-@MANY
+@settings(max_examples=200)
 @example({"x": "NaN", "y": ["\\NaN", {"z": math.nan}], "-Infinity": -math.inf})
 @given(objects)
 def test_json_comes_back(tmp_path, value):
@@ -89,7 +83,7 @@ def test_json_comes_back(tmp_path, value):
 
 
 @pytest.mark.usefixtures("quick_disk")
-@MANY
+@settings(max_examples=200)
 @given(row_lists)
 def test_rows_come_back(tmp_path, rows):
     fill(tmp_path, rows)
@@ -111,7 +105,7 @@ def test_a_nan_reads_as_one_outside_too(tmp_path):
 
 
 @pytest.mark.usefixtures("quick_disk")
-@ONE_FOLDER
+@settings(max_examples=50)
 @given(row_lists, steps, st.data())
 def test_dropping_leaves_the_rows_up_to_a_step(tmp_path, rows, step, data):
     fill(tmp_path, rows)
@@ -129,7 +123,7 @@ def test_dropping_leaves_the_rows_up_to_a_step(tmp_path, rows, step, data):
 
 
 @pytest.mark.usefixtures("quick_disk")
-@ONE_FOLDER
+@settings(max_examples=50)
 @given(row_lists, st.data())
 def test_a_row_never_sticks_to_one_that_a_kill_cut(tmp_path, rows, data):
     fill(tmp_path, rows)
@@ -377,7 +371,7 @@ def test_a_missing_array_file_is_called_missing(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")  # the zip reader's, about names that occur twice
-@ONE_FOLDER
+@settings(max_examples=50)
 @given(st.data())
 def test_a_damaged_array_file_is_a_value_error(tmp_path, data):
     records.save_arrays(tmp_path, {"a": np.arange(4.0), "b": np.array(["x"])})
@@ -433,7 +427,7 @@ def calls(folder):
 
 @pytest.mark.parametrize("name", ["manifest.json", "config.json", "metrics.jsonl"])
 @pytest.mark.usefixtures("quick_disk")
-@ONE_FOLDER
+@settings(max_examples=50)
 @given(damaged, st.booleans())
 def test_a_damaged_file_is_a_value_error_that_names_it(tmp_path, name, content, ended):
     with pytest.MonkeyPatch.context() as patch:
@@ -579,7 +573,7 @@ def datasets(draw):
 
 
 @pytest.mark.usefixtures("quick_disk")
-@MANY
+@settings(max_examples=200)
 @given(datasets())
 def test_any_labelled_data_set_comes_back_with_its_names_and_dtypes(tmp_path, dataset):
     records.save_dataset(tmp_path, dataset)
@@ -612,7 +606,7 @@ axes_of_arrays = st.dictionaries(
 
 @pytest.mark.filterwarnings("ignore:Duplicate dimension names")
 @pytest.mark.usefixtures("quick_disk")
-@MANY
+@settings(max_examples=200)
 @example({"loss": "seed"})
 @example({"loss": [["seed"]], "seed": ["seed"]})
 @example({"loss": ["seed", "seed"], "seed": ["seed"]})
@@ -631,7 +625,7 @@ def test_any_names_of_axes_fit_or_are_a_value_error_that_names_the_file(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")  # the zip reader's, about names that occur twice
-@ONE_FOLDER
+@settings(max_examples=50)
 @given(st.data())
 def test_a_cut_data_set_is_a_value_error_that_names_the_file(tmp_path, data):
     import xarray
