@@ -157,7 +157,8 @@ def _line(cells) -> str:
 
 def _plain(text: str) -> str:
     """Words that Markdown prints as they are, in one line: what they say is no mark-up."""
-    return re.sub(r"[\\`*_\[\]<>|&~$]|^[#+-]", r"\\\g<0>", " ".join(text.split()))
+    text = re.sub(r"[\\`*_\[\]<>|&~$#]|^[+-]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
 
 
 def _code(text: str) -> str:

@@ -190,7 +190,8 @@ def test_metrics_are_rows_or_are_refused(tmp_path, content, most):
     path.write_bytes(content)
     rows = answer(lambda: records.read_rows(tmp_path), path)
     if rows is not REFUSED:
-        assert [row.get("step") for row in rows] == steps or "NaN" in content.decode()
+        numbers_as_words = b"NaN" in content or b"Infinity" in content
+        assert [row.get("step") for row in rows] == steps or numbers_as_words
     kept = answer(lambda: records.drop_rows_after(tmp_path, most), path)
     if kept is REFUSED:
         assert path.read_bytes() == content
