@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import hosts, records
+from experiments import hosts, npz
 
 Arrays = dict[str, np.ndarray]
 
@@ -28,12 +28,12 @@ class Chunks(MutableMapping[int, Arrays]):
         found = self._read(first) if hosts.is_first() else None
         if not hosts.agreed(found is not None):
             raise KeyError(first)
-        return records.read_arrays(self._path(first)) if found is None else found
+        return npz.read(self._path(first)) if found is None else found
 
     def __setitem__(self, first: int, arrays: Mapping[str, np.ndarray]) -> None:
         if hosts.is_first():
             self.folder.mkdir(exist_ok=True)
-            records.write_arrays(self._path(first), arrays, compressed=False)
+            npz.write(self._path(first), arrays, compressed=False)
 
     def __delitem__(self, first: int) -> None:
         self._path(first).unlink()
@@ -51,7 +51,7 @@ class Chunks(MutableMapping[int, Arrays]):
 
     def _read(self, first: int) -> Arrays | None:
         try:
-            return records.read_arrays(self._path(first))
+            return npz.read(self._path(first))
         except FileNotFoundError:
             return None
         except ValueError as error:

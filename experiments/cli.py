@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
+from experiments import files
 from experiments.signals import EXIT_CODE, Stopped, interrupting
 
 ConfigT = TypeVar("ConfigT")
 CURABLE = (ValueError, OSError, FloatingPointError)  # what a user can mend; the rest are bugs
-FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 MORE = "--help lists all flags"
 
@@ -198,7 +198,7 @@ def told(error: BaseException) -> str:
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = error.strerror
-        if error.errno in FULL:
+        if error.errno in files.FULL:
             text = f"the disk is full ({text}); free some space and run again"
         if error.errno in FORBIDDEN:
             text += "; change its permissions, or choose another place, and run again"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments import chunks, hosts, records
+from experiments import chunks, hosts, npz, records
 from experiments.problems import Toy
 from experiments.signals import Asked, Stopped, deferred
 from experiments.toy_flags import Config, labels, record_steps, spectra_steps, validate
@@ -52,7 +52,7 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
                 f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
             )
             hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
-            dataset = records.load_dataset(folder)
+            dataset = npz.load_dataset(folder)
             assert_like(dataset, blank(config, toy), folder)
             return folder, dataset
         hosts.on_first(lambda: start(folder, config.seed))
@@ -71,7 +71,7 @@ def start(folder: Path, seed: int) -> None:
 
 def finish(folder: Path, dataset: "xarray.Dataset", began: float) -> None:
     """Writes the data; the blocks that they are made of go."""
-    records.save_dataset(folder, dataset)
+    npz.save_dataset(folder, dataset)
     records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - began, 1))
     chunks.drop(folder)
 

@@ -16,7 +16,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import chunks, cli, devices, ensemble, hosts, plots, problems, records, toy_runs
+from experiments import (
+    chunks,
+    cli,
+    devices,
+    ensemble,
+    hosts,
+    npz,
+    plots,
+    problems,
+    records,
+    toy_runs,
+)
 from experiments.hosts import ALONE, Hosts
 from experiments.signals import deferred
 from sgd_sparse_jax import measure, train
@@ -122,7 +133,7 @@ def results(
 
 def found(config: Config, folder: Path) -> "xarray.Dataset":
     """The data of a finished run; ValueError where they aren't over the seeds and axes asked."""
-    dataset = records.load_dataset(folder)
+    dataset = npz.load_dataset(folder)
     axes = {"step_size": config.step_sizes, config.axis: config.values}
     over = ("seed", *axes)
     drawn = {"outcome", "plateau_level", "train_loss", "test_loss", "rank"}

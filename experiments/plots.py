@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments import records
+from experiments import files
 
 # Okabe & Ito's palette, which all common kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
@@ -208,7 +208,7 @@ def animation(
         content, format="GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_bytes(path, content.getvalue())
+    files.write_bytes(path, content.getvalue())
     return path
 
 
@@ -276,7 +276,7 @@ def _save(fig: Any, path: Path, kind: str) -> Path:
     content = io.BytesIO()
     fig.savefig(content, format=kind, dpi=200)
     path.parent.mkdir(parents=True, exist_ok=True)
-    records.write_bytes(path, content.getvalue())
+    files.write_bytes(path, content.getvalue())
     return path
 
 

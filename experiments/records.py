@@ -9,10 +9,7 @@ runs/EXPERIMENT/NAME/config.json      the flags, as values
 What is read is what was given, or an error that names the file; nothing in a file is executed.
 """
 
-import contextlib
 import dataclasses
-import errno
-import json
 import logging
 import math
 import os
@@ -20,24 +17,15 @@ import platform
 import subprocess
 import sys
 import uuid
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-import numpy as np
-
-from experiments import values
-
-if TYPE_CHECKING:
-    import xarray
+from experiments import files, values
 
 SHOWN = 10  # settings that differ, in a message
-SCRATCH = ".*-" + 32 * "[0-9a-f]"
-FULL = (errno.ENOSPC, errno.EDQUOT)
-AXES = "axes of each array, as JSON"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
 
 
@@ -62,10 +50,10 @@ def open_run(
         probe.touch()
         probe.unlink()
         for place in (folder, folder / "chunks", folder / "figures"):
-            for left in place.glob(SCRATCH):  # by a process that was killed
+            for left in place.glob(files.SCRATCH):  # by a process that was killed
                 left.unlink()
     except OSError as error:
-        room = "free some space, or " if error.errno in FULL else ""
+        room = "free some space, or " if error.errno in files.FULL else ""
         told = f"The run folder {folder} can't be written ({error.strerror}); {room}"
         raise PermissionError(f"{told}choose another place with --runs_dir.") from error
     path = folder / "config.json"
@@ -126,13 +114,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """All or nothing: a reader sees the old file or the new one."""
-    write_bytes(path, (values.to_text(value, indent=2) + "\n").encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    with _replacing(path) as file:
-        file.write(content)
+    files.write_bytes(path, (values.to_text(value, indent=2) + "\n").encode("utf-8"))
 
 
 def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more: Any) -> None:
@@ -175,7 +157,7 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
     """One line of metrics.jsonl, on disk when this returns; a cut line before it goes."""
     path = folder / "metrics.jsonl"
     line = values.to_text(row) + "\n"
-    with _named(path), path.open("a+b") as file:
+    with files.named(path), path.open("a+b") as file:
         _drop_cut_line(file)
         file.write(line.encode("utf-8"))
         file.flush()
@@ -222,84 +204,7 @@ def drop_rows_after(folder: Path, step: int) -> None:
     path = folder / "metrics.jsonl"
     if path.exists():
         kept = [line for line, row in _whole_lines(folder) if _step(path, row) <= step]
-        write_bytes(path, b"".join(kept))
-
-
-def save_arrays(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """arrays.npz, all or nothing; arrays of Python objects are refused."""
-    write_arrays(folder / "arrays.npz", arrays)
-
-
-def load_arrays(folder: Path) -> dict[str, np.ndarray]:
-    """What `save_arrays` wrote. Nothing in the file is executed."""
-    path = folder / "arrays.npz"
-    cure = f"remove {folder} and run again"
-    try:
-        return read_arrays(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(errno.ENOENT, f"it is missing; {cure}", str(path)) from error
-    except ValueError as error:
-        raise ValueError(f"{error}; {cure}.") from error
-
-
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = True) -> None:
-    """An .npz file, all or nothing; arrays of Python objects are refused."""
-    how = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
-    with _replacing(path) as file, zipfile.ZipFile(file, "w", how) as archive:
-        for name, array in arrays.items():
-            with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                np.lib.format.write_array(entry, np.asarray(array), allow_pickle=False)
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """What `write_arrays` wrote; ValueError where it can't be read. Nothing in it is executed."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.namelist()
-            if len(set(members)) < len(members) or not all(m.endswith(".npy") for m in members):
-                raise ValueError("its members aren't arrays, each under a name of its own")
-            return {m.removesuffix(".npy"): _array(archive, m) for m in members}
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # the archive, its compression and the arrays each have their own
-        raise ValueError(f"{path} can't be read ({values.shortened(str(error))})") from error
-
-
-def _array(archive: zipfile.ZipFile, member: str) -> np.ndarray:
-    with archive.open(member) as entry:
-        array = np.lib.format.read_array(entry, allow_pickle=False)
-        if entry.read(1):  # else nothing compares the checksum of what is read in part
-            raise ValueError(f"{member} is longer than its array")
-        return array
-
-
-def save_dataset(folder: Path, dataset: "xarray.Dataset") -> None:
-    """arrays.npz with one array per variable and coordinate, and the names of their axes."""
-    arrays = {str(name): variable.values for name, variable in dataset.variables.items()}
-    axes = {str(name): variable.dims for name, variable in dataset.variables.items()}
-    save_arrays(folder, {**arrays, AXES: np.array(json.dumps(axes))})
-
-
-def load_dataset(folder: Path) -> "xarray.Dataset":
-    """What `save_dataset` wrote."""
-    import xarray
-
-    arrays = load_arrays(folder)
-    try:
-        axes = values.from_bytes(str(arrays.pop(AXES)).encode())
-        for name, dims in axes.items():
-            if not isinstance(dims, list) or not all(isinstance(dim, str) for dim in dims):
-                raise ValueError(f"axes of {name}: {values.shown(dims)}")
-            if len(set(dims)) < len(dims):
-                raise ValueError(f"{name} has an axis twice: {values.shown(dims)}")
-        variables = {name: (tuple(axes[name]), array) for name, array in arrays.items()}
-        coords = {dim for dims in axes.values() for dim in dims} & variables.keys()
-        return xarray.Dataset(variables).set_coords(sorted(coords))
-    except (KeyError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{folder / 'arrays.npz'} is no labelled data set ({values.shortened(repr(error))}); "
-            f"remove {folder} and run again."
-        ) from error
+        files.write_bytes(path, b"".join(kept))
 
 
 def git_revision() -> str | None:
@@ -356,31 +261,6 @@ def _drop_cut_line(file: IO[bytes]) -> None:
     if file.read() != b"\n":
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once all of it is on disk."""
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
-    try:
-        with _named(path):
-            with scratch.open("wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(scratch, path)
-    finally:
-        with contextlib.suppress(OSError):  # what went wrong before that matters more
-            scratch.unlink()
-
-
-@contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors of the file system say which file they are about: a full disk's don't."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def _now() -> str:

@@ -21,7 +21,17 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import cli, devices, diag_nets, fc_nets, loss_surface, records, tables, toy_flags
+from experiments import (
+    cli,
+    devices,
+    diag_nets,
+    fc_nets,
+    files,
+    loss_surface,
+    records,
+    tables,
+    toy_flags,
+)
 from experiments.report import (
     AGREES,
     DIFFERS,
@@ -99,8 +109,8 @@ def run(config: Config) -> list[Chapter]:
     workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
     chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
     seconds = time.perf_counter() - start
-    records.write_bytes(folder / "report.md", markdown(config.seeds, chapters, seconds).encode())
-    records.write_bytes(folder / "report.html", page(config.seeds, chapters, seconds).encode())
+    files.write_bytes(folder / "report.md", markdown(config.seeds, chapters, seconds).encode())
+    files.write_bytes(folder / "report.html", page(config.seeds, chapters, seconds).encode())
     records.write_json(folder / "verdicts.json", summary(chapters, seconds))
     print(f"{score(chapters)}\n{folder / 'report.html'} ({seconds:.0f} s)")
     return chapters

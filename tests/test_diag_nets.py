@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import diag_nets, ensemble, records, toy_flags, toy_runs
+from experiments import diag_nets, ensemble, npz, records, toy_flags, toy_runs
 from experiments.diag_nets import SETTINGS, Config
 
 SMALL = Config(seeds=3, num_steps=2_000, n=20, d=30, support=3, spectra_records=5)
@@ -35,7 +35,7 @@ def test_the_run_folder_holds_everything(finished):
     start = records.read_json(folder / "manifest.json")["starts"][0]
     assert start["seed"] == 0 and start["versions"]["jax"] and "finished" in start
     assert len(start["devices"]) == 8
-    assert records.load_dataset(folder).identical(dataset)
+    assert npz.load_dataset(folder).identical(dataset)
     assert dataset["train_loss"].dims == ("seed", "schedule", "step")
     assert dataset["rank"].dims == ("seed", "schedule", "spectra_step")
     assert dataset.sizes["spectra_step"] == 5

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from experiments import chunks, classifiers, cli, diag_nets, ensemble, phase_diagram, records
+from experiments import chunks, classifiers, cli, diag_nets, ensemble, npz, phase_diagram
 from sgd_sparse_jax import train
 
 TOY = diag_nets.problems.diagonal(n=12, d=16, support=2)
@@ -120,11 +120,11 @@ def test_data_that_are_not_this_runs_are_refused_by_name(whole, tmp_path, kind, 
     odd = amiss(dataset, kind, number)
     if odd.identical(dataset):
         return
-    records.save_dataset(tmp_path, odd)
+    npz.save_dataset(tmp_path, odd)
     with pytest.raises(
         ValueError, match=r"arrays\.npz isn't what this run gives .*remove .* again"
     ):
-        ensemble.assert_like(records.load_dataset(tmp_path), ours(), tmp_path)
+        ensemble.assert_like(npz.load_dataset(tmp_path), ours(), tmp_path)
 
 
 def test_a_map_that_is_not_this_runs_is_refused(tmp_path):
@@ -132,7 +132,7 @@ def test_a_map_that_is_not_this_runs_is_refused(tmp_path):
     names = ("outcome", "plateau_level", "train_loss", "test_loss", "rank")
     axes = {"step_size": np.array(config.step_sizes), "decay_time": np.array(config.values)}
     good = train.labelled({name: np.zeros((2, 2)) for name in names}, axes=axes)
-    records.save_dataset(tmp_path, good)
+    npz.save_dataset(tmp_path, good)
     assert phase_diagram.found(config, tmp_path).identical(good)
     for odd in (
         good.drop_vars("rank"),
@@ -141,7 +141,7 @@ def test_a_map_that_is_not_this_runs_is_refused(tmp_path):
         good.transpose(),
         good.rename({"decay_time": "x"}),
     ):
-        records.save_dataset(tmp_path, odd)
+        npz.save_dataset(tmp_path, odd)
         with pytest.raises(ValueError, match=r"arrays\.npz isn't what .*; remove .* and run again"):
             phase_diagram.found(config, tmp_path)
 

@@ -12,7 +12,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 NOUNS = "sgd_sparse_jax._types"
 PLAIN = {
-    f"experiments.{noun}" for noun in ("records", "values", "plots", "cli", "tables", "signals")
+    f"experiments.{noun}"
+    for noun in ("records", "npz", "files", "values", "plots", "cli", "tables", "signals")
 }
 PLACES = {f"experiments.{noun}" for noun in ("devices", "hosts")}
 TOYS = {

@@ -25,7 +25,7 @@ from traps import (
     nothing_is_executed as nothing_is_executed,
 )
 
-from experiments import chunks, records
+from experiments import chunks, npz
 from sgd_sparse_jax import data, train
 from sgd_sparse_jax._types import TrainState
 
@@ -116,7 +116,7 @@ def test_an_archive_gives_the_arrays_that_were_saved_or_is_refused(tmp_path, dra
     places = [run / "arrays.npz", run / "chunks" / "part-0.npz"]
     for path in places:
         path.write_bytes(content)
-    got = answer(lambda: records.load_arrays(run), places[0])
+    got = answer(lambda: npz.load(run), places[0])
     logging.disable(logging.WARNING)
     part = chunks.Chunks(run, "part").get(0)
     logging.disable(logging.NOTSET)
@@ -130,7 +130,7 @@ def test_an_archive_gives_the_arrays_that_were_saved_or_is_refused(tmp_path, dra
             if name in ARRAYS:
                 np.testing.assert_array_equal(array, ARRAYS[name])
                 assert array.dtype == ARRAYS[name].dtype
-    labelled = answer(lambda: records.load_dataset(run), places[0])
+    labelled = answer(lambda: npz.load_dataset(run), places[0])
     assert labelled is REFUSED
     assert sorted(tmp_path.rglob("*")) == sorted([run, run / "chunks", *places])
 
@@ -162,12 +162,12 @@ texts = axes.map(json.dumps) | st.text(max_size=5) | st.sampled_from(["[" * 10**
 @given(some_arrays, texts, st.sampled_from([(), (1,), (2,), None]))
 def test_a_data_set_is_what_its_axes_say_or_is_refused(tmp_path, arrays, text, shape):
     """250 data sets."""
-    described = {} if shape is None else {records.AXES: np.full(shape, text)}
+    described = {} if shape is None else {npz.AXES: np.full(shape, text)}
     try:
-        records.save_arrays(tmp_path, arrays | described)
+        npz.save(tmp_path, arrays | described)
     except (UnicodeEncodeError, ValueError):
         return
-    got = answer(lambda: records.load_dataset(tmp_path), tmp_path / "arrays.npz")
+    got = answer(lambda: npz.load_dataset(tmp_path), tmp_path / "arrays.npz")
     if got is not REFUSED:
         assert shape == () and set(got.variables) == set(arrays)
         for name, dims in json.loads(text).items():

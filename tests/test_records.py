@@ -1,22 +1,18 @@
 """What is read is what was written, and nothing is ever written by halves."""
 
-import builtins
 import errno
 import json
 import math
 import os
-import pickle
 import sys
-import zipfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
-from hypothesis.extra import numpy as hnp
 
-from experiments import records
+from experiments import files, npz, records
 
 words = st.text(max_size=8) | st.sampled_from(
     ["NaN", "\\NaN", "\\\\NaN", "Infinity", "-Infinity", "nan", "null", "\u2028", "\ud800", "é\n"]
@@ -237,7 +233,7 @@ def writes(folder):
     return {
         "config.json": lambda: records.write_json(folder / "config.json", {"new": 1}),
         "manifest.json": lambda: records.finish_manifest(folder),
-        "arrays.npz": lambda: records.save_arrays(folder, {"a": np.ones(3)}),
+        "arrays.npz": lambda: npz.save(folder, {"a": np.ones(3)}),
         "metrics.jsonl": lambda: records.drop_rows_after(folder, 0),
     }
 
@@ -247,7 +243,7 @@ def writes(folder):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, name, broken):
     folder = records.open_run(tmp_path, "exp", "one", Config())
     records.start_manifest(folder, seed=1, devices=["cpu"])
-    records.save_arrays(folder, {"a": np.zeros(2)})
+    npz.save(folder, {"a": np.zeros(2)})
     records.append_row(folder, {"step": 1})
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     with monkeypatch.context() as patch:
@@ -319,74 +315,6 @@ def test_a_row_is_on_disk_when_append_returns(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda f: (synced.append(os.fstat(f).st_size), real(f))[1])
     records.append_row(tmp_path, {"step": 1})
     assert synced == [(tmp_path / "metrics.jsonl").stat().st_size]
-
-
-ARRAYS = {
-    "float": np.array([[1.5, np.nan, -np.inf]]),
-    "int": np.arange(5, dtype=np.int16),
-    "word": np.array(["η = 1", ""]),
-    "empty": np.zeros((0, 3), np.float32),
-    "scalar": np.array(2.0),
-    "file": np.array([True]),
-    "block1/active": np.asfortranarray(np.arange(6).reshape(2, 3)),
-}
-
-
-def test_arrays_come_back(tmp_path):
-    records.save_arrays(tmp_path, ARRAYS)
-    got = records.load_arrays(tmp_path)
-    assert list(got) == list(ARRAYS)
-    for name, array in ARRAYS.items():
-        np.testing.assert_array_equal(got[name], array)
-        assert got[name].dtype == array.dtype
-    assert names(tmp_path) == ["arrays.npz"]
-
-
-class Trap:
-    def __reduce__(self):
-        return (builtins.exec, ("raise SystemExit('executed')",))
-
-
-def test_nothing_in_an_array_file_is_executed(tmp_path):
-    path = tmp_path / "arrays.npz"
-    np.savez(path, a=np.array([Trap()], dtype=object))
-    with pytest.raises(ValueError, match=r"arrays\.npz"):
-        records.load_arrays(tmp_path)
-    path.write_bytes(pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"arrays\.npz"):
-        records.load_arrays(tmp_path)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a.npy", pickle.dumps(Trap()))
-    with pytest.raises(ValueError, match=r"arrays\.npz"):
-        records.load_arrays(tmp_path)
-    path.unlink()
-    with pytest.raises(ValueError, match="Object arrays"):
-        records.save_arrays(tmp_path, {"a": np.array([Trap()], dtype=object)})
-    assert names(tmp_path) == []
-
-
-def test_a_missing_array_file_is_called_missing(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        records.load_arrays(tmp_path)
-
-
-@pytest.mark.filterwarnings("ignore")  # the zip reader's, about names that occur twice
-@settings(max_examples=50)
-@given(st.data())
-def test_a_damaged_array_file_is_a_value_error(tmp_path, data):
-    records.save_arrays(tmp_path, {"a": np.arange(4.0), "b": np.array(["x"])})
-    path = tmp_path / "arrays.npz"
-    content = bytearray(path.read_bytes())
-    at = data.draw(st.integers(0, len(content) - 1))
-    if data.draw(st.booleans()):
-        del content[at:]
-    else:
-        content[at] ^= data.draw(st.integers(1, 255))
-    path.write_bytes(bytes(content))
-    try:
-        records.load_arrays(tmp_path)
-    except ValueError as error:
-        assert str(path) in str(error)
 
 
 json_values = st.recursive(
@@ -513,144 +441,6 @@ def test_a_dataclass_that_differs_in_nothing_opens_again(tmp_path):
     records.open_run(tmp_path, "exp", "one", replace(Config(), lr=1))
 
 
-def test_a_labelled_data_set_comes_back_as_it_was(tmp_path):
-    import xarray
-
-    dataset = xarray.Dataset(
-        {
-            "loss": (("seed", "schedule"), np.array([[1.0, np.nan], [-0.0, np.inf]])),
-            "rank": (("seed", "record"), np.array([[1, 2, 3], [4, 5, 6]], np.int32)),
-        },
-        {"seed": [0, 1], "schedule": np.array(["η = 0.1, /3", "b"]), "record": [0, 10, 99]},
-    )
-    records.save_dataset(tmp_path, dataset)
-    again = records.load_dataset(tmp_path)
-    assert again.identical(dataset)
-    assert {n: v.dtype for n, v in again.variables.items()} == {
-        n: v.dtype for n, v in dataset.variables.items()
-    }
-
-
-@pytest.mark.parametrize(
-    "arrays",
-    [
-        {"loss": np.zeros(3)},
-        {"loss": np.zeros(3), records.AXES: np.array("{")},
-        {"loss": np.zeros(3), records.AXES: np.array('{"rank": ["seed"]}')},
-        {"loss": np.zeros(3), records.AXES: np.array('{"loss": ["seed", "step"]}')},
-    ],
-)
-def test_arrays_that_are_no_data_set_are_said_to_be_none(arrays, tmp_path):
-    records.save_arrays(tmp_path, arrays)
-    with pytest.raises(ValueError, match=r"arrays\.npz is no labelled data set .* remove"):
-        records.load_dataset(tmp_path)
-
-
-dtypes = st.sampled_from([">f8", "f8", "f4", "i8", "i2", "u1", "?", "<U5", "c16"])
-
-
-@st.composite
-def datasets(draw):
-    """Variables over some of the axes; of the axes some have coordinates, a string's or a number's.
-
-    Each variable's name could be a path in an archive, and one is a keyword of NumPy's writer.
-    """
-    import xarray
-
-    sizes = draw(st.dictionaries(st.sampled_from(["seed", "η", "step"]), st.integers(0, 3)))
-    names = draw(st.lists(st.sampled_from(["loss", "file", "a/b", "rank"]), unique=True))
-    variables = {}
-    for name in names:
-        dims = draw(st.lists(st.sampled_from(list(sizes)), unique=True)) if sizes else []
-        shape = tuple(sizes[dim] for dim in dims)
-        variables[name] = (dims, draw(hnp.arrays(np.dtype(draw(dtypes)), shape)))
-    coords = {
-        dim: draw(hnp.arrays(np.dtype(draw(dtypes)), size))
-        for dim, size in sizes.items()
-        if draw(st.booleans())
-    }
-    return xarray.Dataset(variables, coords)
-
-
-@pytest.mark.usefixtures("quick_disk")
-@settings(max_examples=200)
-@given(datasets())
-def test_any_labelled_data_set_comes_back_with_its_names_and_dtypes(tmp_path, dataset):
-    records.save_dataset(tmp_path, dataset)
-    again = records.load_dataset(tmp_path)
-    assert again.identical(dataset)
-    assert set(again.coords) == set(dataset.coords)
-    for name, variable in dataset.variables.items():
-        got = again.variables[name]
-        assert (got.dims, got.dtype.str) == (variable.dims, variable.dtype.str)
-    assert names(tmp_path) == ["arrays.npz"]
-
-
-def test_a_value_is_found_again_by_its_labels(tmp_path):
-    import xarray
-
-    loss = np.arange(6.0).reshape(2, 3)
-    coords = {"step": [0, 10, 99], "schedule": ["η = 0.1", "b"]}
-    records.save_dataset(tmp_path, xarray.Dataset({"loss": (("schedule", "step"), loss)}, coords))
-    again = records.load_dataset(tmp_path)
-    assert again["loss"].sel(schedule="b", step=10).item() == 4
-    assert again["loss"].sel(schedule="η = 0.1", step=99).item() == 2
-
-
-json_scalars = st.none() | st.booleans() | st.integers(-5, 5) | words
-axes_of_arrays = st.dictionaries(
-    st.sampled_from(["loss", "seed", "other"]),
-    st.lists(st.sampled_from(["seed", "loss", "step"]) | json_scalars, max_size=3) | json_scalars,
-)
-
-
-@pytest.mark.filterwarnings("ignore:Duplicate dimension names")
-@pytest.mark.usefixtures("quick_disk")
-@settings(max_examples=200)
-@example({"loss": "seed"})
-@example({"loss": [["seed"]], "seed": ["seed"]})
-@example({"loss": ["seed", "seed"], "seed": ["seed"]})
-@given(axes_of_arrays | json_scalars | st.lists(json_scalars, max_size=2))
-def test_any_names_of_axes_fit_or_are_a_value_error_that_names_the_file(tmp_path, axes):
-    arrays = {"loss": np.zeros((3, 2)), "seed": np.arange(3)}
-    records.save_arrays(tmp_path, arrays | {records.AXES: np.array(json.dumps(axes))})
-    try:
-        dataset = records.load_dataset(tmp_path)
-    except ValueError as error:
-        assert str(tmp_path / "arrays.npz") in str(error)
-        assert f"remove {tmp_path}" in str(error)
-    else:
-        assert dataset["loss"].dims == tuple(axes["loss"])
-        assert dataset["loss"].shape == (3, 2)
-
-
-@pytest.mark.filterwarnings("ignore")  # the zip reader's, about names that occur twice
-@settings(max_examples=50)
-@given(st.data())
-def test_a_cut_data_set_is_a_value_error_that_names_the_file(tmp_path, data):
-    import xarray
-
-    dataset = xarray.Dataset({"loss": (("seed",), np.arange(3.0))}, {"seed": ["a", "b", "c"]})
-    records.save_dataset(tmp_path, dataset)
-    path = tmp_path / "arrays.npz"
-    content = path.read_bytes()
-    path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
-    with pytest.raises(ValueError) as error:
-        records.load_dataset(tmp_path)
-    assert str(path) in str(error.value)
-    assert f"remove {tmp_path}" in str(error.value)
-
-
-def test_a_folder_without_a_data_set_is_called_so(tmp_path):
-    with pytest.raises(FileNotFoundError) as error:
-        records.load_dataset(tmp_path)
-    assert "arrays.npz" in str(error.value)
-    records.save_arrays(tmp_path, {"loss": np.zeros(3)})
-    with pytest.raises(ValueError, match="no labelled data set") as error:
-        records.load_dataset(tmp_path)
-    assert str(tmp_path / "arrays.npz") in str(error.value)
-
-
 def test_one_row_that_was_lost_comes_back_as_it_was(tmp_path, caplog):
     for step in range(3):
         records.append_row(tmp_path, {"step": step, "loss": 0.1 + step, "rank": float("nan")})
@@ -692,7 +482,7 @@ def test_a_read_only_place_is_told_by_the_file_that_was_to_be(tmp_path, monkeypa
     monkeypatch.setattr(Path, "open", read_only)
     monkeypatch.setattr(Path, "unlink", read_only)  # refused even where there is nothing to remove
     with pytest.raises(OSError, match="Read-only") as no:
-        records.write_bytes(tmp_path / "file", b"")
+        files.write_bytes(tmp_path / "file", b"")
     assert no.value.filename == str(tmp_path / "file")
 
 

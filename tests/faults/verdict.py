@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from campaign import Experiment, Life, Run
 
-from experiments import records
+from experiments import npz, records
 
 COUNTERS = (
     *("lost rows", "duplicate rows", "wrong resumes", "silent fallbacks"),
@@ -150,7 +150,7 @@ def of_numbers(experiment: Experiment, run: Run, reference: Path) -> Iterator[Fi
 def arrays(experiment: Experiment, folder: Path) -> Mapping[str, np.ndarray]:
     """All numbers that a finished run leaves."""
     if experiment.saves == "chunks":
-        return records.load_arrays(folder)
+        return npz.load(folder)
     import jax
     import orbax.checkpoint as ocp
 
