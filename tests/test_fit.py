@@ -255,6 +255,20 @@ def test_the_last_finite_loss_is_that_of_the_window_before():
         run(state, poisoned, 10)
 
 
+@pytest.mark.parametrize(
+    ("step", "cure"), [(1, "no step is to blame, look at data and weights"), (2, "lower the step")]
+)
+def test_no_step_is_blamed_for_a_loss_that_none_has_changed(step, cure):
+    state, segment = training()
+
+    def poisoned(key, state, indices):
+        state, losses = segment(key, state, indices)
+        return state, jnp.where(state.step == step, jnp.nan, losses)
+
+    with pytest.raises(FloatingPointError, match=rf"nan at step {step - 1} .*; {cure}"):
+        run(state, poisoned, 10)
+
+
 @pytest.mark.parametrize("steps_per_call", [1, 3])
 def test_states_are_kept_between_rows_and_change_nothing(whole, steps_per_call):
     kept, rows = {}, []

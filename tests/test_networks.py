@@ -204,6 +204,9 @@ def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
         assert list(features) == [f"block{i}" for i in range(1, len(features) + 1)]
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
         last[shape] = features
+    # Vectors of 100 numbers come as images of one row (gaussians_binary).
+    _, (_, features) = shapes(model, (4, 1, 100, 1))
+    assert all(phi.size for phi in features.values())
     # The stem of stride 2 gives 64 x 64 images the maps of 32 x 32 ones; VGG has no stem.
     small, large = last[4, 32, 32, 3], last[4, 64, 64, 3]
     factor = 2 if name == "vgg16" else 1

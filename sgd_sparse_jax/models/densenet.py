@@ -29,7 +29,8 @@ class DenseNet(nn.Module):
     `depths` are the numbers of bottlenecks: (16, 16, 16) with growth 12 is DenseNet-BC-100-12.
     Features: the output of every block, the last one after the final norm and ReLU, then the
     pooled features that the last layer reads. Images [b, h, w, c] with values in [0, 1]; the stem
-    has stride 2 from 64 x 64 on (`Layers.stem`). Source: Huang et al., 2017 (arXiv 1608.06993).
+    has stride 2 from 64 x 64 on (`Layers.stem`); a side of one pixel stays so. Source: Huang et
+    al., 2017 (arXiv 1608.06993).
     """
 
     depths: Sequence[int]
@@ -50,7 +51,8 @@ class DenseNet(nn.Module):
             features[f"block{block}"] = x
             if block < len(self.depths):
                 x = self.layers.conv(x.shape[-1] // 2, 1)(nn.relu(norm()(x)))
-                x = nn.avg_pool(x, (2, 2), (2, 2))
+                window = tuple(min(2, size) for size in x.shape[1:3])
+                x = nn.avg_pool(x, window, window)
         x = features[f"block{len(self.depths)}"] = nn.relu(norm()(x))
         x = features[f"block{len(self.depths) + 1}"] = self.layers.pool(x)
         return self.layers.dense(self.classes)(x), features

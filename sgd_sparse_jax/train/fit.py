@@ -191,7 +191,9 @@ def _assert_finite(
     known = (
         "no loss is known before it" if before is None else f"the last finite loss is {before:g}"
     )
+    at_first = len(bad) and start + first == 0
+    cure = "no step is to blame, look at data and weights" if at_first else "lower the step size"
     raise FloatingPointError(
-        f"{what} ({known}; window of steps {start} to {stop - 1}); lower the step size. "
+        f"{what} ({known}; window of steps {start} to {stop - 1}); {cure}. "
         f"The state of step {start} is the last good one."
     )
