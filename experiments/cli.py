@@ -215,11 +215,16 @@ def in_a_line(text: str) -> str:
 
 @contextlib.contextmanager
 def _no_echoes() -> Iterator[None]:
-    """Silences what comes too late for an event loop: who waited there has had its error."""
+    """Silences errors that nobody waits for any more: who waited has had the first of them.
+
+    Such come late for an event loop, or from the other reads of a damaged state, a page for each.
+    """
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
+        code = getattr(unraisable.object, "cr_code", None)  # a coroutine's
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook

@@ -3,7 +3,9 @@
 import errno
 import gc
 import logging
+import os
 import shutil
+import threading
 import time
 
 import jax
@@ -272,6 +274,22 @@ def test_a_save_without_room_is_an_error_of_the_disk_without_tracebacks(
         train.save(to, state_at(3), ABOUT)
     assert no.value.errno == errno.ENOSPC and no.value.filename == str(folder)
     assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_save_that_cannot_make_its_folder_leaves_no_thread_behind(folder, monkeypatch):
+    """Python waits at its end for those that it hasn't been told to leave."""
+
+    def read_only(path, *args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system", os.fspath(path))
+
+    before = set(threading.enumerate())
+    with pytest.raises(OSError, match="Read-only"), train.open_checkpoints(folder) as checkpoints:
+        monkeypatch.setattr(os, "mkdir", read_only)
+        train.save(checkpoints, state_at(3))
+    keeping = [each for each in set(threading.enumerate()) - before if not each.daemon]
+    for thread in keeping:
+        thread.join(1)
+    assert not [each.name for each in keeping if each.is_alive()]
 
 
 def test_what_a_cut_save_left_goes_with_the_next_start_but_not_with_a_reader(folder):

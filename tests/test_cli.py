@@ -225,13 +225,21 @@ def test_a_signal_that_nothing_defers_is_one_line(number, capsys):
 
 
 def test_of_errors_that_nothing_catches_only_echoes_are_silent(monkeypatch):
-    """A callback into a closed event loop, from a save that has failed already."""
+    """A callback into a closed event loop; reads that orbax gave up when another had failed."""
     heard = []
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: heard.append(unraisable))
-    late = [RuntimeError(words) for words in ("Event loop is closed", "another")]
-    tell = lambda error: sys.unraisablehook(SimpleNamespace(exc_value=error))
-    cli.main(Config, lambda config: [tell(error) for error in late], [])
-    assert [unraisable.exc_value for unraisable in heard] == late[1:]
+    coroutine = lambda path: SimpleNamespace(cr_code=SimpleNamespace(co_filename=path))
+    late = [
+        SimpleNamespace(exc_value=RuntimeError(words), object=culprit)
+        for words, culprit in (
+            ("Event loop is closed", None),
+            ("while reading", coroutine("site-packages/orbax/checkpoint/x.py")),
+            ("another", None),
+            ("one of ours", coroutine("experiments/x.py")),
+        )
+    ]
+    cli.main(Config, lambda config: [sys.unraisablehook(error) for error in late], [])
+    assert heard == late[2:]
 
 
 def test_the_traceback_on_demand(capsys, monkeypatch):

@@ -46,7 +46,11 @@ def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManag
     import orbax.checkpoint as ocp
 
     options = ocp.CheckpointManagerOptions(
-        max_to_keep=keep, create=True, cleanup_tmp_directories=ours
+        max_to_keep=keep,
+        create=True,
+        cleanup_tmp_directories=ours,
+        # Else, where a folder can't be made, threads that wait for it keep the process for minutes.
+        async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     try:
         return ocp.CheckpointManager(

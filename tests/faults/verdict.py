@@ -98,15 +98,15 @@ def of_end(experiment: Experiment, life: Life, folder: Path, number: int) -> Ite
     last = life.said[-1] if life.said else ""
     show = f"life {number} ({life.kind or 'left alone'}, {life.detail}), {life.code}: "
     complain = lambda words: Finding("unclear ends", life.kind or life.after, show + words)
+    if life.touched or life.kind not in ASKED:  # else it is as any Python program before it began
+        yield from map(complain, noise(life))
     if life.code == 0 or (life.code == -signal.SIGKILL and is_kill(life.kind)):
         return
     if life.code is None:
         yield complain("it hung")
         return
     if not life.touched and life.kind in ASKED:
-        return  # before it began: the signal does what it does to any Python program
-    if any("Traceback" in line for line in life.said):
-        yield complain("a traceback: " + " | ".join(life.said[-3:]))
+        return
     training = life.before and str(experiment.whole) not in life.left
     step = r"\bstep \d+" if experiment.saves == "checkpoints" and training else "error"
     place = re.escape(str(folder))
@@ -124,8 +124,14 @@ def of_end(experiment: Experiment, life: Life, folder: Path, number: int) -> Ite
         right = False
     if not right:
         yield complain(last)
+
+
+def noise(life: Life) -> Iterator[str]:
+    """What is on stderr beside the lines that are for the reader, however it ended."""
+    if any("Traceback" in line for line in life.said):
+        yield "a traceback: " + " | ".join(life.said[-3:])
     if len([line for line in life.said if "Waiting for previous save" not in line]) > 4:
-        yield complain(f"{len(life.said)} lines, among them " + " | ".join(life.said[:3]))
+        yield f"{len(life.said)} lines, among them " + " | ".join(life.said[:3])
 
 
 def is_kill(kind: str) -> bool:
