@@ -55,7 +55,8 @@ def of_rows(life: Life, wanted: list[dict[str, Any]]) -> Iterator[Finding]:
         yield Finding("wrong resumes", life.after, life.rows)
         return
     newest = max((int(name) for name in life.left if name.isdigit()), default=-1)
-    newest = -1 if life.kind == "cut row" else newest  # its row is what this fault took
+    # The row is what this fault took; the next start that gets so far puts it back.
+    newest = -1 if life.kind == "cut row" or life.from_step is None else newest
     counts = Counter(row["step"] for row in life.rows)
     reached = max([newest, *counts])
     for row in wanted:
