@@ -12,7 +12,9 @@ import io
 import itertools
 import os
 import re
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
@@ -218,13 +220,17 @@ def _no_echoes() -> Iterator[None]:
     """Silences errors that nobody waits for any more: who waited has had the first of them.
 
     Such come late for an event loop, or from the other reads of a damaged state, a page for each.
+    An interruption that came in a callback of Python's garbage collector is made once more.
     """
     before = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)  # a coroutine's
         of_orbax = code is not None and "orbax" in code.co_filename
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+        if isinstance(unraisable.exc_value, KeyboardInterrupt):
+            again = (threading.main_thread().ident, signal.SIGINT)
+            threading.Timer(0.05, signal.pthread_kill, again).start()  # once this callback is over
+        elif not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
     sys.unraisablehook = hook

@@ -123,6 +123,7 @@ def results(
     hosts.on_first(lambda: records.open_run(*place, config, may_change=("runs_dir", "hosts")))
     if records.is_finished(folder):
         print(f"{folder} is finished: shown again. (--exp_name starts another.)")
+        hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
         return found(config, folder)
     hosts.on_first(lambda: ensemble.start(folder, config.seed))
     began = time.perf_counter()

@@ -224,6 +224,25 @@ def test_a_signal_that_nothing_defers_is_one_line(number, capsys):
     assert signal.getsignal(number) == before
 
 
+def test_an_interruption_inside_a_finalizer_is_not_lost(capsys):
+    """There Python drops any exception."""
+
+    class Dying:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def run(config):
+        Dying()
+        time.sleep(5)
+
+    start = time.perf_counter()
+    with pytest.raises(SystemExit) as stop:
+        cli.main(Config, run, [])
+    assert stop.value.code == 130 and time.perf_counter() - start < 4
+    assert re.fullmatch(r"error: interrupted; the same[^\n]*\n", capsys.readouterr().err)
+
+
 def test_of_errors_that_nothing_catches_only_echoes_are_silent(monkeypatch):
     """A callback into a closed event loop; reads that orbax gave up when another had failed."""
     heard = []

@@ -66,8 +66,10 @@ def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManag
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Not what orbax's threads and tasks log with a traceback, one by one: it is raised too."""
-    return not (record.exc_info and "orbax" in record.pathname + record.getMessage())
+    """Not what orbax logs, again and again, of a failure that it also raises or we come upon."""
+    told = record.getMessage()
+    again = record.exc_info or told.startswith("Failed to read Metadata")
+    return not (again and "orbax" in record.pathname + told)
 
 
 @contextlib.contextmanager
