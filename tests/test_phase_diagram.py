@@ -57,7 +57,11 @@ def test_a_cell_is_the_run_that_its_labels_name(finished):
 
 def test_the_folder_is_read_again(finished, capsys):
     config, dataset = finished
+    name = f"{config.problem}-{config.axis}"
+    chunks = records.run_folder(config.runs_dir, "phase_diagram", name) / "chunks"
+    chunks.mkdir()  # as a kill between the last two steps leaves it
     assert phase_diagram.run(config).identical(dataset)
+    assert not chunks.exists()
     assert "is finished" in capsys.readouterr().out
 
 
