@@ -223,13 +223,15 @@ def _no_echoes() -> Iterator[None]:
     An interruption that came in a callback of Python's garbage collector is made once more.
     """
     before = sys.unraisablehook
+    again: list[threading.Timer] = []
 
     def hook(unraisable: Any) -> None:
         code = getattr(unraisable.object, "cr_code", None)  # a coroutine's
         of_orbax = code is not None and "orbax" in code.co_filename
         if isinstance(unraisable.exc_value, KeyboardInterrupt):
-            again = (threading.main_thread().ident, signal.SIGINT)
-            threading.Timer(0.05, signal.pthread_kill, again).start()  # once this callback is over
+            interrupt = (threading.main_thread().ident, signal.SIGINT)
+            again.append(threading.Timer(0.05, signal.pthread_kill, interrupt))
+            again[-1].start()  # it comes once this callback is over
         elif not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             before(unraisable)
 
@@ -238,6 +240,9 @@ def _no_echoes() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = before
+        for timer in again:  # none may come to whoever called us
+            timer.cancel()
+            timer.join()
 
 
 def _stop(message: str, code: int) -> NoReturn:
