@@ -47,11 +47,7 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
                 config.runs_dir, experiment, name, config, may_change=("runs_dir", "hosts")
             )
         )
-        if records.is_finished(folder):
-            print(
-                f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
-            )
-            hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
+        if is_finished(folder):
             dataset = npz.load_dataset(folder)
             assert_like(dataset, blank(config, toy), folder)
             return folder, dataset
@@ -61,6 +57,15 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
         dataset = simulate(config, toy, kept, lambda: stop_if_asked(asked, folder))
         hosts.on_first(lambda: finish(folder, dataset, began))
     return folder, dataset
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run is; if so it is said, and what a kill has left of its blocks goes."""
+    finished = records.is_finished(folder)
+    if finished:
+        print(f"{folder} is finished: its results are shown again. (--exp_name starts another.)")
+        hosts.on_first(lambda: chunks.drop(folder))
+    return finished
 
 
 def start(folder: Path, seed: int) -> None:

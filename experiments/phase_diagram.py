@@ -121,9 +121,7 @@ def results(
     """The run's data, computed unless the folder holds them; chunk by chunk, as they are kept."""
     place = (config.runs_dir, "phase_diagram", folder.name)
     hosts.on_first(lambda: records.open_run(*place, config, may_change=("runs_dir", "hosts")))
-    if records.is_finished(folder):
-        print(f"{folder} is finished: shown again. (--exp_name starts another.)")
-        hosts.on_first(lambda: chunks.drop(folder))  # a kill may have come before that
+    if ensemble.is_finished(folder):
         return found(config, folder)
     hosts.on_first(lambda: ensemble.start(folder, config.seed))
     began = time.perf_counter()

@@ -12,11 +12,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 SHARED = {
     "deadline": None,
     "database": None,
-    "suppress_health_check": [
-        HealthCheck.function_scoped_fixture,
-        HealthCheck.too_slow,
-        HealthCheck.data_too_large,
-    ],
+    "suppress_health_check": [HealthCheck.function_scoped_fixture],
 }
 # The suite draws the same examples every time; `--hypothesis-profile=explore` draws others.
 settings.register_profile("explore", **SHARED)

@@ -10,7 +10,7 @@ from experiments import cli
 
 TRAP = '__import__("builtins").__dict__.__setitem__("SPRUNG", 1)'
 REFUSED = object()
-CURES = r"remove|delete|run again|these runs are computed again|move .* out of it|another folder"
+CURES = r"remove|delete|run again|move .* out of it|another folder"
 
 
 class Trap:

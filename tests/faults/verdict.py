@@ -99,14 +99,14 @@ def of_end(experiment: Experiment, life: Life, folder: Path, number: int) -> Ite
     last = life.said[-1] if life.said else ""
     show = f"life {number} ({life.kind or 'left alone'}, {life.detail}), {life.code}: "
     complain = lambda words: Finding("unclear ends", life.kind or life.after, show + words)
-    if life.touched or life.kind not in ASKED:  # else it is as any Python program before it began
+    # Before it began, a signal does to it what it does to any Python program.
+    unbegun = life.kind in ASKED and not life.touched
+    if not unbegun:
         yield from map(complain, noise(life))
-    if life.code == 0 or (life.code == -signal.SIGKILL and is_kill(life.kind)):
-        return
     if life.code is None:
         yield complain("it hung")
         return
-    if not life.touched and life.kind in ASKED:
+    if life.code == 0 or unbegun or (life.code == -signal.SIGKILL and is_kill(life.kind)):
         return
     training = life.before and str(experiment.whole) not in life.left
     step = r"\bstep \d+" if experiment.saves == "checkpoints" and training else "error"
