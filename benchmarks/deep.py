@@ -33,7 +33,7 @@ from benchmarks import peaks, timing
 from benchmarks.deep_plan import EVAL_BATCH, SHAPE, Config, Plan, command, complete, validate
 from benchmarks.deep_sides import Side, Training, memory_peak, our_side, torch_device, torch_sides
 from benchmarks.deep_table import show
-from experiments import cli
+from experiments.launch import cli
 from sgd_sparse_jax import measure, train
 
 

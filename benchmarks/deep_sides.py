@@ -22,9 +22,9 @@ from benchmarks.deep_plan import (
     TORCH_NETS,
     Plan,
 )
-from experiments import deep_parts
+from experiments.deep import setup as deep_parts
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax._types import Fetch, TrainState
+from sgd_sparse_jax.types import Fetch, TrainState
 
 
 class Side(NamedTuple):

@@ -22,10 +22,13 @@ import jax.random as jr
 
 from benchmarks import deep_plan, timing
 from benchmarks.deep_sides import Training
-from experiments import classifiers, cli, progress, records
-from experiments.deep_flags import Config as Flags
+from experiments.deep import training as classifiers
+from experiments.deep.config import Config as Flags
+from experiments.figures import progress
+from experiments.launch import cli
+from experiments.storage import records
 from sgd_sparse_jax import train
-from sgd_sparse_jax._types import TrainState
+from sgd_sparse_jax.types import TrainState
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import deep_plan, peaks, timing
-from experiments import cli
+from experiments.launch import cli
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax._types import Batch
+from sgd_sparse_jax.types import Batch
 
 NETS = ("resnet18_plain", "resnet34", "wrn28", "vgg16", "densenet100_12")
 DATA_SETS = {  # images of both splits, bytes of one

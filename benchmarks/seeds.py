@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing, toy as toys
-from experiments import plots, problems
+from experiments.figures import plots
+from experiments.toy import problems
 
 
 def main() -> None:

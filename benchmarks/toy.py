@@ -21,9 +21,8 @@ import optax
 import torch
 
 from benchmarks import timing
-from experiments import problems
+from experiments.toy import problems
 from sgd_sparse_jax import measure
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.train import (
     Gauge,
     init_state,
@@ -33,6 +32,7 @@ from sgd_sparse_jax.train import (
     record_run,
     with_replacement,
 )
+from sgd_sparse_jax.types import Batch
 
 DIAGONAL_STEP_SIZE, FC_STEP_SIZE = 0.25, 1e-4
 INIT_SCALE = 0.1

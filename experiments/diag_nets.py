@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags
+from experiments.figures import plots, tables
+from experiments.launch import cli, devices, hosts
+from experiments.toy import config as toy_flags, ensemble, problems
 
 if TYPE_CHECKING:
     import xarray

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags, toy_runs
+from experiments.figures import plots, tables
+from experiments.launch import cli, devices, hosts
+from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
 
 if TYPE_CHECKING:
     import xarray

@@ -16,7 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import cli, devices, ensemble, hosts, plots, problems, tables, toy_flags, toy_runs
+from experiments.figures import plots, tables
+from experiments.launch import cli, devices, hosts
+from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import data, measure
 
 if TYPE_CHECKING:

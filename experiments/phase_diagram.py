@@ -16,20 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import (
-    chunks,
-    cli,
-    devices,
-    ensemble,
-    hosts,
-    npz,
-    plots,
-    problems,
-    records,
-    toy_runs,
-)
-from experiments.hosts import ALONE, Hosts
-from experiments.signals import deferred
+from experiments.figures import plots
+from experiments.launch import cli, devices, hosts
+from experiments.launch.hosts import ALONE, Hosts
+from experiments.launch.signals import deferred
+from experiments.storage import npz, records
+from experiments.toy import chunks, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import measure, train
 
 if TYPE_CHECKING:

@@ -21,18 +21,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from experiments import (
-    cli,
-    devices,
-    diag_nets,
-    fc_nets,
-    files,
-    loss_surface,
-    records,
-    tables,
-    toy_flags,
-)
-from experiments.report import (
+from experiments import diag_nets, fc_nets, loss_surface
+from experiments.figures import tables
+from experiments.figures.report import (
     AGREES,
     DIFFERS,
     ORDERED,
@@ -43,6 +34,9 @@ from experiments.report import (
     score,
     summary,
 )
+from experiments.launch import cli, devices
+from experiments.storage import files, records
+from experiments.toy import config as toy_flags
 
 ENOUGH = 8  # finite runs from which a 1-99 % range is read
 

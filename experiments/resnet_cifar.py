@@ -11,8 +11,9 @@ The flags are the released code's. The same command again goes on from the newes
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments import classifiers, cli, curves, hosts
-from experiments.deep_flags import Config as Config
+from experiments.deep import curves, training as classifiers
+from experiments.deep.config import Config as Config
+from experiments.launch import cli, hosts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

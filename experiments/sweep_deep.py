@@ -15,8 +15,15 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from experiments import classifiers, cli, curves, deep_flags, deep_parts, hosts, records
-from experiments.deep_flags import Config
+from experiments.deep import (
+    config as deep_flags,
+    curves,
+    setup as deep_parts,
+    training as classifiers,
+)
+from experiments.deep.config import Config
+from experiments.launch import cli, hosts
+from experiments.storage import records
 
 FIXED = (  # one value for all runs
     *(

@@ -208,7 +208,7 @@ def test_what_cannot_be_run_is_said_in_one_line(flags, words, capsys):
 
 
 def test_the_command_written_into_results_gives_the_same_run():
-    from experiments import cli
+    from experiments.launch import cli
 
     config = deep_plan.Config(
         nets=("wrn28",), width=2, steps_per_call=(1, 5), torch_modes=("eager",)

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from benchmarks import overheads
-from experiments import cli
-from experiments.deep_flags import Config as Flags
+from experiments.deep.config import Config as Flags
+from experiments.launch import cli
 
 
 def test_the_command_written_into_results_gives_the_same_run():

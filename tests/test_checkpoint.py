@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from sgd_sparse_jax import train
-from sgd_sparse_jax._types import TrainState
 from sgd_sparse_jax.train.checkpoint import digest
+from sgd_sparse_jax.types import TrainState
 
 # Where one array can't be read, orbax abandons the reads of the others: they complain a bit later
 # or when they are collected. The fixture has that happen in the test that is to blame.

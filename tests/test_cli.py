@@ -14,7 +14,7 @@ from typing import Literal
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from experiments import cli
+from experiments.launch import cli
 
 LONG = "a_flag_with_a_name_so_long_that_no_narrow_terminal_can_hold_it_in_a_single_line"
 CHOICES = (

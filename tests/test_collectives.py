@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from benchmarks import scaling
 from benchmarks.scaling import Collective, collectives
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax._types import Batch
+from sgd_sparse_jax.types import Batch
 
 BATCH, CLASSES, SIZE = 16, 4, 8
 

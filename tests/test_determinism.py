@@ -16,11 +16,12 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import classifiers, deep_flags, records
-from experiments.deep_flags import Config
+from experiments.deep import config as deep_flags, training as classifiers
+from experiments.deep.config import Config
+from experiments.storage import records
 from sgd_sparse_jax import data, train
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "single_precision")
 

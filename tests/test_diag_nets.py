@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import diag_nets, ensemble, npz, records, toy_flags, toy_runs
+from experiments import diag_nets
 from experiments.diag_nets import SETTINGS, Config
+from experiments.storage import npz, records
+from experiments.toy import config as toy_flags, ensemble, run as toy_runs
 
 SMALL = Config(seeds=3, num_steps=2_000, n=20, d=30, support=3, spectra_records=5)
 

@@ -10,7 +10,6 @@ import optax
 import pytest
 
 from sgd_sparse_jax import measure
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.models import DiagonalNet
 from sgd_sparse_jax.train import (
@@ -22,6 +21,7 @@ from sgd_sparse_jax.train import (
     record_run,
     recorded,
 )
+from sgd_sparse_jax.types import Batch
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "diag_sgd.npz", allow_pickle=False)
 MOVED = (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from sgd_sparse_jax import measure, train
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.types import Batch
 
 MODEL = ResNet((1,), classes=3, width=4, layers=Layers(jnp.float64))
 FORGETFUL = MODEL.clone(layers=MODEL.layers._replace(norm_momentum=0.0))

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import classifiers, records
-from experiments.deep_flags import Config
+from experiments.deep import training as classifiers
+from experiments.deep.config import Config
+from experiments.storage import records
 from sgd_sparse_jax import data, models
 from sgd_sparse_jax.data import builders, images as stored
 

@@ -17,7 +17,6 @@ import optax
 import pytest
 
 from sgd_sparse_jax import measure
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.models import MLP, DiagonalNet
 from sgd_sparse_jax.train import (
@@ -33,6 +32,7 @@ from sgd_sparse_jax.train import (
     recorded,
     squared,
 )
+from sgd_sparse_jax.types import Batch
 
 FOLDER = Path(__file__).parent / "golden"
 RUNS = json.loads((FOLDER / "fc_nets.json").read_text())

@@ -8,8 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import fc_nets, problems, records, toy_runs
+from experiments import fc_nets
 from experiments.fc_nets import SETTINGS
+from experiments.storage import records
+from experiments.toy import problems, run as toy_runs
 
 
 @pytest.mark.parametrize("setting", ["1d", "two-layer", "three-layer"])

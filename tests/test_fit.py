@@ -10,8 +10,8 @@ import optax
 import pytest
 
 from sgd_sparse_jax import train
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.types import Batch
 
 MODEL = ResNet((1,), classes=4, layers=Layers(), width=4)
 IMAGES = jr.normal(jr.key(3), (64, 8, 8, 3), jnp.float32)

@@ -10,7 +10,6 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import MLP, DiagonalNet
 from sgd_sparse_jax.train import (
     example_sharpness_aware,
@@ -24,6 +23,7 @@ from sgd_sparse_jax.train import (
     residual_sharpness_aware,
     sharpness_aware,
 )
+from sgd_sparse_jax.types import Batch
 
 N, D, STEPS, ETA, ALPHA = 12, 8, 40, 0.1, 0.5
 RNG = np.random.default_rng(4)

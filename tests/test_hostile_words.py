@@ -10,8 +10,10 @@ import pytest
 from hypothesis import example, given, settings, strategies as st
 from markdown_it import MarkdownIt
 
-from experiments import cli, plots, report, sweep_deep, tables
-from experiments.tables import Row
+from experiments import sweep_deep
+from experiments.figures import plots, report, tables
+from experiments.figures.tables import Row
+from experiments.launch import cli
 
 HOSTILE = [
     *("<script>alert(1)</script>", "</script>", "</table><h1>x", '" onload="x', "' x='", "&amp;"),

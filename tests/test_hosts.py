@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import hosts, npz, records
-from experiments.hosts import Hosts
+from experiments.launch import hosts
+from experiments.launch.hosts import Hosts
+from experiments.storage import npz, records
 
 ROOT = Path(__file__).parents[1]
 DEEP = [

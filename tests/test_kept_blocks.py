@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from experiments import chunks, classifiers, cli, diag_nets, ensemble, npz, phase_diagram
+from experiments import diag_nets, phase_diagram
+from experiments.deep import training as classifiers
+from experiments.launch import cli
+from experiments.storage import npz
+from experiments.toy import chunks, ensemble
 from sgd_sparse_jax import train
 
 TOY = diag_nets.problems.diagonal(n=12, d=16, support=2)

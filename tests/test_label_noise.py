@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.data import (
     CIFAR10_CONFUSIONS,
     corrupt_labels,
@@ -29,6 +28,7 @@ from sgd_sparse_jax.train import (
     record_run,
     with_replacement,
 )
+from sgd_sparse_jax.types import Batch
 
 N, B, STEPS = 10, 3, 12
 DATA = jax.tree.map(jnp.asarray, sparse_regression(3, n=N, d=12, support=2, n_test=4).train)

@@ -5,8 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from experiments import loss_surface, problems, toy_flags
+from experiments import loss_surface
 from experiments.loss_surface import Config
+from experiments.toy import config as toy_flags, problems
 
 SMALL = Config(seeds=2, num_steps=400, spectra_records=2, grid=12, frames=3)
 

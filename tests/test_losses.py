@@ -7,7 +7,6 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import MLP
 from sgd_sparse_jax.train import (
     cross_entropy,
@@ -21,6 +20,7 @@ from sgd_sparse_jax.train import (
     sharpness_aware,
     squared,
 )
+from sgd_sparse_jax.types import Batch
 
 B = 6
 RNG = np.random.default_rng(0)

@@ -20,7 +20,9 @@ from traps import (
     nothing_is_executed as nothing_is_executed,
 )
 
-from experiments import curves, records, resnet_cifar, sweep_deep, values
+from experiments import resnet_cifar, sweep_deep
+from experiments.deep import curves
+from experiments.storage import records, values
 
 PATIENT = settings(
     suppress_health_check=[

@@ -25,9 +25,10 @@ from traps import (
     nothing_is_executed as nothing_is_executed,
 )
 
-from experiments import chunks, npz
+from experiments.storage import npz
+from experiments.toy import chunks
 from sgd_sparse_jax import data, train
-from sgd_sparse_jax._types import TrainState
+from sgd_sparse_jax.types import TrainState
 
 PATIENT = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]

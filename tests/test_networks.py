@@ -13,8 +13,8 @@ import pytest
 from jax.tree_util import DictKey
 
 from sgd_sparse_jax import models
-from sgd_sparse_jax._types import Batch, TrainState
 from sgd_sparse_jax.train import cross_entropy, make_objective, make_step
+from sgd_sparse_jax.types import Batch, TrainState
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deep_nets.json").read_text())
 MOVED = (

@@ -10,7 +10,7 @@ from hypothesis import example, given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from traps import Trap, nothing_is_executed as nothing_is_executed
 
-from experiments import npz
+from experiments.storage import npz
 
 words = st.text(max_size=8) | st.sampled_from(["NaN", "\\NaN", "null", "\u2028", "\ud800", "é\n"])
 

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import phase_diagram, problems, records, toy_runs
+from experiments import phase_diagram
 from experiments.phase_diagram import Config
+from experiments.storage import records
+from experiments.toy import problems, run as toy_runs
 from sgd_sparse_jax import measure
 
 SMALL = Config(

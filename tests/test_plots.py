@@ -13,7 +13,7 @@ from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from experiments import plots
+from experiments.figures import plots
 
 LABELS = [
     "η = 0.25, constant",

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sgd_sparse_jax import models, train
-from sgd_sparse_jax._types import Batch, TrainState
+from sgd_sparse_jax.types import Batch, TrainState
 
 DEVICES, PER_DEVICE, CLASSES, STEPS = 8, 2, 4, 4
 BATCH, TAU, AXIS = DEVICES * PER_DEVICE, 0.9, "devices"

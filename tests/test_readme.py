@@ -26,7 +26,8 @@ def test_every_flag_of_the_commands_exists():
 
 
 def test_every_setting_and_problem_of_the_commands_exists():
-    from experiments import diag_nets, fc_nets, loss_surface, problems
+    from experiments import diag_nets, fc_nets, loss_surface
+    from experiments.toy import problems
 
     for module in (diag_nets, fc_nets, loss_surface):
         name = module.__name__.rpartition(".")[2]

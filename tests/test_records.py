@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings, strategies as st
 
-from experiments import files, npz, records
+from experiments.storage import files, npz, records
 
 words = st.text(max_size=8) | st.sampled_from(
     ["NaN", "\\NaN", "\\\\NaN", "Infinity", "-Infinity", "nan", "null", "\u2028", "\ud800", "é\n"]

@@ -6,9 +6,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments import diag_nets, fc_nets, loss_surface, records, report, reproduce
-from experiments.report import AGREES, DIFFERS, ORDERED
-from experiments.tables import Row
+from experiments import diag_nets, fc_nets, loss_surface, reproduce
+from experiments.figures import report
+from experiments.figures.report import AGREES, DIFFERS, ORDERED
+from experiments.figures.tables import Row
+from experiments.storage import records
 
 
 def row(values, published, schedule="large", name="test_loss"):

@@ -13,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import deep_flags, deep_parts, records, resnet_cifar
+from experiments import resnet_cifar
+from experiments.deep import config as deep_flags, setup as deep_parts
+from experiments.launch.signals import Stopped
 from experiments.resnet_cifar import Config
-from experiments.signals import Stopped
+from experiments.storage import records
 from sgd_sparse_jax import train
 
 NUM_STEPS = 5
@@ -420,7 +422,7 @@ def test_a_place_that_cannot_be_written_is_refused(base, tmp_path):
 
 
 def test_the_papers_command_lines_are_understood():
-    from experiments import cli
+    from experiments.launch import cli
 
     large = (
         "--dataset=cifar10 --lr_init=0.75 --lr_schedule=piecewise_05epochs --warmup_exp=1.05 "

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli, resnet_cifar
-from experiments.signals import EXIT_CODE
+from experiments import resnet_cifar
+from experiments.launch import cli
+from experiments.launch.signals import EXIT_CODE
 
 SCRIPT = Path(__file__).parents[1] / "docs" / "slurm.sh"
 TEXT = SCRIPT.read_text(encoding="utf-8")

@@ -8,7 +8,6 @@ import optax
 import pytest
 
 from sgd_sparse_jax import measure
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.models import DiagonalNet
 from sgd_sparse_jax.train import (
@@ -20,6 +19,7 @@ from sgd_sparse_jax.train import (
     record_run,
     with_replacement,
 )
+from sgd_sparse_jax.types import Batch
 
 
 def named(trend, tail, **kwargs) -> str:

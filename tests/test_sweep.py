@@ -10,7 +10,6 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.measure import balancedness
 from sgd_sparse_jax.models import DiagonalNet
@@ -27,6 +26,7 @@ from sgd_sparse_jax.train import (
     sweep,
     with_replacement,
 )
+from sgd_sparse_jax.types import Batch
 
 PROBLEM = jax.tree.map(jnp.asarray, sparse_regression(3, n=10, d=12, support=2, n_test=4))
 MODEL = DiagonalNet(0.3)

@@ -7,7 +7,10 @@ from dataclasses import replace
 import jax
 import pytest
 
-from experiments import cli, deep_flags, records, sweep_deep
+from experiments import sweep_deep
+from experiments.deep import config as deep_flags
+from experiments.launch import cli
+from experiments.storage import records
 from sgd_sparse_jax import models
 
 pytestmark = pytest.mark.usefixtures("compiled_once", "single_precision")

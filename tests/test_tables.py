@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import xarray
 
-from experiments import records, tables
+from experiments.figures import tables
+from experiments.storage import records
 
 QUANTITIES = {"test_loss": ("test loss", ".2g"), "rank": ("rank", ".0f"), "absent": ("x", ".0f")}
 

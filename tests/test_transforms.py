@@ -9,7 +9,6 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax._types import Batch
 from sgd_sparse_jax.models import DiagonalNet, FactorizedLinear
 from sgd_sparse_jax.train import (
     balancing,
@@ -21,6 +20,7 @@ from sgd_sparse_jax.train import (
     normalized_leaves,
     shrinkage,
 )
+from sgd_sparse_jax.types import Batch
 
 N, D, STEPS, ETA, ALPHA = 12, 8, 40, 0.1, 0.5
 RNG = np.random.default_rng(4)

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from experiments import cli
+from experiments.launch import cli
 
 TRAP = '__import__("builtins").__dict__.__setitem__("SPRUNG", 1)'
 REFUSED = object()

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Num
 
-from sgd_sparse_jax._types import PRNGKey
+from sgd_sparse_jax.types import PRNGKey
 
 
 @partial(jax.jit, static_argnames="padding")

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from jaxtyping import Int32
 
-from sgd_sparse_jax._types import Batch, Count, Noise, PRNGKey
+from sgd_sparse_jax.types import Batch, Count, Noise, PRNGKey
 
 # What each class is mistaken for; the others stay (truck -> automobile, bird -> airplane, cat <->
 # dog, deer -> horse).

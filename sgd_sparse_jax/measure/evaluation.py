@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sgd_sparse_jax._types import Fetch, LossFn, Params, PRNGKey, Scalar, Stats
+from sgd_sparse_jax.types import Fetch, LossFn, Params, PRNGKey, Scalar, Stats
 
 
 class Totals(NamedTuple):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float
 
-from sgd_sparse_jax._types import PRNGKey, Scalar
+from sgd_sparse_jax.types import PRNGKey, Scalar
 
 
 def distinct_units(phi: Float[Array, "n m"], corr_threshold: float = 0.95) -> Bool[Array, " m"]:

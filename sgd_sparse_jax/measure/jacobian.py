@@ -13,7 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from sgd_sparse_jax._types import Params
+from sgd_sparse_jax.types import Params
 
 
 def jacobian(

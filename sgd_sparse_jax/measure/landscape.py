@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
-from sgd_sparse_jax._types import Params, Scalar
+from sgd_sparse_jax.types import Params, Scalar
 
 
 def valley_floor(

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from sgd_sparse_jax._types import Scalar
+from sgd_sparse_jax.types import Scalar
 
 
 # One matrix at a time: a batched LAPACK call spreads over XLA's thread pool and waits for it, and

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from sgd_sparse_jax._types import Scalar
+from sgd_sparse_jax.types import Scalar
 
 OUTCOMES = ("converged", "stabilized", "period-2", "diverged")
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sgd_sparse_jax._types import Params, Stats, TrainState
+from sgd_sparse_jax.types import Params, Stats, TrainState
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp

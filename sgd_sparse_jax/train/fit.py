@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from sgd_sparse_jax._types import PRNGKey, Sampler, Segment, TrainState
+from sgd_sparse_jax.types import PRNGKey, Sampler, Segment, TrainState
 
 Row = dict[str, Any]
 IN_FLIGHT = 8  # calls that may wait for the device: it never idles, and a pause comes soon

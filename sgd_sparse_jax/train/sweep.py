@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import PyTree
 
-from sgd_sparse_jax._types import PRNGKey, Record, Sampler, Segment, TrainState
+from sgd_sparse_jax.types import PRNGKey, Record, Sampler, Segment, TrainState
 
 log = logging.getLogger(__name__)
 WINDOW = 64  # steps whose indices are drawn at once

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from faults import KINDS, UNHARMED, Victim, finished
 
-from experiments import records
+from experiments.storage import records
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 120  # seconds until a process that was asked to stop, or left alone, hangs

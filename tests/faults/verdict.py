@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from campaign import Experiment, Life, Run
 
-from experiments import npz, records
+from experiments.storage import npz, records
 
 COUNTERS = (
     *("lost rows", "duplicate rows", "wrong resumes", "silent fallbacks"),

@@ -16,11 +16,13 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments import chunks, hosts, npz, records
-from experiments.problems import Toy
-from experiments.signals import Asked, Stopped, deferred
-from experiments.toy_flags import Config, labels, record_steps, spectra_steps, validate
-from experiments.toy_runs import Descent, make_run, parameters, schedules, seed_keys
+from experiments.launch import hosts
+from experiments.launch.signals import Asked, Stopped, deferred
+from experiments.storage import npz, records
+from experiments.toy import chunks
+from experiments.toy.config import Config, labels, record_steps, spectra_steps, validate
+from experiments.toy.problems import Toy
+from experiments.toy.run import Descent, make_run, parameters, schedules, seed_keys
 from sgd_sparse_jax import train
 
 if TYPE_CHECKING:

@@ -10,12 +10,15 @@ import jax
 import jax.random as jr
 import numpy as np
 
-from experiments import devices, gauges, hosts, progress, records, values
-from experiments.deep_flags import MAY_CHANGE, Config, place_of
-from experiments.deep_parts import Parts, assemble, fetch, placed, training, validate
-from experiments.signals import Asked, Stopped, deferred
+from experiments.deep import metrics as gauges
+from experiments.deep.config import MAY_CHANGE, Config, place_of
+from experiments.deep.setup import Parts, assemble, fetch, placed, training, validate
+from experiments.figures import progress
+from experiments.launch import devices, hosts
+from experiments.launch.signals import Asked, Stopped, deferred
+from experiments.storage import records, values
 from sgd_sparse_jax import train
-from sgd_sparse_jax._types import TrainState
+from sgd_sparse_jax.types import TrainState
 
 TIMES = ("step_seconds", "eval_seconds", "images_per_second")
 

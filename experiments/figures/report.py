@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import tables
+from experiments.figures import tables
 
 HEADINGS = ("setting", "quantity", "published", "ours: median [5 %, 95 %]", "diverged", "verdict")
 

@@ -6,8 +6,8 @@ from typing import Literal, TypeVar
 import jax
 import numpy as np
 
-from experiments.hosts import ALONE, Hosts
-from experiments.problems import Toy
+from experiments.launch.hosts import ALONE, Hosts
+from experiments.toy.problems import Toy
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep_flags import Config
-from experiments.deep_parts import Parts
+from experiments.deep.config import Config
+from experiments.deep.setup import Parts
 from sgd_sparse_jax import measure, train
-from sgd_sparse_jax._types import Fetch, TrainState
+from sgd_sparse_jax.types import Fetch, TrainState
 
 
 def evaluation(

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import plots, records, values
+from experiments.figures import plots
+from experiments.storage import records, values
 
 NEEDED = (
     *("step", "epoch", "train/loss", "train/error", "test/loss", "test/error"),

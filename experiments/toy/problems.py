@@ -12,9 +12,9 @@ import numpy as np
 from jaxtyping import ArrayLike
 
 from sgd_sparse_jax import data, measure
-from sgd_sparse_jax._types import Batch, LossFn, Params, Scalar
 from sgd_sparse_jax.models import MLP, DiagonalNet, gaussian, rademacher
 from sgd_sparse_jax.train import half_squared, squared
+from sgd_sparse_jax.types import Batch, LossFn, Params, Scalar
 
 SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # float64 is part of these definitions
 RANK_TOL = 1e-4

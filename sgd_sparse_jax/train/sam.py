@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
-from sgd_sparse_jax._types import Batch, LossFn, Params, Scalar, Stats
+from sgd_sparse_jax.types import Batch, LossFn, Params, Scalar, Stats
 
 Objective: TypeAlias = Callable[[Params, Stats, Batch], tuple[Scalar, Stats]]
 Gradient: TypeAlias = Callable[[Params, Stats, Batch], tuple[tuple[Scalar, Stats], Params]]

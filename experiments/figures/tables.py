@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from experiments import plots, records
+from experiments.figures import plots
+from experiments.storage import records
 
 if TYPE_CHECKING:
     import xarray

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import jax
 
-from experiments.hosts import ALONE, Hosts
+from experiments.launch.hosts import ALONE, Hosts
 from sgd_sparse_jax import data
 
 MAY_CHANGE = (

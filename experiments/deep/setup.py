@@ -11,9 +11,9 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep_flags import CONFUSIONS, Config, assert_possible, colour
+from experiments.deep.config import CONFUSIONS, Config, assert_possible, colour
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax._types import Batch, Params, Stats
+from sgd_sparse_jax.types import Batch, Params, Stats
 
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
 

@@ -19,8 +19,8 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from experiments import files
-from experiments.signals import EXIT_CODE, Stopped, interrupting
+from experiments.launch.signals import EXIT_CODE, Stopped, interrupting
+from experiments.storage import files
 
 ConfigT = TypeVar("ConfigT")
 CURABLE = (ValueError, OSError, FloatingPointError)  # what a user can mend; the rest are bugs

@@ -10,10 +10,10 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from experiments.problems import Toy
-from experiments.toy_flags import Config
+from experiments.toy.config import Config
+from experiments.toy.problems import Toy
 from sgd_sparse_jax import data, measure, train
-from sgd_sparse_jax._types import Batch, Noise, Params, TrainState
+from sgd_sparse_jax.types import Batch, Noise, Params, TrainState
 
 
 class Descent(NamedTuple):

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments import hosts, npz
+from experiments.launch import hosts
+from experiments.storage import npz
 
 Arrays = dict[str, np.ndarray]
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments import cli
-from experiments.signals import Asked, Stopped
+from experiments.launch import cli
+from experiments.launch.signals import Asked, Stopped
 from sgd_sparse_jax import train
 from sgd_sparse_jax.train import Pause
 

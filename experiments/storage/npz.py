@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from experiments import files, values
+from experiments.storage import files, values
 
 if TYPE_CHECKING:
     import xarray

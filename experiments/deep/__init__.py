@@ -1,0 +1,1 @@
+"""Runs that train an image classifier: flags, setup, training, metrics, curves."""

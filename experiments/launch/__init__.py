@@ -1,0 +1,1 @@
+"""How a command starts and stops: flags, signals, devices, hosts."""

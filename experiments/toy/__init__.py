@@ -1,0 +1,1 @@
+"""Ensembles of toy runs: problems, flags, one run, many seeds."""
