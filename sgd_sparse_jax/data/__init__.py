@@ -9,6 +9,7 @@ from .augment import (
     random_flip as random_flip,
 )
 from .builders import prepare as prepare
+from .fingerprint import fingerprint as fingerprint
 from .images import IMAGE_SETS as _STORED, Images as Images, ImageSet as ImageSet
 from .label_noise import (
     CIFAR10_CONFUSIONS as CIFAR10_CONFUSIONS,

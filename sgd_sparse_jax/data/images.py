@@ -31,6 +31,7 @@ class Images(NamedTuple):
     images: Pixels
     labels: Labels
     class_names: tuple[str, ...]
+    source: str = ""  # the data set and its version, where they are known
 
 
 class ImageSet(NamedTuple):
