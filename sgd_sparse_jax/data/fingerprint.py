@@ -43,5 +43,5 @@ def fingerprint(images: Images) -> dict[str, int | str]:
 
 
 def _sha256(array: np.ndarray) -> str:
-    little_endian = array.astype(array.dtype.newbyteorder("<"), order="C", copy=False)
-    return hashlib.sha256(little_endian).hexdigest()
+    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return hashlib.sha256(little_endian.tobytes()).hexdigest()
