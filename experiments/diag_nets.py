@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from experiments.figures import plots, tables
-from experiments.launch import cli, devices, hosts
+from experiments.launch import cli, devices, hosts, ranges
+from experiments.launch.ranges import AboveMinusOne, Count, Finite, Positive, Seed, Share
 from experiments.toy import config as toy_flags, ensemble, problems
 
 if TYPE_CHECKING:
@@ -24,25 +25,25 @@ class Config(toy_flags.Config):
 
     setting: Literal["d1", "d2"] = "d1"
     """d1: n=80, d=200, single-example SGD. d2: n=40, d=100, gradient descent and SGD."""
-    step_sizes: tuple[float, ...] = (0.25, 0.282, 0.282, 0.282)
+    step_sizes: tuple[Positive, ...] = (0.25, 0.282, 0.282, 0.282)
     """Step size at the start of each schedule."""
-    decay_times: tuple[float, ...] = (1.0, 0.1, 0.3, 0.5)
+    decay_times: tuple[Share, ...] = (1.0, 0.1, 0.3, 0.5)
     """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[float, ...] = (1.0, 4.8, 3.4, 1.5)
+    decay_factors: tuple[Positive, ...] = (1.0, 4.8, 3.4, 1.5)
     """What each schedule divides its step size by."""
-    warmup_gains: tuple[float, ...] = (0.0,) * 4
+    warmup_gains: tuple[AboveMinusOne, ...] = (0.0,) * 4
     """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[int, ...] = (1,) * 4
+    batch_sizes: tuple[Count, ...] = (1,) * 4
     """Examples per step, drawn with replacement; all of them is gradient descent."""
-    n: int = 80
+    n: Count = 80
     """Training examples."""
-    d: int = 200
+    d: Count = 200
     """Input dimension."""
-    support: int = 20
+    support: Count = 20
     """Non-zero entries of the target."""
-    data_seed: int = 0
+    data_seed: Seed = 0
     """Seed of the data (NumPy's legacy generator)."""
-    alpha: float = 0.1
+    alpha: Finite = 0.1
     """u at initialization; v is 0."""
 
 
@@ -89,9 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> tables.Finding:
     """Runs the ensemble into its folder, or reads it where it is finished; draws and prints."""
     hosts.join(config.hosts)
-    for field in ("n", "d", "support"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
+    ranges.check(config)
     if config.support > config.d:
         raise ValueError(f"--support is {config.support}, more than --d {config.d}.")
     toy = problems.diagonal(

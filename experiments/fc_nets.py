@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.figures import plots, tables
 from experiments.launch import cli, devices, hosts
+from experiments.launch.ranges import AboveMinusOne, Count, Positive, Share
 from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
 
 if TYPE_CHECKING:
@@ -27,17 +28,17 @@ class Config(toy_flags.Config):
 
     setting: Literal["1d", "1d-overregularized", "two-layer", "three-layer"] = "1d"
     """1d: 12 points, 100 units. two-layer, three-layer: teacher and student."""
-    step_sizes: tuple[float, ...] = (2e-4, 2e-4)
+    step_sizes: tuple[Positive, ...] = (2e-4, 2e-4)
     """Step size at the start of each schedule."""
-    decay_times: tuple[float, ...] = (0.02, 0.5)
+    decay_times: tuple[Share, ...] = (0.02, 0.5)
     """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[float, ...] = (2.5, 3.0)
+    decay_factors: tuple[Positive, ...] = (2.5, 3.0)
     """What each schedule divides its step size by."""
-    warmup_gains: tuple[float, ...] = (400 * 0.02 - 1, 400 * 0.5 - 1)
+    warmup_gains: tuple[AboveMinusOne, ...] = (400 * 0.02 - 1, 400 * 0.5 - 1)
     """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[int, ...] = (1, 1)
+    batch_sizes: tuple[Count, ...] = (1, 1)
     """Examples per step, drawn with replacement; all of them is gradient descent."""
-    num_steps: int = 31_623
+    num_steps: Count = 31_623
     """Steps of each run."""
 
 

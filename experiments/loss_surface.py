@@ -17,7 +17,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.figures import plots, tables
-from experiments.launch import cli, devices, hosts
+from experiments.launch import cli, devices, hosts, ranges
+from experiments.launch.ranges import (
+    AboveMinusOne,
+    Count,
+    CountOrNone,
+    Finite,
+    Positive,
+    Share,
+    TwoOrMore,
+)
 from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import data, measure
 
@@ -31,27 +40,27 @@ class Config(toy_flags.Config):
 
     setting: Literal["d3"] = "d3"
     """The paper's."""
-    step_sizes: tuple[float, ...] = (0.03, 3.0, 0.6)
+    step_sizes: tuple[Positive, ...] = (0.03, 3.0, 0.6)
     """Step size of each way; the first is taken for the flow."""
-    decay_times: tuple[float, ...] = (1.0, 0.5, 0.5)
+    decay_times: tuple[Share, ...] = (1.0, 0.5, 0.5)
     """Share of the run after which each step size decays; 1 is never."""
-    decay_factors: tuple[float, ...] = (1.0, 3.0, 3.0)
+    decay_factors: tuple[Positive, ...] = (1.0, 3.0, 3.0)
     """What each way divides its step size by."""
-    warmup_gains: tuple[float, ...] = (0.0,) * 3
+    warmup_gains: tuple[AboveMinusOne, ...] = (0.0,) * 3
     """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[int, ...] = (20, 20, 1)
+    batch_sizes: tuple[Count, ...] = (20, 20, 1)
     """Examples per step; all of them is gradient descent."""
-    num_steps: int = 10_001
+    num_steps: Count = 10_001
     """Steps of each run."""
     log_records: bool = True
     """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
-    grid: int = 100
+    grid: TwoOrMore = 100
     """Points of the maps in each direction."""
-    low: float = -0.5
+    low: Finite = -0.5
     """Least coordinate of the maps."""
-    high: float = 2.3
+    high: Finite = 2.3
     """Greatest coordinate of the maps."""
-    frames: int = 60
+    frames: CountOrNone = 60
     """Frames of the animation; 0 for none."""
 
 
@@ -87,15 +96,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> tables.Finding:
     """Runs the three ways into a folder, or reads them there; draws, animates and prints."""
     hosts.join(config.hosts)
+    ranges.check(config)
     if len(config.step_sizes) != len(WAYS):
         raise ValueError(
             f"--step_sizes has {len(config.step_sizes)} values; give one each for {WAYS}."
         )
-    if config.grid < 2 or config.frames < 0 or not config.low < config.high:
-        raise ValueError(
-            f"--grid {config.grid} --frames {config.frames} --low {config.low} "
-            f"--high {config.high}: a map needs 2 points or more, 0 frames or more, low < high."
-        )
+    if not config.low < config.high:
+        raise ValueError(f"--low is {config.low}; it must be less than --high, {config.high}.")
     toy = problems.PROBLEMS["diagonal-plane"]()
     folder, dataset = ensemble.results("loss_surface", config, toy)
     hosts.leave_the_rest_to_first()

@@ -10,15 +10,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.figures import plots
-from experiments.launch import cli, devices, hosts
+from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.hosts import ALONE, Hosts
+from experiments.launch.ranges import AboveMinusOne, Count, Positive, Range, Seed, Share
 from experiments.launch.signals import deferred
 from experiments.storage import npz, records
 from experiments.toy import chunks, ensemble, problems, run as toy_runs
@@ -50,25 +51,25 @@ class Config:
     """What the second axis varies."""
     values: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     """Values of the second axis."""
-    step_sizes: tuple[float, ...] = (0.05, 0.1, 0.15, 0.2, 0.23, 0.25, 0.265, 0.28, 0.29, 0.3)
+    step_sizes: tuple[Positive, ...] = (0.05, 0.1, 0.15, 0.2, 0.23, 0.25, 0.265, 0.28, 0.29, 0.3)
     """Values of the first axis."""
-    seeds: int = 16
+    seeds: Count = 16
     """Seeds of every pair."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the seeds: seed i is fold_in(key(seed), i)."""
-    num_steps: int = 20_001
+    num_steps: Count = 20_001
     """Steps of each run."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Examples per step, unless the axis says; all of them is gradient descent."""
-    init_scale: float = 1.0
+    init_scale: Positive = 1.0
     """Multiplies the paper's initial weights, unless the axis says."""
-    decay_time: float = 0.5
+    decay_time: Share = 0.5
     """Share of the run after which the step size decays, unless the axis says; 1 is never."""
-    decay_factor: float = 4.0
+    decay_factor: Positive = 4.0
     """What the step size is divided by then, unless the axis says."""
-    warmup_gain: float = 0.0
+    warmup_gain: AboveMinusOne = 0.0
     """Until it decays the step size grows as 1 + gain * step / num_steps, unless the axis says."""
-    trend_records: int = 64
+    trend_records: Annotated[int, Range(8)] = 64
     """Losses taken before the decay to tell the outcome, evenly spaced."""
     exp_name: str = ""
     """Name of the run's folder; empty: PROBLEM-AXIS."""
@@ -145,30 +146,20 @@ def validate(config: Config, toy: problems.Toy) -> None:
         raise ValueError(f"Unknown --axis {config.axis!r}; known are {', '.join(AXES)}.")
     if not config.values or not config.step_sizes:
         raise ValueError("--values and --step_sizes need one value or more.")
-    for field in ("seeds", "num_steps"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
-    if config.trend_records < 8:
-        raise ValueError(f"--trend_records is {config.trend_records}; 8 or more show an outcome.")
+    ranges.check(config)
+    flag, values = "--batch_size", (config.batch_size,)
+    if config.axis == "batch_size":
+        flag, values = "--values of --axis batch_size", config.values
+    for value in config.values:
+        allowed = ranges.declared(Config)[config.axis]
+        ranges.check_value(f"--values of --axis {config.axis}", value, allowed)
     n = len(toy.train.y)
-    limits = {
-        "batch_size": (1, n, f"a whole number from 1 to the {n} training examples"),
-        "init_scale": (1e-300, 1e300, "positive"),
-        "decay_time": (0.0, 1.0, "a share of the run, 0 to 1"),
-        "decay_factor": (1e-300, 1e300, "positive"),
-        "warmup_gain": (-0.999, 1e300, "above -1"),
-        "step_size": (1e-300, 1e300, "positive"),
-    }
-    for name, (low, high, words) in limits.items():
-        flag, values = f"--{name}", [getattr(config, name, 1.0)]
-        if name == config.axis:
-            flag, values = f"--values of --axis {name}", list(config.values)
-        if name == "step_size":
-            flag, values = "--step_sizes", list(config.step_sizes)
-        for value in values:
-            whole = name != "batch_size" or value == int(value)
-            if not (low <= value <= high and whole):
-                raise ValueError(f"{flag} holds {value:g}; it must be {words}.")
+    for value in values:
+        if value != int(value) or value > n:
+            raise ValueError(
+                f"{flag} is {value:g}; it must be a whole number from 1 to the {n} training "
+                "examples."
+            )
     first = min(config.values if config.axis == "decay_time" else (config.decay_time,))
     if int(first * config.num_steps) < config.trend_records + 8:
         raise ValueError(

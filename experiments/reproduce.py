@@ -34,7 +34,8 @@ from experiments.figures.report import (
     score,
     summary,
 )
-from experiments.launch import cli, devices
+from experiments.launch import cli, devices, ranges
+from experiments.launch.ranges import Count, CountOrNone, Seed, TwoOrMore
 from experiments.storage import files, records
 from experiments.toy import config as toy_flags
 
@@ -48,15 +49,15 @@ RESAMPLES = 4000
 class Config:
     """All toy experiments of the paper: D1-D3, F1, F2, T1, T3."""
 
-    seeds: int = 32
+    seeds: TwoOrMore = 32
     """Seeds of every setting (two-layer nets, most of which diverge: eight times as many)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the seeds."""
-    spectra_records: int = 40
+    spectra_records: Count = 40
     """At how many records singular values are taken for every seed (for one seed at all)."""
-    frames: int = 40
+    frames: CountOrNone = 40
     """Frames of the animation; 0 for none."""
-    workers: int = 0
+    workers: CountOrNone = 0
     """Settings run side by side, each on one device; 0: one per core, or one after another where
     there is an accelerator."""
     exp_name: str = "toys"
@@ -90,12 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> list[Chapter]:
     """Runs all settings (finished ones are read) and writes the two reports."""
-    if config.seeds < 2 or config.spectra_records < 1 or min(config.frames, config.workers) < 0:
-        raise ValueError(
-            f"--seeds {config.seeds} --spectra_records {config.spectra_records} --frames "
-            f"{config.frames} --workers {config.workers}: give 2 seeds, 1 record, 0 frames, "
-            "0 workers or more."
-        )
+    ranges.check(config)
     folder = records.run_folder(config.runs_dir, "reproduce", config.exp_name)
     folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()

@@ -51,9 +51,9 @@ def test_published_numbers_stand_beside_the_papers_setting_only():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"grid": 1}, "--grid 1"),
-        ({"frames": -1}, "--frames -1"),
-        ({"low": 3.0}, "--low 3.0"),
+        ({"grid": 1}, "--grid is 1"),
+        ({"frames": -1}, "--frames is -1"),
+        ({"low": 3.0}, "--low is 3.0"),
         ({"step_sizes": (0.1,)}, "--step_sizes has 1 values; give one each for"),
     ],
 )

@@ -162,6 +162,6 @@ def test_cells_are_escaped():
 
 
 def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--seeds 1"):
+    with pytest.raises(ValueError, match="--seeds is 1"):
         reproduce.run(reproduce.Config(seeds=1, runs_dir=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []

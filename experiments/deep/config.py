@@ -3,12 +3,24 @@
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Annotated, Literal
 
 import jax
 
+from experiments.launch import ranges
 from experiments.launch.hosts import ALONE, Hosts
+from experiments.launch.ranges import (
+    Count,
+    CountOrAll,
+    CountOrNone,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Range,
+    Seed,
+    Share,
+)
 from sgd_sparse_jax import data
 
 MAY_CHANGE = (
@@ -30,13 +42,13 @@ class Config:
     dataset: str = "cifar10"
     """Data set: cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
     cifar10_dog_cat, gaussians_binary, uniform_noise; NAME_gs for grey-scale."""
-    frac_train: float = 1.0
+    frac_train: PositiveShare = 1.0
     """Share of the training set to use: its first part."""
-    p_label_noise: float = 0.0
+    p_label_noise: Share = 0.0
     """Share of training labels that are wrong from the start."""
     noise_type: Literal["sym", "asym"] = "sym"
     """Wrong labels: sym, uniform among the others; asym, what the class is mistaken for."""
-    sgd_p_label_noise: float = 0.0
+    sgd_p_label_noise: Share = 0.0
     """Share of each batch's labels drawn anew, uniform over all classes, at every step."""
     ln_schedule: str = "constant"
     """Schedule of sgd_p_label_noise, by the names of lr_schedule."""
@@ -45,66 +57,66 @@ class Config:
     model: str = "resnet18_plain"
     """Network: resnet18_plain (the paper's), resnet18, resnet18_gn, resnet34, resnet34_gn,
     resnet34preact, resnet_tiny, resnet_tiny_gn, wrn28, vgg16, densenet100_12."""
-    model_width: int = 64
+    model_width: Count = 64
     """Channels of the first stage; the widening factor of wrn28, the growth of densenet100_12."""
     half_prec: bool = False
     """Compute in bfloat16; parameters, norms and loss stay in float32."""
-    droprate: float = 0.0
+    droprate: Fraction = 0.0
     """Share dropped inside the blocks of pre-activation networks."""
-    softplus: int = 0
+    softplus: CountOrNone = 0
     """Beta of softplus in place of ReLU in pre-activation networks (0: ReLU)."""
     model_path: str = ""
     """Start from the weights of this run folder, or of one of its saved states."""
-    epochs: int = 100
+    epochs: Count = 100
     """Length of the run, which the schedule is stretched over."""
-    batch_size: int = 128
+    batch_size: Count = 128
     """Examples per step, over all devices."""
-    lr_init: float = 0.1
+    lr_init: Positive = 0.1
     """Initial step size."""
     lr_schedule: str = "piecewise"
     """Step-size schedule by its released name (constant, piecewise_05epochs, cosine, ...)."""
-    warmup_factor: float = 1.0
+    warmup_factor: Positive = 1.0
     """Peak of the linear warm-up, as a multiple of lr_init."""
-    warmup_exp: float = 1.0
+    warmup_exp: Positive = 1.0
     """Above 1: base of the exponential warm-up; below 1: power of the polynomial one."""
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Heavy-ball momentum."""
-    l2_reg: float = 0.0
+    l2_reg: NonNegative = 0.0
     """λ of the penalty λ/2 |p|² over all parameters, inside the loss."""
-    swa_tau: float = 0.999
+    swa_tau: Fraction = 0.999
     """Decay of the moving average of the weights, taken at every step."""
-    eval_iter_freq: int = -1
+    eval_iter_freq: CountOrAll = -1
     """Steps between evaluations, a checkpoint follows each; -1: every 5 epochs."""
-    batch_size_eval: int = 512
+    batch_size_eval: Count = 512
     """Images per evaluation batch."""
-    n_final_eval: int = 10_000
+    n_final_eval: CountOrAll = 10_000
     """Test images that an evaluation sees (-1: all)."""
-    sparsity_images: int = 10_752
+    sparsity_images: Count = 10_752
     """Training images for training loss, error and sparsity (21 batches of 512)."""
-    bn_images: int = 5120
+    bn_images: Count = 5120
     """Training images for the averaged weights' BatchNorm moments; after all epochs, all."""
-    jacobian_examples: int = 0
+    jacobian_examples: CountOrNone = 0
     """Training images for the rank of the Jacobian, in float64 (0: no rank; slow above 50)."""
-    jacobian_tol: float = 1e-4
+    jacobian_tol: Positive = 1e-4
     """The rank counts singular values above this multiple of the largest."""
-    save_model_each_k_epochs: int = 0
+    save_model_each_k_epochs: CountOrNone = 0
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
-    max_steps: int = 0
+    max_steps: CountOrNone = 0
     """Stop after so many steps (0: all epochs); a later call may raise it and goes on."""
-    save_every_seconds: float = 300.0
+    save_every_seconds: Annotated[float, Range(0, math.inf, "[]")] = 300.0
     """Between evaluations, seconds from one checkpoint to the next (0: after every call)."""
-    keep: int = 2
+    keep: Count = 2
     """How many of the newest checkpoints stay."""
     fork_from: str = ""
     """Begin at a saved state of this run folder, which may have had other settings."""
-    fork_step: int = 0
+    fork_step: CountOrNone = 0
     """The step of that state; steps are counted on from there."""
-    steps_per_call: int = 0
+    steps_per_call: CountOrNone = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
     deterministic: bool = False
     """Two runs of one command give the same metrics, byte for byte: times are left out, and
     accelerators sum in a fixed order."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initialization, order of examples, augmentation and label noise."""
     exp_name: str = "other"
     """Name of the experiment; the run's folder adds the settings that tell runs apart."""
@@ -141,13 +153,7 @@ def colour(config: Config) -> str:
 
 def assert_possible(config: Config) -> None:
     """Raises ValueError, in the words of the flags, for values that can't be, whatever the data."""
-    bounds: dict[str, tuple[Callable[[Any], bool], str]] = {}
-    for names, inside, words in BOUNDS:
-        bounds |= dict.fromkeys(names.split(), (inside, words))
-    for name, (inside, words) in bounds.items():
-        value = getattr(config, name)
-        if not inside(value):
-            raise ValueError(f"--{name} is {value}; it must be {words}.")
+    ranges.check(config)
     for name in ("batch_size", "batch_size_eval"):
         if getattr(config, name) % jax.device_count():
             raise ValueError(
@@ -171,24 +177,3 @@ def assert_possible(config: Config) -> None:
         raise ValueError(
             "--tensorboard needs the package tensorboardX: pip install it, or leave the flag out."
         )
-
-
-positive = lambda value: 0 < value < math.inf
-
-share = lambda value: 0 <= value <= 1
-
-BOUNDS: Sequence[tuple[str, Callable[[Any], bool], str]] = (
-    ("model_width epochs batch_size batch_size_eval", lambda n: n >= 1, "1 or more"),
-    ("sparsity_images bn_images", lambda n: n >= 1, "1 or more"),
-    ("eval_iter_freq n_final_eval", lambda n: n >= 1 or n == -1, "1 or more, or -1"),
-    ("max_steps steps_per_call save_model_each_k_epochs fork_step", lambda n: n >= 0, "0 or more"),
-    ("keep", lambda n: n >= 1, "1 or more"),
-    ("save_every_seconds", lambda value: value >= 0, "0 or more"),
-    ("jacobian_examples seed", lambda n: n >= 0, "0 or more"),
-    ("l2_reg", lambda value: 0 <= value < math.inf, "0 or more"),
-    ("lr_init warmup_factor warmup_exp jacobian_tol", positive, "positive"),
-    ("momentum", lambda value: 0 <= value < 1, "in [0, 1), below 1"),
-    ("swa_tau droprate", lambda value: 0 <= value < 1, "in [0, 1)"),
-    ("frac_train", lambda value: 0 < value <= 1, "in (0, 1]"),
-    ("p_label_noise sgd_p_label_noise", share, "in [0, 1]"),
-)

@@ -6,7 +6,18 @@ from typing import Literal, TypeVar
 import jax
 import numpy as np
 
+from experiments.launch import ranges
 from experiments.launch.hosts import ALONE, Hosts
+from experiments.launch.ranges import (
+    AboveMinusOne,
+    Count,
+    CountOrNone,
+    Fraction,
+    NonNegative,
+    Positive,
+    Seed,
+    Share,
+)
 from experiments.toy.problems import Toy
 
 
@@ -18,45 +29,45 @@ class Config:
     """Which of the paper's settings."""
     exp_name: str = ""
     """Name of the run's folder; empty: the setting's name."""
-    seeds: int = 32
+    seeds: Count = 32
     """Seeds per schedule: of the initialization (where it is random) and of SGD."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the seeds: seed i of the ensemble is fold_in(key(seed), i)."""
-    step_sizes: tuple[float, ...] = ()
+    step_sizes: tuple[Positive, ...] = ()
     """Step size at the start of each schedule."""
-    decay_times: tuple[float, ...] = ()
+    decay_times: tuple[Share, ...] = ()
     """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[float, ...] = ()
+    decay_factors: tuple[Positive, ...] = ()
     """What each schedule divides its step size by."""
-    warmup_gains: tuple[float, ...] = ()
+    warmup_gains: tuple[AboveMinusOne, ...] = ()
     """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    warmup_exponent: float = 1.0
+    warmup_exponent: Positive = 1.0
     """The exponent of the warm-up."""
-    batch_sizes: tuple[int, ...] = ()
+    batch_sizes: tuple[Count, ...] = ()
     """Examples per step, drawn with replacement; all of them is gradient descent."""
-    num_steps: int = 100_001
+    num_steps: Count = 100_001
     """Steps of each run."""
-    init_scale: float = 1.0
+    init_scale: Positive = 1.0
     """Multiplies the paper's scale of the initial weights."""
-    momentum: float = 0.0
+    momentum: Fraction = 0.0
     """Heavy-ball momentum."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Adds WEIGHT_DECAY * weights to each gradient."""
-    sam_rho: float = 0.0
+    sam_rho: NonNegative = 0.0
     """Gradients are taken at weights + SAM_RHO * gradient (not normalized)."""
     sam_of: Literal["batch", "examples"] = "batch"
     """Whether that point is the batch's or each example's own."""
-    label_noise: float = 0.0
+    label_noise: NonNegative = 0.0
     """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
-    average: float = 0.0
+    average: Fraction = 0.0
     """What is watched is the moving average of the weights with this memory; 0 for the weights."""
-    valley_steps: int = 0
+    valley_steps: CountOrNone = 0
     """What is watched is the valley floor: the weights after so many steps of GD of size 0.5."""
-    gd_jitter: float = 1e-9
+    gd_jitter: Fraction = 1e-9
     """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
     log_records: bool = False
     """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
-    spectra_records: int = 40
+    spectra_records: Count = 40
     """At how many of the records singular values are taken for every seed (for one seed at all)."""
     runs_dir: str = "runs"
     """Where run folders go."""
@@ -65,41 +76,17 @@ class Config:
 
 def validate(config: Config, toy: Toy) -> None:
     """Raises ValueError, in the words of the flags, for what can't be run."""
+    ranges.check(config)
     per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
     lengths = {field: len(getattr(config, field)) for field in per_schedule}
     if len(set(lengths.values())) != 1 or not config.step_sizes:
         counts = ", ".join(f"--{field} {length}" for field, length in lengths.items())
         raise ValueError(f"Values per schedule: {counts}; give each schedule one of each.")
-    for field in ("seeds", "num_steps", "spectra_records"):
-        if getattr(config, field) < 1:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 1 or more.")
-    for field in ("step_sizes", "decay_factors"):
-        for value in getattr(config, field):
-            if not 0 < value < np.inf:
-                raise ValueError(f"--{field} holds {value}; each must be positive and finite.")
-    for value in config.warmup_gains:
-        if not -1 < value < np.inf:
-            raise ValueError(f"--warmup_gains holds {value}; each must be finite and above -1.")
-    for value in config.decay_times:
-        if not 0 <= value <= 1:
-            raise ValueError(f"--decay_times holds {value}; each is a share of the run, 0 to 1.")
     for value in config.batch_sizes:
-        if not 1 <= value <= len(toy.train.y):
+        if value > len(toy.train.y):
             raise ValueError(
-                f"--batch_sizes holds {value}; each is between 1 and the {len(toy.train.y)} "
-                "training examples."
+                f"--batch_sizes is {value}, more than the {len(toy.train.y)} training examples."
             )
-    for field in ("warmup_exponent", "init_scale"):
-        if not 0 < getattr(config, field) < np.inf:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be positive.")
-    for field in ("weight_decay", "sam_rho", "label_noise", "valley_steps"):
-        if not 0 <= getattr(config, field) < np.inf:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be 0 or more.")
-    for field in ("momentum", "average"):
-        if not 0 <= getattr(config, field) < 1:
-            raise ValueError(f"--{field} is {getattr(config, field)}; it must be in [0, 1).")
-    if not 0 <= config.gd_jitter < 1:
-        raise ValueError(f"--gd_jitter is {config.gd_jitter}; give a small share, such as 1e-9.")
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
 
