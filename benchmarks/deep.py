@@ -22,6 +22,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from sgd_sparse_jax.models import from_linen
+
 # Both frameworks live in one process: neither may take all of the device's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
@@ -174,7 +176,12 @@ def evaluation(ours: Training) -> dict[str, Any]:
     batch = math.ceil(min(EVAL_BATCH, n) / devices) * devices
     fetch = ours.fetch_from(ours.plan.test_images, augmented=False)
     make = partial(
-        measure.make_evaluation, ours.model, train.cross_entropy, fetch, batch=batch, shard=shard
+        measure.make_evaluation,
+        from_linen(ours.model),
+        train.cross_entropy,
+        fetch,
+        batch=batch,
+        shard=shard,
     )
     sparsity = make(
         sample=lambda block, phi: measure.sample_units(key, phi),

@@ -24,6 +24,7 @@ from benchmarks.deep_plan import (
 )
 from experiments.deep import setup as deep_parts
 from sgd_sparse_jax import data, models, train
+from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Fetch, TrainState
 
 
@@ -45,14 +46,18 @@ class Training:
         self.model = models.build(name, classes=CLASSES, width=width, dtype=plan.dtype)
         self.mesh = train.data_mesh()
         tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(STEP_SIZE, MOMENTUM))
-        step = train.make_step(self.model, train.cross_entropy, tx, ema_decay=AVERAGE_DECAY)
+        step = train.make_step(
+            train.make_objective(from_linen(self.model), train.cross_entropy),
+            tx,
+            ema_decay=AVERAGE_DECAY,
+        )
         fetch = self.fetch_from(plan.images, augmented=True)
         self.segment = train.make_segment(
             step, fetch, shard=train.split_examples(self.mesh), unroll=1
         )
         self.sampler = train.reshuffled_epochs(len(plan.images.labels), batch)
         x = jnp.zeros((1, *SHAPE), jnp.float32)
-        init = partial(train.init_state, model=self.model, tx=tx, x=x, averaged=True)
+        init = partial(train.init_state, network=from_linen(self.model), tx=tx, x=x, averaged=True)
         self.fresh = jax.jit(init)
         self.state = self.start()
 

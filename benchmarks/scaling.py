@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import deep_plan, peaks, timing
 from experiments.launch import cli
 from sgd_sparse_jax import data, models, train
+from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Batch
 
 NETS = ("resnet18_plain", "resnet34", "wrn28", "vgg16", "densenet100_12")
@@ -248,7 +249,11 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     tx = optax.chain(
         optax.add_decayed_weights(deep_plan.L2), optax.sgd(deep_plan.STEP_SIZE, deep_plan.MOMENTUM)
     )
-    step = train.make_step(model, train.cross_entropy, tx, ema_decay=deep_plan.AVERAGE_DECAY)
+    step = train.make_step(
+        train.make_objective(from_linen(model), train.cross_entropy),
+        tx,
+        ema_decay=deep_plan.AVERAGE_DECAY,
+    )
 
     def program(pixels, key, state, indices):
         def fetch(key, idx):
@@ -263,7 +268,7 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
         jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     )
     x = jnp.zeros((1, *deep_plan.SHAPE), jnp.float32)
-    init = partial(train.init_state, model=model, tx=tx, x=x, averaged=True)
+    init = partial(train.init_state, network=from_linen(model), tx=tx, x=x, averaged=True)
     key = jax.eval_shape(lambda: jr.key(0))
     state = jax.eval_shape(init, key)
     one = deep_plan.SHAPE if config.images_as_maps else (math.prod(deep_plan.SHAPE),)

@@ -10,6 +10,8 @@ Each round times every side once; numbers are medians over rounds, ratios are ta
 
 import os
 
+from sgd_sparse_jax.train import make_objective
+
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for ours; NumPy's own BLAS reads it as well
 
 import jax
@@ -24,7 +26,7 @@ from benchmarks import timing
 from experiments.toy import problems
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.train import (
-    Gauge,
+    Probe,
     init_state,
     make_segment,
     make_step,
@@ -98,7 +100,7 @@ def numba_side(toy: problems.Toy, steps: int, runs: int):
 
 def torch_side(toy: problems.Toy, steps: int):
     """One run of a torch.nn net with the widths, biases and data of `toy`."""
-    params = toy.network(1.0).init(jr.key(0), toy.train.x)["params"]
+    params = toy.network(1.0).init(jr.key(0), toy.train.x)[0]
     layers: list[torch.nn.Module] = []
     for layer in params.values():
         linear = torch.nn.Linear(*layer["kernel"].shape, bias="bias" in layer, dtype=torch.float64)
@@ -126,15 +128,15 @@ def our_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
 
 def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array):
     """Seeds x step sizes, final parameters."""
-    model, train = toy.network(1.0), toy.train
+    network, train = toy.network(1.0), toy.train
 
     def run(key, step_size):
         tx = optax.sgd(step_size)
         fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-        segment = make_segment(make_step(model, toy.loss, tx), fetch)
+        segment = make_segment(make_step(make_objective(network, toy.loss), tx), fetch)
         sampler = with_replacement(len(train.y), 1)
-        start = Gauge(lambda state: state.step, [0])
-        state = init_state(key, model, tx, train.x)
+        start = Probe(lambda state: state.step, [0])
+        state = init_state(key, network, tx, train.x)
         return record_run(key, sampler, segment, state, [start], steps)[0].params
 
     sweep, keys = make_sweep(run), jr.split(jr.key(0), seeds)

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec as P
 from benchmarks import scaling
 from benchmarks.scaling import Collective, collectives
 from sgd_sparse_jax import data, models, train
+from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Batch
 
 BATCH, CLASSES, SIZE = 16, 4, 8
@@ -29,7 +30,9 @@ def exchanged(model, *, augment=False, split=True, shared_images=True):
     """Collectives of one compiled step over eight devices, and the shapes of the state."""
     mesh = train.data_mesh()
     tx = optax.chain(optax.add_decayed_weights(5e-4), optax.sgd(0.1, 0.9))
-    step = train.make_step(model, train.cross_entropy, tx, ema_decay=0.9)
+    step = train.make_step(
+        train.make_objective(from_linen(model), train.cross_entropy), tx, ema_decay=0.9
+    )
     shard = train.split_examples(mesh) if split else lambda idx: idx
 
     def program(x, y, key, state, idx):
@@ -45,7 +48,7 @@ def exchanged(model, *, augment=False, split=True, shared_images=True):
         return jax.tree.map(describe, like)
 
     example = jnp.zeros((1, SIZE, SIZE, 3), jnp.float32)
-    init = lambda key: train.init_state(key, model, tx, example, averaged=True)
+    init = lambda key: train.init_state(key, from_linen(model), tx, example, averaged=True)
     key = jax.eval_shape(lambda: jr.key(0))
     state = jax.eval_shape(init, key)
     images = np.zeros((64, SIZE, SIZE, 3), np.uint8)

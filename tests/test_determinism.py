@@ -20,7 +20,7 @@ from experiments.deep import config as deep_flags, training as classifiers
 from experiments.deep.config import Config
 from experiments.storage import records
 from sgd_sparse_jax import data, train
-from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.models import Layers, ResNet, from_linen
 from sgd_sparse_jax.types import Batch
 
 pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "single_precision")
@@ -128,10 +128,12 @@ def parts(devices=1, lr=0.05, momentum=0.9, batch=16):
     def fetch(key, idx):
         return Batch(data.crop_and_flip(key, images[idx]) / jnp.float32(255), labels[idx])
 
-    step = train.make_step(MODEL, train.cross_entropy, tx, ema_decay=0.9)
+    step = train.make_step(
+        train.make_objective(from_linen(MODEL), train.cross_entropy), tx, ema_decay=0.9
+    )
     segment = train.make_segment(step, fetch, shard=train.split_examples(mesh), unroll=1)
     x = jnp.zeros((1, 16, 16, 3), jnp.float32)
-    init = jax.jit(lambda key: train.init_state(key, MODEL, tx, x, averaged=True))
+    init = jax.jit(lambda key: train.init_state(key, from_linen(MODEL), tx, x, averaged=True))
     return mesh, init, train.reshuffled_epochs(64, batch), segment
 
 

@@ -11,11 +11,12 @@ import pytest
 
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.data import sparse_regression
-from sgd_sparse_jax.models import DiagonalNet
+from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
-    Gauge,
+    Probe,
     half_squared,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     record_run,
@@ -48,9 +49,11 @@ def golden_run(step_size: float, num_steps: int, at):
 
     @jax.jit
     def run(key):
-        segment = make_segment(make_step(model, half_squared, tx), fetch)
-        state = init_state(key, model, tx, problem.train.x)
-        gauges = [Gauge(losses, at), Gauge(lambda state: state.params, at[-1:])]
+        segment = make_segment(
+            make_step(make_objective(from_linen(model), half_squared), tx), fetch
+        )
+        state = init_state(key, from_linen(model), tx, problem.train.x)
+        gauges = [Probe(losses, at), Probe(lambda state: state.params, at[-1:])]
         return record_run(key, recorded(indices), segment, state, gauges, num_steps)
 
     _, ((train, test), params) = run(jr.key(0))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sgd_sparse_jax import measure, train
-from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.models import Layers, ResNet, from_linen
 from sgd_sparse_jax.types import Batch
 
 MODEL = ResNet((1,), classes=3, width=4, layers=Layers(jnp.float64))
@@ -23,7 +23,9 @@ LOGITS, FEATURES = jax.jit(MODEL.apply)(VARIABLES, X)
 
 
 def evaluation(batch, **options):
-    return measure.make_evaluation(MODEL, train.cross_entropy, FETCH, batch=batch, **options)
+    return measure.make_evaluation(
+        from_linen(MODEL), train.cross_entropy, FETCH, batch=batch, **options
+    )
 
 
 @pytest.mark.parametrize(("batch", "n"), [(8, 45), (45, 45), (64, 45), (8, 17)])
@@ -60,7 +62,7 @@ def test_devices_change_nothing():
 
 
 def test_moments_are_the_mean_of_the_batches_own():
-    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
+    moments = measure.make_moments(from_linen(FORGETFUL), FETCH, batch=15)
     found = moments(jr.key(0), PARAMS, STATS, 45)["batch_stats"]["BatchNorm_0"]
     _, kept = MODEL.apply(
         VARIABLES, X, capture_intermediates=lambda m, _: m.name == "Conv_0", mutable=True
@@ -72,7 +74,7 @@ def test_moments_are_the_mean_of_the_batches_own():
 
 
 def test_moments_forget_what_they_were():
-    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
+    moments = measure.make_moments(from_linen(FORGETFUL), FETCH, batch=15)
     spoiled = jax.tree.map(lambda leaf: leaf + 100.0, STATS)
     a, b = (moments(jr.key(0), PARAMS, stats, 45) for stats in (STATS, spoiled))
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=1e-12), a, b)
@@ -89,7 +91,7 @@ def test_an_example_beyond_the_last_does_not_revive_a_unit():
 
 
 def test_moments_leave_other_variables_alone():
-    moments = measure.make_moments(FORGETFUL, FETCH, batch=15)
+    moments = measure.make_moments(from_linen(FORGETFUL), FETCH, batch=15)
     key = {"dropout": {"key": jnp.arange(2, dtype=jnp.uint32)}}
     kept = moments(jr.key(0), PARAMS, {**STATS, **key}, 45)
     jax.tree.map(np.testing.assert_array_equal, kept["dropout"], key["dropout"])

@@ -18,12 +18,13 @@ import pytest
 
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.data import sparse_regression
-from sgd_sparse_jax.models import MLP, DiagonalNet
+from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
-    Gauge,
+    Probe,
     full_batch,
     half_squared,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     piecewise_decay,
@@ -98,10 +99,10 @@ def trained(model, loss, tx, sampler, params, train: Batch, test: Batch, at, num
     @jax.jit
     def run(key):
         fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-        segment = make_segment(make_step(model, loss, tx), fetch)
-        state = init_state(key, model, tx, train.x)
+        segment = make_segment(make_step(make_objective(from_linen(model), loss), tx), fetch)
+        state = init_state(key, from_linen(model), tx, train.x)
         state = state if params is None else state._replace(params=params)
-        gauges = [Gauge(losses, at), Gauge(lambda state: state.params, at)]
+        gauges = [Probe(losses, at), Probe(lambda state: state.params, at)]
         return record_run(key, sampler, segment, state, gauges, num_steps)
 
     _, (seen, thetas) = run(jr.key(0))

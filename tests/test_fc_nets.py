@@ -79,7 +79,7 @@ def test_step_sizes_are_the_papers(setting, schedule, reference):
 def test_initializations_are_the_papers():
     def drawn(name):
         toy = problems.PROBLEMS[name]()
-        many = jax.vmap(lambda key: toy.network(1.0).init(key, toy.train.x)["params"])
+        many = jax.vmap(lambda key: toy.network(1.0).init(key, toy.train.x)[0])
         return jax.tree.map(np.asarray, many(jax.random.split(jax.random.key(0), 500)))
 
     one = drawn("1d")
@@ -107,6 +107,6 @@ def test_published_numbers_fit_their_schedules():
 def test_scaled_initializations_scale_the_network():
     toy = problems.PROBLEMS["1d"]()
     key = jax.random.key(3)
-    of = lambda scale: toy.network(scale).init(key, toy.train.x)["params"]
+    of = lambda scale: toy.network(scale).init(key, toy.train.x)[0]
     whole, half = of(1.0), jax.jit(of)(0.5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(0.5 * a, b, rtol=1e-12), whole, half)

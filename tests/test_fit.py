@@ -10,7 +10,7 @@ import optax
 import pytest
 
 from sgd_sparse_jax import train
-from sgd_sparse_jax.models import Layers, ResNet
+from sgd_sparse_jax.models import Layers, ResNet, from_linen
 from sgd_sparse_jax.types import Batch
 
 MODEL = ResNet((1,), classes=4, layers=Layers(), width=4)
@@ -31,14 +31,16 @@ def parts(devices, lr, momentum, tau):
     mesh = train.data_mesh(jax.devices()[:devices])
     images, labels = train.replicate((IMAGES, LABELS), mesh)
     tx = optax.sgd(lr, momentum or None)
-    step = train.make_step(MODEL, train.cross_entropy, tx, ema_decay=tau)
+    step = train.make_step(
+        train.make_objective(from_linen(MODEL), train.cross_entropy), tx, ema_decay=tau
+    )
 
     def fetch(key, idx):
         noise = jr.normal(key, (len(idx), 1, 1, 3), jnp.float32)  # augmentation, by (key, step)
         return Batch(images[idx] + 0.1 * noise, labels[idx])
 
     segment = train.make_segment(step, fetch, shard=train.split_examples(mesh), unroll=1)
-    fresh = lambda key: train.init_state(key, MODEL, tx, IMAGES[:1], averaged=True)
+    fresh = lambda key: train.init_state(key, from_linen(MODEL), tx, IMAGES[:1], averaged=True)
     return mesh, jax.jit(fresh), segment
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax.models import MLP, DiagonalNet
+from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
     example_sharpness_aware,
     full_batch,
@@ -37,9 +37,9 @@ def descend(gradient=None):
     """(loss before each step, u, v at the end) of full-batch descent."""
     tx = optax.sgd(ETA)
     fetch = lambda key, idx: Batch(DATA.x[idx], DATA.y[idx])
-    step = make_step(MODEL, half_squared, tx, gradient=gradient)
+    step = make_step(make_objective(from_linen(MODEL), half_squared), tx, gradient=gradient)
     segment = make_segment(step, fetch, unroll=1)
-    state = init_state(jr.key(0), MODEL, tx, DATA.x)
+    state = init_state(jr.key(0), from_linen(MODEL), tx, DATA.x)
     state, losses = segment(jr.key(1), state, full_batch(N)(jr.key(2), 0, STEPS))
     return losses, state.params["u"], state.params["v"]
 
@@ -116,7 +116,7 @@ def test_single_example_ascent_is_the_loop_over_examples_at_twice_its_rho(plain)
 
 
 def test_residual_ascent_moves_the_residual_alone(plain):
-    ours = descend(residual_sharpness_aware(MODEL, half_squared, 0.06))
+    ours = descend(residual_sharpness_aware(from_linen(MODEL), half_squared, 0.06))
     assert_close(ours, loop(of_examples(0.03, residual_only=True)))
     assert_far(ours, plain)
     assert_far(ours, descend(example_sharpness_aware(0.06)))
@@ -126,7 +126,7 @@ KINDS = {
     "whole batch": sharpness_aware,
     "normalized": partial(sharpness_aware, normalized=True),
     "examples": example_sharpness_aware,
-    "residuals": partial(residual_sharpness_aware, MODEL, half_squared),
+    "residuals": partial(residual_sharpness_aware, from_linen(MODEL), half_squared),
 }
 
 
@@ -148,8 +148,8 @@ def test_a_vmapped_rho_is_the_loop_over_rhos(kind):
 
 def at_start(model, loss, gradient, batch):
     """((loss, stats), gradient) at fresh parameters of `model`."""
-    params = init_state(jr.key(3), model, optax.sgd(ETA), batch.x).params
-    return jax.jit(gradient(make_objective(model, loss)))(params, {}, batch)
+    params = init_state(jr.key(3), from_linen(model), optax.sgd(ETA), batch.x).params
+    return jax.jit(gradient(make_objective(from_linen(model), loss)))(params, {}, batch)
 
 
 def test_with_one_example_the_batch_and_its_examples_ascend_alike():
@@ -163,7 +163,7 @@ def test_with_one_example_the_batch_and_its_examples_ascend_alike():
 def test_residual_and_example_ascents_agree_where_the_features_are_fixed(loss):
     batch = Batch(DATA.x, jnp.sign(DATA.y))
     linear = MLP(())  # df does not depend on the parameters: nothing but l' can move
-    agree = at_start(linear, loss, residual_sharpness_aware(linear, loss, 0.3), batch)
+    agree = at_start(linear, loss, residual_sharpness_aware(from_linen(linear), loss, 0.3), batch)
     assert_close(agree, at_start(linear, loss, example_sharpness_aware(0.3), batch), rtol=1e-13)
     still = at_start(linear, loss, sharpness_aware(0.0), batch)
     assert_close(agree[0], still[0], rtol=1e-13)
@@ -172,7 +172,9 @@ def test_residual_and_example_ascents_agree_where_the_features_are_fixed(loss):
 
 def test_at_a_minimum_the_normalized_ascent_stays_finite():
     params = {"u": jnp.zeros(D), "v": jnp.zeros(D)}
-    gradient = sharpness_aware(0.1, normalized=True)(make_objective(MODEL, half_squared))
+    gradient = sharpness_aware(0.1, normalized=True)(
+        make_objective(from_linen(MODEL), half_squared)
+    )
     (value, _), grads = gradient(params, {}, DATA)
     np.testing.assert_allclose(value, np.mean(Y**2) / 2, rtol=1e-14)
     jax.tree.map(np.testing.assert_array_equal, grads, params)
@@ -187,17 +189,21 @@ class BatchNormed(nn.Module):
 
 def test_single_example_ascent_refuses_batch_statistics():
     tx, model = optax.sgd(ETA), BatchNormed()
-    state = init_state(jr.key(0), model, tx, DATA.x)
+    state = init_state(jr.key(0), from_linen(model), tx, DATA.x)
     assert state.stats
-    step = make_step(model, half_squared, tx, gradient=example_sharpness_aware(0.1))
+    step = make_step(
+        make_objective(from_linen(model), half_squared), tx, gradient=example_sharpness_aware(0.1)
+    )
     with pytest.raises(ValueError, match="no meaning for a net with BatchNorm"):
         step(state, DATA)
 
 
 def test_statistics_are_those_of_the_parameters_and_not_of_the_ascended_point():
     tx, model = optax.sgd(ETA), BatchNormed()
-    state = init_state(jr.key(0), model, tx, DATA.x)
-    of = lambda gradient: make_step(model, half_squared, tx, gradient=gradient)(state, DATA)
+    state = init_state(jr.key(0), from_linen(model), tx, DATA.x)
+    of = lambda gradient: make_step(
+        make_objective(from_linen(model), half_squared), tx, gradient=gradient
+    )(state, DATA)
     plain, sharp = of(None), of(sharpness_aware(0.5))
     assert_close((sharp[0].stats, sharp[1]), (plain[0].stats, plain[1]), rtol=1e-14)
     moved = plain[0].params["scale"] - sharp[0].params["scale"]

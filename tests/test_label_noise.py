@@ -16,12 +16,13 @@ from sgd_sparse_jax.data import (
     sparse_regression,
     uniform_label_noise,
 )
-from sgd_sparse_jax.models import DiagonalNet
+from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
-    Gauge,
+    Probe,
     cyclic,
     half_squared,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     piecewise_decay,
@@ -33,7 +34,7 @@ from sgd_sparse_jax.types import Batch
 N, B, STEPS = 10, 3, 12
 DATA = jax.tree.map(jnp.asarray, sparse_regression(3, n=N, d=12, support=2, n_test=4).train)
 MODEL, TX = DiagonalNet(0.3), optax.sgd(0.05)
-STEP = make_step(MODEL, half_squared, TX)
+STEP = make_step(make_objective(from_linen(MODEL), half_squared), TX)
 KEY = jr.key(7)
 ORDER = with_replacement(N, B)
 CONSTANT = optax.constant_schedule(0.4)
@@ -45,7 +46,7 @@ def fetch(key, idx):
 
 
 def fresh():
-    return init_state(jr.key(5), MODEL, TX, DATA.x)
+    return init_state(jr.key(5), from_linen(MODEL), TX, DATA.x)
 
 
 def trained(noise, cuts=(STEPS,), compiled=jax.jit):
@@ -155,7 +156,7 @@ def test_records_change_no_noise():
 
     def seen(key, at):
         start = fresh()._replace(params=jnp.zeros((steps, B)))
-        gauges = [Gauge(lambda state: state.step, at)]
+        gauges = [Probe(lambda state: state.step, at)]
         return record_run(key, cyclic(N, B), segment, start, gauges, steps)[0].params
 
     rare = jax.jit(partial(seen, at=[0]))

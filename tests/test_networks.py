@@ -13,6 +13,7 @@ import pytest
 from jax.tree_util import DictKey
 
 from sgd_sparse_jax import models
+from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.train import cross_entropy, make_objective, make_step
 from sgd_sparse_jax.types import Batch, TrainState
 
@@ -106,8 +107,8 @@ def test_logits(net):
 def test_three_training_steps(net):
     golden, model, params, stats = net
     tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(0.05, 0.9))
-    step = make_step(model, cross_entropy, tx)
-    objective = make_objective(model, cross_entropy)
+    step = make_step(make_objective(from_linen(model), cross_entropy), tx)
+    objective = make_objective(from_linen(model), cross_entropy)
 
     @jax.jit
     def measured(state: TrainState):

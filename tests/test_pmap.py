@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from sgd_sparse_jax import models, train
+from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Batch, TrainState
 
 DEVICES, PER_DEVICE, CLASSES, STEPS = 8, 2, 4, 4
@@ -46,7 +47,9 @@ def rows():
 def fresh():
     """The same numbers whatever the axis of the norms, which draw nothing."""
     x = jnp.zeros((1, 8, 8, 3), jnp.float64)
-    return jax.jit(lambda key: train.init_state(key, net(), TX, x, averaged=True))(jr.key(0))
+    return jax.jit(lambda key: train.init_state(key, from_linen(net()), TX, x, averaged=True))(
+        jr.key(0)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +57,9 @@ def ours(images, rows):
     """States after each step, and losses, of `train` over all devices."""
     mesh = train.data_mesh()
     x, y = train.replicate(tuple(images), mesh)
-    step = train.make_step(net(), train.cross_entropy, TX, ema_decay=TAU)
+    step = train.make_step(
+        train.make_objective(from_linen(net()), train.cross_entropy), TX, ema_decay=TAU
+    )
     segment = jax.jit(
         train.make_segment(
             step, lambda key, idx: Batch(x[idx], y[idx]), shard=train.split_examples(mesh)

@@ -9,11 +9,12 @@ import pytest
 
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.data import sparse_regression
-from sgd_sparse_jax.models import DiagonalNet
+from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
-    Gauge,
+    Probe,
     half_squared,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     record_run,
@@ -90,9 +91,11 @@ def test_sgd_on_a_diagonal_net_converges_stabilizes_or_diverges_as_steps_grow():
             return half_squared(out, train.y).mean()
 
         fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-        segment = make_segment(make_step(model, half_squared, tx), fetch)
-        state = init_state(jr.key(0), model, tx, train.x)
-        gauges = [Gauge(loss, trend), Gauge(loss, tail)]
+        segment = make_segment(
+            make_step(make_objective(from_linen(model), half_squared), tx), fetch
+        )
+        state = init_state(jr.key(0), from_linen(model), tx, train.x)
+        gauges = [Probe(loss, trend), Probe(loss, tail)]
         _, losses = record_run(key, with_replacement(80, 1), segment, state, gauges, steps)
         return measure.outcome(*losses), measure.plateau_level(losses[0][32:])
 

@@ -9,12 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax.models import DiagonalNet, FactorizedLinear
+from sgd_sparse_jax.models import DiagonalNet, FactorizedLinear, from_linen
 from sgd_sparse_jax.train import (
     balancing,
     full_batch,
     half_squared,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     normalized_leaves,
@@ -33,8 +34,10 @@ MODEL = DiagonalNet(ALPHA)
 def descend(tx):
     """(loss before each step, u, v at the end) of full-batch gradient descent."""
     fetch = lambda key, idx: Batch(DATA.x[idx], DATA.y[idx])
-    segment = make_segment(make_step(MODEL, half_squared, tx), fetch, unroll=1)
-    state = init_state(jr.key(0), MODEL, tx, DATA.x)
+    segment = make_segment(
+        make_step(make_objective(from_linen(MODEL), half_squared), tx), fetch, unroll=1
+    )
+    state = init_state(jr.key(0), from_linen(MODEL), tx, DATA.x)
     state, losses = segment(jr.key(1), state, full_batch(N)(jr.key(2), 0, STEPS))
     return losses, state.params["u"], state.params["v"]
 
@@ -181,8 +184,8 @@ def test_a_vmapped_rate_is_the_loop_over_rates_and_rate_zero_is_gradient_descent
 def averaged_run(decay):
     """(iterates at 0 … STEPS, averages at the same steps)."""
     tx = optax.sgd(ETA)
-    step = make_step(MODEL, half_squared, tx, ema_decay=decay)
-    start = init_state(jr.key(0), MODEL, tx, DATA.x, averaged=True)
+    step = make_step(make_objective(from_linen(MODEL), half_squared), tx, ema_decay=decay)
+    start = init_state(jr.key(0), from_linen(MODEL), tx, DATA.x, averaged=True)
 
     def body(state, _):
         state, _ = step(state, DATA)
@@ -219,7 +222,7 @@ def test_a_vmapped_ema_decay_is_the_loop_over_decays():
 
 def test_balancing_names_the_leaf_that_is_missing():
     model, x = FactorizedLinear(), jnp.ones(3)
-    params = init_state(jr.key(0), model, optax.sgd(ETA), x).params
+    params = init_state(jr.key(0), from_linen(model), optax.sgd(ETA), x).params
     with pytest.raises(ValueError, match=r"no leaf \['u', 'v'\] in \['a', 'b'\]"):
         balancing(0.1).update(params, optax.EmptyState(), params)
     with pytest.raises(ValueError, match=r"no leaf \['w'\] in \['a', 'b'\]"):

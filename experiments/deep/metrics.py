@@ -12,7 +12,7 @@ import optax
 
 from experiments.deep.config import Config
 from experiments.deep.setup import Parts
-from sgd_sparse_jax import measure, train
+from sgd_sparse_jax import measure, models, train
 from sgd_sparse_jax.types import Fetch, TrainState
 
 
@@ -24,20 +24,20 @@ def evaluation(
     Each image passes the network once per set of weights, current and averaged; the averaged ones'
     BatchNorm moments come from `bn_images` training images, after all epochs from all.
     """
-    key = jr.key(config.seed)
+    key = jr.split(jr.key(config.seed), 3)[2]  # the others initialize and train
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
     placed = {"batch": config.batch_size_eval, "shard": train.split_examples(mesh)}
     on_train = measure.make_evaluation(
-        parts.model,
+        parts.network,
         train.cross_entropy,
         fetch,
         sample=lambda block, phi: measure.sample_units(block_keys[block], phi),
         distinct=lambda phi: measure.feature_sparsity(phi)[1],
         **placed,
     )
-    on_test = measure.make_evaluation(parts.model, train.cross_entropy, fetch_test, **placed)
+    on_test = measure.make_evaluation(parts.network, train.cross_entropy, fetch_test, **placed)
     forgetful = parts.model.clone(layers=parts.model.layers._replace(norm_momentum=0.0))
-    moments = measure.make_moments(forgetful, fetch, **placed)
+    moments = measure.make_moments(models.from_linen(forgetful), fetch, **placed)
     norms = parameter_and_gradient_norm(config, parts, fetch, train.split_examples(mesh))
     n, n_test = len(parts.images.labels), len(parts.test_images.labels)
 
@@ -64,7 +64,7 @@ def parameter_and_gradient_norm(
     config: Config, parts: Parts, fetch: Fetch, shard: Callable
 ) -> Callable:
     """State -> |p| and |∇L| on the first `batch_size` training images, normalized as a batch."""
-    objective = train.make_objective(parts.model, train.cross_entropy)
+    objective = train.make_objective(parts.network, train.cross_entropy)
 
     @jax.jit
     def norms(state: TrainState) -> dict[str, jax.Array]:
@@ -90,8 +90,8 @@ def jacobian_rank(config: Config, parts: Parts, state: TrainState) -> int:
         wide = lambda leaf: jnp.asarray(leaf, float if leaf.dtype == np.float32 else leaf.dtype)
         params, stats = jax.tree.map(wide, host)
         layers = parts.model.layers._replace(dtype=jnp.float64)
-        model = parts.model.clone(layers=layers)
-        predict = lambda params, x: model.apply({"params": params, **stats}, x)[0]
+        network = models.from_linen(parts.model.clone(layers=layers))
+        predict = lambda params, x: network.apply(params, stats, x).out
         gram = measure.tangent_kernel(predict, params, jnp.asarray(x))
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
     return int((values > config.jacobian_tol * values[0]).sum())

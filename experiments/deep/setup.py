@@ -13,7 +13,7 @@ import optax
 
 from experiments.deep.config import CONFUSIONS, Config, assert_possible, colour
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax.types import Batch, Params, Stats
+from sgd_sparse_jax.types import Batch, Network, Params, Stats
 
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
 
@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     """What a run is made of, once the data are at hand."""
 
     model: nn.Module
+    network: Network
     schedules: Schedules
     images: data.Images
     test_images: data.Images
@@ -86,6 +87,7 @@ def assemble(config: Config) -> Parts:
     model = network(config, classes)
     return Parts(
         model=model,
+        network=models.from_linen(model),
         schedules=schedules_of(config, steps_per_epoch),
         images=whole._replace(images=whole.images[:n], labels=labels),
         test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
@@ -143,7 +145,8 @@ def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batc
     """The compiled segment, the order of examples, and key -> fresh state."""
     shape = parts.images.images.shape[1:]
     tx = optimizer(config, parts.schedules.step_size)
-    step = train.make_step(parts.model, train.cross_entropy, tx, ema_decay=config.swa_tau)
+    objective = train.make_objective(parts.network, train.cross_entropy)
+    step = train.make_step(objective, tx, ema_decay=config.swa_tau)
     noise = data.uniform_label_noise(parts.schedules.label_noise, len(parts.images.class_names))
     segment = train.make_segment(
         step,
@@ -157,7 +160,7 @@ def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batc
 
     @jax.jit
     def fresh(key):
-        state = train.init_state(key, parts.model, tx, x, averaged=True)
+        state = train.init_state(key, parts.network, tx, x, averaged=True)
         if parts.weights is None:
             return state
         params, stats = parts.weights

@@ -5,16 +5,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
 from sgd_sparse_jax import data, measure
-from sgd_sparse_jax.models import MLP, DiagonalNet, gaussian, rademacher
+from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen, gaussian, rademacher
 from sgd_sparse_jax.train import half_squared, squared
-from sgd_sparse_jax.types import Batch, LossFn, Params, Scalar
+from sgd_sparse_jax.types import Batch, LossFn, Network, Params, Scalar
 
 SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # float64 is part of these definitions
 RANK_TOL = 1e-4
@@ -25,7 +24,7 @@ class Toy(NamedTuple):
 
     train: Batch
     test: Batch
-    network: Callable[[ArrayLike], nn.Module]  # of the scale of its initialization
+    network: Callable[[ArrayLike], Network]  # of the scale of its initialization
     loss: LossFn
     watch: Callable[[Params, Params], dict]  # (initial, current): cheap, taken at every record
     spectra: Callable[[Params], dict]  # singular values: taken at some of them
@@ -35,7 +34,7 @@ class Toy(NamedTuple):
 
     def predict(self, params: Params, x: ArrayLike) -> jax.Array:
         """f(x) for each row of x."""
-        return self.network(1.0).apply({"params": params}, jnp.asarray(x))[0]
+        return self.network(1.0).apply(params, {}, jnp.asarray(x)).out
 
     def mean_loss(self, params: Params, batch: Batch) -> Scalar:
         """The loss over all of `batch`."""
@@ -60,24 +59,26 @@ def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float =
         jacobian = measure.diagonal_net_jacobian(r, params["u"], params["v"])
         return {"rank": measure.numerical_rank(jacobian, DIAGONAL_RANK_TOL)}
 
-    network = lambda scale: DiagonalNet(alpha * scale)
+    network = lambda scale: from_linen(DiagonalNet(alpha * scale))
     return Toy(*_batches(drawn), network, half_squared, watch, spectra, decay_after_step=True)
 
 
 def regression_1d(units: int = 100) -> Toy:
     """F1, F2: twelve points on a line; w1 = +-2.5, b1 = 2.5 N(0, 1), w2 = 4 N(0, 1), ReLU."""
-    network = lambda scale: MLP(
-        (units,),
-        biases=(True, False),
-        kernel_init=(rademacher(2.5 * scale), gaussian(4.0 * scale)),
-        bias_init=gaussian(2.5 * scale),
+    network = lambda scale: from_linen(
+        MLP(
+            (units,),
+            biases=(True, False),
+            kernel_init=(rademacher(2.5 * scale), gaussian(4.0 * scale)),
+            bias_init=gaussian(2.5 * scale),
+        )
     )
     train, test = _batches(data.regression_1d())
     kept = partial(measure.distinct_units, corr_threshold=0.999)
 
     def gradient_dimension(params: Params):
-        model = network(1.0)
-        rows = measure.jacobian(lambda p, x: model.apply({"params": p}, x)[0], params, train.x)
+        predict = lambda p, x: network(1.0).apply(p, {}, x).out
+        rows = measure.jacobian(predict, params, train.x)
         return {
             "gradient_dimension": measure.gradient_dimension(
                 kept,
@@ -94,8 +95,8 @@ def regression_1d(units: int = 100) -> Toy:
 
 def two_layer(units: int = 20) -> Toy:
     """T1: teacher-student on the circle, weights N(0, .5^2) and 0, no biases."""
-    network = lambda scale: MLP(
-        (units,), biases=False, kernel_init=(gaussian(0.5 * scale), gaussian(0.0))
+    network = lambda scale: from_linen(
+        MLP((units,), biases=False, kernel_init=(gaussian(0.5 * scale), gaussian(0.0)))
     )
     train, test = _batches(data.teacher_student(1, n=15))
     watch = _watch_features(network, train)
@@ -105,16 +106,16 @@ def two_layer(units: int = 20) -> Toy:
 
 def three_layer(widths: tuple[int, int] = (10, 10)) -> Toy:
     """T3: teacher-student in five dimensions, weights N(0, .8^2), torch's default biases."""
-    network = lambda scale: MLP(widths, kernel_init=gaussian(0.8 * scale))
+    network = lambda scale: from_linen(MLP(widths, kernel_init=gaussian(0.8 * scale)))
     train, test = _batches(data.teacher_student(6, n=50, teacher=data.DEEP_TEACHER))
     sizes = (train.x.shape[1], *widths, 1)
     parameters = sum((i + 1) * o for i, o in itertools.pairwise(sizes))
     points = test.x[: min(parameters, 1000)]
 
     def spectra(params: Params) -> dict:
-        model = network(1.0)
-        rows = measure.jacobian(lambda p, x: model.apply({"params": p}, x)[0], params, points)
-        features = model.apply({"params": params}, points)[1]
+        apply = network(1.0).apply
+        rows = measure.jacobian(lambda p, x: apply(p, {}, x).out, params, points)
+        features = apply(params, {}, points).features
         last = measure.unit_rows(list(features.values())[-1])
         return {
             "rank": measure.numerical_rank(rows, RANK_TOL),
@@ -144,8 +145,7 @@ def _watch_features(network, train: Batch, *, corr_threshold: float = 0.99, more
     """Per hidden layer: share of active units, feature sparsity, ReLUs flipped since the start."""
 
     def watch(initial: Params, params: Params) -> dict:
-        model = network(1.0)
-        features = lambda params: model.apply({"params": params}, train.x)[1]
+        features = lambda params: network(1.0).apply(params, {}, train.x).features
         seen: dict = more(params)
         for layer, (phi, before) in enumerate(
             zip(features(params).values(), features(initial).values(), strict=True), 1
@@ -167,7 +167,7 @@ def _two_layer_spectra(network, train: Batch, points: jax.Array):
     def spectra(params: Params) -> dict:
         first, outgoing = params["layer1"], params["layer2"]["kernel"][:, 0]
         rows = measure.two_layer_jacobian(points, first["kernel"], outgoing, first.get("bias"))
-        phi = network(1.0).apply({"params": params}, train.x)[1]["layer1"]
+        phi = network(1.0).apply(params, {}, train.x).features["layer1"]
         scaled = measure.singular_values(phi * outgoing[None])
         return {
             "rank": measure.numerical_rank(rows, RANK_TOL),

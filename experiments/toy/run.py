@@ -106,17 +106,18 @@ def make_run(
     everything = batch_size == n
 
     def run(key: jax.Array, schedule: Schedule):
-        drawing, running = jr.split(key)
-        model = toy.network(schedule.init_scale)
+        drawing, running, jittering = jr.split(key, 3)
+        network = toy.network(schedule.init_scale)
         tx = optimizer(schedule, toy, descent, num_steps)
-        initial = model.init(drawing, toy.train.x)["params"]
+        initial, _ = network.init(drawing, toy.train.x)
         if everything:
-            initial = _jittered(drawing, initial, gd_jitter)
+            initial = _jittered(jittering, initial, gd_jitter)
         averaged = bool(descent.average)
-        state = train.init_state(drawing, model, tx, toy.train.x, averaged=averaged, params=initial)
+        state = train.init_state(
+            drawing, network, tx, toy.train.x, averaged=averaged, params=initial
+        )
         step = train.make_step(
-            model,
-            toy.loss,
+            train.make_objective(network, toy.loss),
             tx,
             ema_decay=descent.average if averaged else None,
             gradient=ascent(descent),
@@ -141,12 +142,12 @@ def make_run(
 
         _, rows = train.record_run(
             running,
-            train.cyclic(1, 1) if everything else train.with_replacement(n, batch_size),
+            train.full_batch(n) if everything else train.with_replacement(n, batch_size),
             train.make_segment(step, fetch, noise=label_noise(schedule, toy, descent)),
             state,
             [
-                train.Gauge(row, at),
-                train.Gauge(lambda state: ravel_pytree(seen(state))[0], snapshots_at),
+                train.Probe(row, at),
+                train.Probe(lambda state: ravel_pytree(seen(state))[0], snapshots_at),
             ],
             num_steps,
         )
@@ -157,12 +158,12 @@ def make_run(
 
 def _jittered(key: jax.Array, params: Params, jitter: float) -> Params:
     flat, unravel = ravel_pytree(params)
-    return unravel(flat * (1 + jitter * jr.normal(jr.fold_in(key, 1), flat.shape, flat.dtype)))
+    return unravel(flat * (1 + jitter * jr.normal(key, flat.shape, flat.dtype)))
 
 
 def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:
     """The network's parameters from a snapshot [p]."""
-    template = toy.network(1.0).init(jr.key(0), toy.train.x[:1])["params"]
+    template, _ = toy.network(1.0).init(jr.key(0), toy.train.x[:1])
     return ravel_pytree(template)[1](jnp.asarray(theta))
 
 

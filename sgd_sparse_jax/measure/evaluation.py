@@ -3,13 +3,12 @@
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from sgd_sparse_jax.types import Fetch, LossFn, Params, PRNGKey, Scalar, Stats
+from sgd_sparse_jax.types import Fetch, LossFn, Network, Params, PRNGKey, Scalar, Stats
 
 
 class Totals(NamedTuple):
@@ -36,7 +35,7 @@ def index_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]
 
 
 def make_evaluation(
-    model: nn.Module,
+    network: Network,
     loss: LossFn,
     fetch: Fetch,
     *,
@@ -59,12 +58,11 @@ def make_evaluation(
         key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"], mask: Bool[Array, " b"]
     ) -> tuple[Totals, dict[str, Array]]:
         examples = fetch(key, shard(idx))
-        out: Any = model.apply({"params": params, **stats}, examples.x)
-        logits, features = out
+        logits, features, _ = network.apply(params, stats, examples.x)
         wrong = logits.argmax(-1) != examples.y
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
         sums = Totals(summed(loss(logits, examples.y)), summed(wrong), summed(mask))
-        return sums, features if sample else {}
+        return sums, dict(features) if sample else {}
 
     # A program of its own: in one, XLA computes norms and ReLUs once more for each that reads them.
     @jax.jit
@@ -110,31 +108,31 @@ def make_evaluation(
 
 
 def make_moments(
-    model: nn.Module, fetch: Fetch, *, batch: int, shard: Callable = lambda idx: idx
+    network: Network, fetch: Fetch, *, batch: int, shard: Callable = lambda idx: idx
 ) -> Callable[[PRNGKey, Params, Stats, int], Stats]:
-    """(key, params, stats, n) -> BatchNorm moments: the mean of the batches' own, over n examples.
+    """The mean over batches of the batch's own statistics: (key, params, stats, n) -> stats.
 
-    `model` keeps nothing of the past (running moments of momentum 0). For weights that no batch
-    has been normalized with, such as averages along a run. A last partial batch is left out; all
-    other variables, such as the key of dropout, stay as they are.
+    For weights that no batch has been normalized with, such as averages along a run. `network`
+    must forget the past: BatchNorm whose running moments are those of the last batch (momentum 0
+    in Flax). Each float in `stats` becomes its mean over the first n examples in batches of `batch`
+    (a last partial batch is left out); other leaves, such as keys, stay as they are.
     """
-    kind = "batch_stats"
 
     @jax.jit
-    def batch_moments(key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"]) -> Stats:
-        x = fetch(key, shard(idx)).x
-        _, moments = model.apply({"params": params, **stats}, x, train=True, mutable=list(stats))
-        return moments[kind]
+    def of_batch(key: PRNGKey, params: Params, stats: Stats, idx: Int[Array, " b"]) -> Stats:
+        return network.apply(params, stats, fetch(key, shard(idx)).x, train=True).stats
 
     def moments(key: PRNGKey, params: Params, stats: Stats, n: int) -> Stats:
-        if kind not in stats:
+        is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+        if not any(map(is_float, jax.tree.leaves(stats))):
             return stats
         size, count = min(batch, n), max(n // batch, 1)
         total = None
         for i in range(count):
             idx = np.arange(i * size, (i + 1) * size, dtype=np.int32)
-            one = batch_moments(key, params, stats, idx)
-            total = one if total is None else jax.tree.map(jnp.add, total, one)
-        return {**stats, kind: jax.tree.map(lambda leaf: leaf / count, total)}
+            one = of_batch(key, params, stats, idx)
+            add = lambda a, b: a + b if is_float(a) else a
+            total = one if total is None else jax.tree.map(add, total, one)
+        return jax.tree.map(lambda s, t: t / count if is_float(s) else s, stats, total)
 
     return moments

@@ -5,18 +5,13 @@ An objective is (params, stats, batch) -> (loss, stats); a gradient maker turns 
 """
 
 from collections.abc import Callable
-from typing import TypeAlias
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import ArrayLike
 
-from sgd_sparse_jax.types import Batch, LossFn, Params, Scalar, Stats
-
-Objective: TypeAlias = Callable[[Params, Stats, Batch], tuple[Scalar, Stats]]
-Gradient: TypeAlias = Callable[[Params, Stats, Batch], tuple[tuple[Scalar, Stats], Params]]
+from sgd_sparse_jax.types import Batch, Gradient, LossFn, Network, Objective, Params, Stats
 
 
 def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Objective], Gradient]:
@@ -66,7 +61,7 @@ def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
 
 
 def residual_sharpness_aware(
-    model: nn.Module, loss: LossFn, rho: ArrayLike
+    network: Network, loss: LossFn, rho: ArrayLike
 ) -> Callable[[Objective], Gradient]:
     """As `example_sharpness_aware`, but of l'(f_k) df_k only l'(f_k) is taken at the moved point.
 
@@ -78,11 +73,11 @@ def residual_sharpness_aware(
 
         def of(params: Params, stats: Stats, batch: Batch):
             _refuse_batch_statistics(stats)
-            outputs = lambda params, x: model.apply({"params": params}, x, train=True)[0]
+            outputs = lambda params, x: network.apply(params, stats, x, train=True).out
             shape = jax.eval_shape(outputs, params, batch.x).shape
             if shape != batch.y.shape or len(shape) != 1:
                 raise ValueError(
-                    f"The model outputs {shape} for targets {batch.y.shape}; this kind of SAM is "
+                    f"The network outputs {shape} for targets {batch.y.shape}; this kind of SAM is "
                     "for scalar outputs [b]: MLP(outputs=None), or out[:, 0]."
                 )
 

@@ -19,7 +19,7 @@ WINDOW = 64  # steps whose indices are drawn at once
 STRIDE = 4  # steps per turn of the compiled loop
 
 
-class Gauge(NamedTuple):
+class Probe(NamedTuple):
     """`record(state)`, taken before each of the steps `at` (increasing, static)."""
 
     record: Record
@@ -31,7 +31,7 @@ def record_run(
     sampler: Sampler,
     segment: Segment,
     state: TrainState,
-    gauges: Sequence[Gauge],
+    gauges: Sequence[Probe],
     num_steps: int,
 ) -> tuple[TrainState, tuple[PyTree[jax.Array], ...]]:
     """One run of `num_steps` steps; the rows of gauge i are stacked along its own `at`.
