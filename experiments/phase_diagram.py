@@ -94,7 +94,7 @@ def run(config: Config) -> "xarray.Dataset":
     validate(config, toy)
     name = config.exp_name or f"{config.problem}-{config.axis}"
     folder = records.run_folder(config.runs_dir, "phase_diagram", name)
-    with hosts.together(folder), deferred() as asked:
+    with hosts.together(folder), ensemble.alone_in(folder), deferred() as asked:
         dataset = results(config, toy, folder, lambda: ensemble.stop_if_asked(asked, folder))
     hosts.leave_the_rest_to_first()
     draw(folder, config, dataset)

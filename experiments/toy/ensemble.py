@@ -4,10 +4,11 @@ A Config says what runs; `results` runs it into its folder (or reads it there) a
 xarray.Dataset: variables over seed, schedule and step, those of singular values over spectra_step.
 """
 
+import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from experiments.launch import hosts
+from experiments.launch import hosts, lock
 from experiments.launch.signals import Asked, Stopped, deferred
 from experiments.storage import npz, records
 from experiments.toy import chunks
@@ -43,7 +44,7 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
     validate(config, toy)
     name = config.exp_name or config.setting
     folder = records.run_folder(config.runs_dir, experiment, name)
-    with hosts.together(folder), deferred() as asked:
+    with hosts.together(folder), alone_in(folder), deferred() as asked:
         hosts.on_first(
             lambda: records.open_run(
                 config.runs_dir, experiment, name, config, may_change=("runs_dir", "hosts")
@@ -59,6 +60,16 @@ def results(experiment: str, config: Config, toy: Toy) -> "tuple[Path, xarray.Da
         dataset = simulate(config, toy, kept, lambda: stop_if_asked(asked, folder))
         hosts.on_first(lambda: finish(folder, dataset, began))
     return folder, dataset
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Locks the folder on process 0, unless the run is finished: reading it takes no lock."""
+    with contextlib.ExitStack() as held:
+        hosts.on_first(
+            lambda: records.is_finished(folder) or held.enter_context(lock.holding(folder))
+        )
+        yield
 
 
 def is_finished(folder: Path) -> bool:
