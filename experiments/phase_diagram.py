@@ -128,7 +128,7 @@ def found(config: Config, folder: Path) -> "xarray.Dataset":
     dataset = npz.load_dataset(folder)
     axes = {"step_size": config.step_sizes, config.axis: config.values}
     over = ("seed", *axes)
-    drawn = {"outcome", "plateau_level", "train_loss", "test_loss", "rank"}
+    drawn = {"outcome", "noise_level", "train_loss", "test_loss", "rank"}
     if (
         not all(dataset.get(name, dataset).dims == over for name in drawn | set(dataset))
         or dataset.sizes["seed"] != config.seeds
@@ -234,7 +234,7 @@ def _columns(
     twice = lambda function: jax.vmap(jax.vmap(function))
     last["outcome"] = np.asarray(twice(measure.outcome)(*map(jnp.asarray, before_decay)))
     half = jnp.asarray(before_decay[0][..., config.trend_records // 2 :])
-    last["plateau_level"] = np.asarray(twice(measure.plateau_level)(half))
+    last["noise_level"] = np.asarray(twice(measure.noise_level)(half))
     last["train_loss"], last["test_loss"] = (rows[f"{w}_loss"][..., -1] for w in ("train", "test"))
     gone = ~np.isfinite(last["train_loss"])
     last["outcome"] = np.where(gone, len(measure.OUTCOMES) - 1, last["outcome"])
@@ -271,7 +271,7 @@ def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     panels = [
         panel("Outcome of most seeds", counts.argmax(0).T, classes=measure.OUTCOMES),
         panel("Diverged runs", 100 * (counts[-1] / config.seeds).T, "share (%)"),
-        panel("Loss before the decay", middle("plateau_level"), "training loss", log_z=True),
+        panel("Loss before the decay", middle("noise_level"), "training loss", log_z=True),
         panel("Test loss at the end", middle("test_loss"), "test loss", log_z=True),
         panel("Rank of the Jacobian", middle("rank"), "rank"),
     ]

@@ -133,7 +133,7 @@ def test_data_that_are_not_this_runs_are_refused_by_name(whole, tmp_path, kind, 
 
 def test_a_map_that_is_not_this_runs_is_refused(tmp_path):
     config = phase_diagram.Config(seeds=2, step_sizes=(0.1, 0.2), values=(0.5,), axis="decay_time")
-    names = ("outcome", "plateau_level", "train_loss", "test_loss", "rank")
+    names = ("outcome", "noise_level", "train_loss", "test_loss", "rank")
     axes = {"step_size": np.array(config.step_sizes), "decay_time": np.array(config.values)}
     good = train.labelled({name: np.zeros((2, 2)) for name in names}, axes=axes)
     npz.save_dataset(tmp_path, good)

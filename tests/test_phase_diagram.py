@@ -37,7 +37,7 @@ def test_results_are_labelled_by_seed_step_size_and_the_axis(finished):
     assert (codes == measure.OUTCOMES.index("diverged")).all()
     assert np.isnan(dataset["test_loss"].sel(step_size=50.0)).all()
     assert np.isfinite(dataset["rank"].sel(step_size=0.05)).all()
-    for name in ("plateau_level", "sparsity_1", "train_loss", "nuclear_norm"):
+    for name in ("noise_level", "sparsity_1", "train_loss", "nuclear_norm"):
         assert name in dataset
 
 

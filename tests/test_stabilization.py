@@ -97,7 +97,7 @@ def test_sgd_on_a_diagonal_net_converges_stabilizes_or_diverges_as_steps_grow():
         state = init_state(jr.key(0), from_linen(model), tx, train.x)
         gauges = [Probe(loss, trend), Probe(loss, tail)]
         _, losses = record_run(key, with_replacement(80, 1), segment, state, gauges, steps)
-        return measure.outcome(*losses), measure.plateau_level(losses[0][32:])
+        return measure.outcome(*losses), measure.noise_level(losses[0][32:])
 
     over_seeds = jax.vmap(run, (None, 0))
     sizes = jnp.array([0.1, 0.282, 0.6])
@@ -156,9 +156,9 @@ def test_outcomes_and_levels_vmap_over_runs():
     codes = jax.jit(jax.vmap(measure.outcome))(trend, tail)
     names = [measure.OUTCOMES[int(code)] for code in codes]
     assert names == ["converged", "period-2", "stabilized", "diverged"]
-    levels = jax.jit(jax.vmap(measure.plateau_level))(tail)
-    np.testing.assert_allclose(levels[1:3], np.exp(np.log(runs[1:3, -8:]).mean(1)), rtol=1e-12)
-    assert np.isnan(levels[3])
+    levels = jax.jit(jax.vmap(measure.noise_level))(tail)
+    np.testing.assert_allclose(levels[1:3], runs[1:3, -8:].mean(1), rtol=1e-12)
+    assert not np.isfinite(levels[3])
 
 
 @pytest.mark.parametrize(("records", "tail"), [(7, 4), (8, 3), (0, 0)])
@@ -169,18 +169,9 @@ def test_too_few_records_are_refused(records, tail):
     assert named(np.ones(8), np.ones(4)) == "stabilized"
 
 
-def test_the_plateau_level_is_the_geometric_mean():
+def test_the_noise_level_is_the_arithmetic_mean_and_hides_no_divergence():
     losses = np.random.default_rng(1).uniform(0.01, 5.0, size=33)
-    level = float(measure.plateau_level(jnp.asarray(losses)))
-    np.testing.assert_allclose(level, np.prod(losses ** (1 / 33)), rtol=1e-13)
-    scaled = measure.plateau_level(jnp.asarray(1e-6 * losses))
-    np.testing.assert_allclose(scaled, 1e-6 * level, rtol=1e-12)
-    np.testing.assert_allclose(measure.plateau_level(jnp.array([1e-3, 10.0])), 0.1, rtol=1e-13)
-    assert level < losses.mean()
-
-
-def test_the_plateau_level_vanishes_with_a_loss_and_is_nan_where_one_is_not_finite():
-    assert measure.plateau_level(jnp.array([1.0, 0.0, 3.0])) == 0
-    for bad in (np.nan, np.inf):
-        assert np.isnan(measure.plateau_level(jnp.array([1.0, bad, 3.0])))
-        assert np.isnan(measure.plateau_level(jnp.array([0.0, bad, 3.0])))
+    np.testing.assert_allclose(measure.noise_level(jnp.asarray(losses)), np.sum(losses) / 33)
+    assert measure.noise_level(jnp.array([0.0, 3.0])) == 1.5
+    assert np.isnan(measure.noise_level(jnp.array([1.0, np.nan])))
+    assert np.isinf(measure.noise_level(jnp.array([0.0, np.inf])))

@@ -8,12 +8,20 @@ from sgd_sparse_jax.types import Scalar
 OUTCOMES = ("converged", "stabilized", "period-2", "diverged")
 
 
-def plateau_level(losses: Float[Array, " t"]) -> Scalar:
-    """The geometric mean of losses: the level delta at which a run is held, which sets its noise.
+def noise_level(losses: Float[Array, " t"]) -> Scalar:
+    """delta = mean_t L_t, the level at which large steps hold the training loss.
 
-    0 where one of them vanishes, NaN where one isn't finite.
+    `losses` [t] are records of the loss while it is held. The trace of the covariance of SGD's
+    noise is proportional to L, so its mean along the run is set by the arithmetic mean of L; a
+    geometric one is smaller, the more the loss fluctuates. NaN and inf propagate.
+    Source: the delta of Eq. 8.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> float(noise_level(jnp.array([1.0, 3.0])))
+        2.0
     """
-    return jnp.where(jnp.isfinite(losses).all(), jnp.exp(jnp.log(losses).mean()), jnp.nan)
+    return losses.mean()
 
 
 def outcome(
