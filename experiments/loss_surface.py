@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import animation, maps, plots, tables
+from experiments.figures import plots, tables
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.ranges import (
     AboveMinusOne,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the three ways into a folder, or reads them there; then prints, draws and animates."""
+    """Runs the three ways into a folder, or reads them there; draws, animates and prints."""
     hosts.join(config.hosts)
     ranges.check(config)
     if len(config.step_sizes) != len(WAYS):
@@ -106,13 +106,14 @@ def run(config: Config) -> tables.Finding:
     toy = problems.PROBLEMS["diagonal-plane"]()
     folder, dataset = ensemble.results("loss_surface", config, toy)
     hosts.leave_the_rest_to_first()
-    rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(folder, rows)
-    tables.show(folder, rows, title=f"Paths over the loss, {config.seeds} seeds")
     surface = map_out(config, toy, dataset)
     figures = draw(folder, surface) + draw_losses(folder, surface)
     if config.frames:
-        figures += animate(folder, surface, config.frames)
+        figures.append(animate(folder, surface, config.frames))
+    rows = tables.rows(dataset, QUANTITIES, published(config))
+    tables.write(folder, rows)
+    tables.show(rows, title=f"Paths over the loss, {config.seeds} seeds")
+    print(folder)
     return tables.Finding(folder, dataset, rows, figures)
 
 
@@ -168,9 +169,7 @@ def draw(folder: Path, surface: Surface) -> list[Path]:
     """Training and test loss over the plane, with the three paths."""
     panels = [_map(surface, surface.train, "Training"), _map(surface, surface.test, "Test")]
     stem = folder / "figures" / "loss_surface"
-    return maps.figure(
-        stem, panels, title="Loss over a plane through three points, and three paths"
-    )
+    return plots.maps(stem, panels, title="Loss over a plane through three points, and three paths")
 
 
 def draw_losses(folder: Path, surface: Surface) -> list[Path]:
@@ -192,10 +191,10 @@ def draw_losses(folder: Path, surface: Surface) -> list[Path]:
     return plots.figure(stem, panels, columns=3, title="Training loss along the paths")
 
 
-def animate(folder: Path, surface: Surface, frames: int) -> list[Path]:
+def animate(folder: Path, surface: Surface, frames: int) -> Path:
     """The paths as they grow, as a GIF."""
     ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
-    return animation.write(
+    return plots.animation(
         folder / "figures" / "loss_surface.gif",
         _map(surface, surface.train, "Training"),
         ends.tolist(),
@@ -203,8 +202,8 @@ def animate(folder: Path, surface: Surface, frames: int) -> list[Path]:
     )
 
 
-def _map(surface: Surface, z: np.ndarray, name: str) -> maps.Map:
-    return maps.Map(
+def _map(surface: Surface, z: np.ndarray, name: str) -> plots.Map:
+    return plots.Map(
         f"{name} loss",
         "towards √θ*",
         "towards the flow's solution",

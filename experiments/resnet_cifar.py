@@ -13,7 +13,6 @@ from pathlib import Path
 
 from experiments.deep import curves, training as classifiers
 from experiments.deep.config import Config as Config
-from experiments.figures import terminal
 from experiments.launch import cli, hosts
 
 
@@ -23,28 +22,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> Path:
-    """Trains, prints the last row and draws; returns the run's folder."""
+    """Trains, draws and sums up; returns the run's folder."""
     folder = classifiers.run(config)
     title = (
         f"{config.dataset}, {config.model} of width {config.model_width}, "
         f"η₀ = {config.lr_init:g}, {config.lr_schedule}"
     )
     hosts.leave_the_rest_to_first()
-    print_last_row(folder)
     curves.one_run(folder, title)
+    print_last_row(folder)
+    print(folder)
     return folder
 
 
 def print_last_row(folder: Path) -> None:
-    """The last evaluation in two lines, and the folder."""
+    """The last evaluation, in a line or two."""
     row = curves.rows_of(folder)[-1]
     sparsity = " / ".join(f"{row[f'train/distinct/{block}']:.1%}" for block in curves.blocks(row))
-    terminal.show(
+    print(
         f"step {row['step']}: train loss {row['train/loss']:.4f}, train error "
         f"{row['train/error']:.2%}, test error {row['test/error']:.2%} (averaged weights "
         f"{row['test_average/error']:.2%})\n"
-        f"active units without duplicates, block by block: {sparsity}",
-        folder,
+        f"active units without duplicates, block by block: {sparsity}"
     )
 
 

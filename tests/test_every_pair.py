@@ -1,10 +1,8 @@
 """Every network on images of every kind: two steps, evaluations, a save and a resume.
 
 Sets of one shape and number of classes differ in their pixels alone, so one of each kind meets all
-networks, and all sets meet the quickest network. The sets are small, and written by TFDS itself.
+networks, and all sets meet the quickest network. The sets are small.
 """
-
-from functools import partial
 
 import jax
 import numpy as np
@@ -14,7 +12,7 @@ from experiments.deep import training as classifiers
 from experiments.deep.config import Config
 from experiments.storage import records
 from sgd_sparse_jax import data, models
-from sgd_sparse_jax.data import builders, images as stored
+from sgd_sparse_jax.data import images
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,19 +35,18 @@ PAIRS = [(net, kind) for net in models.NETWORKS for kind in KINDS] + [
 ]
 
 
-def examples(shape, classes, paths, split):
-    rng = np.random.default_rng(0)
-    for i in range(200 if split == "train" else 40):
-        yield rng.integers(0, 256, shape, np.uint8), {"label": i % classes}
-
-
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
-    """All stored sets, as TFDS directories of 200 training and 40 test images."""
-    root = tmp_path_factory.mktemp("data")
-    for name, (shape, class_names, _) in stored.IMAGE_SETS.items():
-        source = builders.Source("1.0.0", (), partial(examples, shape, len(class_names)))
-        builders.prepare(name, shape, class_names, root, source=source)
+    """All stored sets, as arrays of 200 training and 40 test images."""
+    root, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, kind in images.STORED.items():
+        (root / name).mkdir()
+        for split, n in (("train", 200), ("test", 40)):
+            np.save(
+                root / name / f"{split}_images.npy",
+                rng.integers(0, 256, (n, *kind.shape), np.uint8),
+            )
+            np.save(root / name / f"{split}_labels.npy", np.arange(n) % len(kind.class_names))
     return str(root)
 
 

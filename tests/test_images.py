@@ -1,49 +1,69 @@
 """Image sets are the same arrays whichever form they are read from, or one clear error."""
 
-import functools
 import json
 import logging
+import os
 import resource
+import shutil
 import struct
+import sys
 import threading
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sgd_sparse_jax.data import images as module
-from sgd_sparse_jax.data.images import IMAGE_SETS, load_images
+from sgd_sparse_jax import data
 
-CLASSES = IMAGE_SETS["cifar10"].class_names
-N = {"train": 200, "test": 40}
-
-
-@functools.cache
-def arrays(split):
-    """Pixels and labels in the official order."""
-    rng = np.random.default_rng(N[split])
-    pixels = rng.integers(0, 256, (N[split], 32, 32, 3), np.uint8)
-    return pixels, rng.integers(0, 10, N[split]).astype(np.int32)
+CLASSES = data.IMAGE_SETS["cifar10"].class_names
+N = {"train": 60, "test": 20}
+RNG = np.random.default_rng(0)
+PIXELS = {split: RNG.integers(0, 256, (n, 32, 32, 3), np.uint8) for split, n in N.items()}
+LABELS = {split: np.arange(n, dtype=np.int32) * 7 % 10 for split, n in N.items()}
+PIXEL, LABEL = PIXELS["train"], LABELS["train"]
 
 
-def examples(split, first_id=0):
-    for i, (pixels, label) in enumerate(zip(*arrays(split), strict=True), first_id):
-        yield {"id": f"{split}_{i:05d}", "image": Image.fromarray(pixels), "label": int(label)}
+def load(root, split="train"):
+    return data.load_images("cifar10", split, data_dir=root)
 
 
-def write_tfds(data_dir, version="3.0.2", classes=CLASSES, shape=(32, 32, 3), with_id=True):
-    """A data set prepared by TFDS itself, in array_record form."""
+def assert_official(root, split="train"):
+    found = load(root, split)
+    np.testing.assert_array_equal(found.images, PIXELS[split])
+    np.testing.assert_array_equal(found.labels, LABELS[split])
+    assert found.images.dtype == np.uint8 and found.labels.dtype == np.int32
+    assert found.class_names == CLASSES
+    return found
+
+
+def refused(root):
+    """The one line in which reading ends."""
+    with pytest.raises((ValueError, OSError)) as error:
+        load(root)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def write_arrays(root, name="cifar10", **train):
+    """Arrays of a user; `train` replaces its images and labels."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    for split in N:
+        arrays = {"images": PIXELS[split], "labels": LABELS[split]}
+        for what, array in (arrays | train if split == "train" else arrays).items():
+            np.save(root / name / f"{split}_{what}.npy", array)
+    return root
+
+
+def write_tfds(root, version="3.0.2", classes=CLASSES, size=(32, 32), ids=True, first=0):
+    """A folder that TFDS prepared itself, in array_record form."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
     features = {
-        "image": tfds.features.Image(shape=shape),
+        "image": tfds.features.Image(shape=(*size, 3)),
         "label": tfds.features.ClassLabel(names=classes),
-    }
-    if with_id:
-        features["id"] = tfds.features.Text()
+    } | ({"id": tfds.features.Text()} if ids else {})
 
     with registered.skip_registration():
 
@@ -51,319 +71,268 @@ def write_tfds(data_dir, version="3.0.2", classes=CLASSES, shape=(32, 32, 3), wi
             name, VERSION = "cifar10", tfds.core.Version(version)
 
             def _info(self):
-                return tfds.core.DatasetInfo(
-                    builder=self, features=tfds.features.FeaturesDict(features)
-                )
+                described = tfds.features.FeaturesDict(features)
+                return tfds.core.DatasetInfo(builder=self, features=described)
 
             def _split_generators(self, dl_manager):
                 return {split: self._generate_examples(split) for split in N}
 
             def _generate_examples(self, split):
-                for i, example in enumerate(examples(split)):
-                    example["image"] = example["image"].resize(shape[:2])
+                for i, pixels in enumerate(PIXELS[split], first):
+                    image = Image.fromarray(pixels).resize(size)
+                    example = {"id": f"{split}_{i:05d}", "image": image}
+                    example["label"] = int(LABELS[split][i - first])
                     yield i, {key: example[key] for key in features}
 
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    Builder(data_dir=str(data_dir), file_format="array_record").download_and_prepare(
-        download_config=config
-    )
-    return data_dir / "cifar10" / version
+    builder = Builder(data_dir=str(root), file_format="array_record")
+    builder.download_and_prepare(download_config=config)
+    return root / "cifar10" / version
 
 
-def write_tfrecord(data_dir, first_id=0):
-    """The same as stock TFDS writes it, in two shards; TFDS needs TensorFlow for that, we don't."""
+def as_tfrecord(folder):
+    """The same as stock TFDS writes it, in two shards; TFDS needs TensorFlow for that."""
     import tensorflow_datasets as tfds
 
-    folder = write_tfds(data_dir)
-    features = tfds.builder_from_directory(folder).info.features
-    info = json.loads((folder / "dataset_info.json").read_text())
-    info["fileFormat"] = "tfrecord"
+    builder = tfds.builder_from_directory(folder)
+    info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
     for split in info["splits"]:
-        name = split["name"]
-        records = [
-            features.serialize_example(features.encode_example(example))
-            for example in examples(name, first_id)
-        ]
-        order = np.random.default_rng(0).permutation(len(records))
-        cut = len(records) // 3
-        split["shardLengths"] = [str(cut), str(len(records) - cut)]
-        for shard, indices in enumerate((order[:cut], order[cut:])):
-            with (folder / f"cifar10-{name}.tfrecord-{shard:05d}-of-00002").open("wb") as file:
-                for i in indices:  # the checksums are not read
-                    file.write(struct.pack("<QI", len(records[i]), 7) + records[i] + b"crc.")
+        raw = tfds.decode.DeserializeMethod.RAW_BYTES
+        source = builder.as_data_source(split["name"], deserialize_method=raw)
+        cut = len(source) // 3
+        split["shardLengths"] = [str(cut), str(len(source) - cut)]
+        for shard, part in enumerate((range(cut), range(cut, len(source)))):
+            name = f"cifar10-{split['name']}.tfrecord-{shard:05d}-of-00002"
+            with (folder / name).open("wb") as file:
+                for i in part:
+                    file.write(struct.pack("<Q", len(source[i])) + b"crc." + source[i] + b"crc.")
     for path in folder.glob("*.array_record-*"):
         path.unlink()
     (folder / "dataset_info.json").write_text(json.dumps(info))
     return folder
 
 
-def write_cache(data_dir, split="train", images=None, labels=None):
-    folder = Path(data_dir) / "cifar10"
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / f"{split}_images.npy", arrays(split)[0] if images is None else images)
-    np.save(folder / f"{split}_labels.npy", arrays(split)[1] if labels is None else labels)
-    return folder
+@pytest.fixture(scope="module")
+def forms(tmp_path_factory):
+    """Data folders with the two forms of a prepared folder; ids are ordered as numbers."""
+    root = tmp_path_factory.mktemp("forms")
+    write_tfds(root / "array_record", first=99_990)
+    shutil.copytree(root / "array_record", root / "tfrecord")
+    as_tfrecord(root / "tfrecord" / "cifar10" / "3.0.2")
+    return root
 
 
-def assert_official(data, split="train"):
-    np.testing.assert_array_equal(data.images, arrays(split)[0])
-    np.testing.assert_array_equal(data.labels, arrays(split)[1])
-    assert data.images.dtype == np.uint8 and data.labels.dtype == np.int32
-    assert data.class_names == CLASSES
+@pytest.fixture(params=["array_record", "tfrecord"])
+def prepared(request, forms, tmp_path):
+    """A data folder with a prepared folder of its own."""
+    return shutil.copytree(forms / request.param, tmp_path / "data")
 
 
-@pytest.mark.parametrize("split", N)
-@pytest.mark.parametrize("write", [write_tfds, write_tfrecord])
-def test_every_form_gives_the_same_arrays(tmp_path, write, split):
-    arrays_dir, tfds_dir = tmp_path / "arrays", tmp_path / "tfds"
-    write_cache(arrays_dir, split)
-    folder = write(tfds_dir)
-    assert_official(load_images("cifar10", split, data_dir=arrays_dir), split)
-    assert_official(load_images("cifar10", split, data_dir=tfds_dir), split)
-    for kind in ("images", "labels"):  # the cache is the other form, byte for byte
-        name = f"cifar10/{split}_{kind}.npy"
-        assert (arrays_dir / name).read_bytes() == (tfds_dir / name).read_bytes()
-    for path in folder.iterdir():
-        path.unlink()
-    again = load_images("cifar10", split, data_dir=tfds_dir)
-    assert isinstance(again.images, np.memmap) and isinstance(again.labels, np.memmap)
-    assert_official(again, split)
-
-
-def test_tfds_stores_another_order(tmp_path):
-    """Without this the tests of the order would be empty."""
-    import tensorflow_datasets as tfds
-
-    source = tfds.builder_from_directory(write_tfds(tmp_path)).as_data_source("train")
-    ids = [source[i]["id"] for i in range(len(source))]
-    assert sorted(ids) != ids
-
-
-def test_ids_are_ordered_as_numbers(tmp_path):
-    write_tfrecord(tmp_path, first_id=99_900)  # train_99999 comes before train_100000
-    assert_official(load_images("cifar10", "train", data_dir=tmp_path))
-
-
-def test_without_ids_the_stored_order_stays(tmp_path):
-    import tensorflow_datasets as tfds
-
-    folder = write_tfds(tmp_path, with_id=False)
-    stored = tfds.builder_from_directory(folder).as_data_source("test")
-    data = load_images("cifar10", "test", data_dir=tmp_path)
-    np.testing.assert_array_equal(data.images, [stored[i]["image"] for i in range(len(stored))])
-
-
-def test_where_the_data_lies(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
-    sizes = {}
-    for n, root in enumerate(("home/tensorflow_datasets", "environment", "argument"), 3):
-        write_cache(tmp_path / root, "train", arrays("train")[0][:n], arrays("train")[1][:n])
-        sizes[root] = n
-    load = functools.partial(load_images, "cifar10", "train")
-    assert len(load().labels) == 3
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "environment"))
-    assert len(load().labels) == 4
-    assert len(load(data_dir=tmp_path / "argument").labels) == 5
-    monkeypatch.chdir(tmp_path)
-    assert len(load(data_dir="argument").labels) == 5
-
-
-def test_the_newest_whole_version_is_read(tmp_path):
-    newest = write_tfds(tmp_path, "10.0.0")
-    for version in ("9.0.0", "incomplete.ABC_11.0.0", "config/9.9.9"):
-        other = tmp_path / "cifar10" / version
-        other.mkdir(parents=True)
-        (other / "dataset_info.json").write_text("not this one")
-    assert_official(load_images("cifar10", "test", data_dir=tmp_path), "test")
-    config = tmp_path / "cifar10" / "config" / "11.0.0"
-    newest.rename(config)
-    assert_official(load_images("cifar10", "train", data_dir=tmp_path))
-
-
-def broken_caches():
-    images, labels = arrays("test")
-    yield "labels missing", {"labels": labels[:-1]}, ["39 labels", "train_images.npy"]
-    yield "float images", {"images": images / 255}, ["float64", "train_images.npy"]
-    yield "flat images", {"images": images.reshape(40, -1)}, ["[40, 3072]", "train_images.npy"]
-    yield "channels first", {"images": images.transpose(0, 3, 1, 2)}, ["[40, 3, 32, 32]"]
-    yield "long labels", {"labels": labels.astype(np.int64)}, ["int64", "train_labels.npy"]
-    yield "one-hot labels", {"labels": np.eye(10, dtype=np.int32)[labels]}, ["[40, 10]"]
-    yield "label 10", {"labels": np.where(labels == 3, np.int32(10), labels)}, ["[0, 10)"]
-    yield "label -1", {"labels": np.where(labels == 3, np.int32(-1), labels)}, ["-1"]
-    yield "nothing", {"images": images[:0], "labels": labels[:0]}, ["empty"]
-    yield "pickle", {"labels": labels.astype(object)}, ["train_labels.npy", "truncated or no"]
+# Arrays of a user.
 
 
 @pytest.mark.parametrize(
-    ("files", "words"), [pytest.param(*c[1:], id=c[0]) for c in broken_caches()]
+    "images",
+    [PIXEL, np.asfortranarray(PIXEL), PIXEL.transpose(0, 3, 1, 2)],
+    ids=["C", "Fortran", "channels first"],
 )
-def test_a_wrong_cache_is_named(tmp_path, files, words):
-    images, labels = arrays("test")
-    write_cache(tmp_path, "train", **{"images": images, "labels": labels, **files})
-    with pytest.raises(ValueError, match="delete") as error:
-        load_images("cifar10", "train", data_dir=tmp_path)
-    for word in [*words, str(tmp_path)]:
-        assert word in str(error.value)
-    assert "\n" not in str(error.value)
+@pytest.mark.parametrize(
+    "labels",
+    [
+        *(LABEL.astype(dtype) for dtype in (np.int64, np.uint8, np.uint64, ">i4", float)),
+        LABEL[:, None].astype(np.uint8),
+    ],
+    ids=lambda labels: f"{labels.dtype}{list(labels.shape)}",
+)
+def test_arrays_with_one_meaning_are_read(tmp_path, images, labels):
+    found = assert_official(write_arrays(tmp_path, images=images, labels=labels))
+    assert isinstance(found.images, np.memmap)
+    assert data.fingerprint(found)["source"] == ""
+    assert_official(tmp_path, "test")
 
 
-@pytest.mark.parametrize("kind", ["images", "labels"])
-@pytest.mark.parametrize("size", [0, 3, 60, 128, 270])
-def test_a_truncated_cache_is_named_and_rebuilt(tmp_path, kind, size):
-    write_tfds(tmp_path)
-    path = write_cache(tmp_path) / f"train_{kind}.npy"
+def test_grey_images_may_have_no_axis_of_channels(tmp_path):
+    write_arrays(tmp_path, "mnist", images=PIXEL[:, :28, :28, 0])
+    found = data.load_images("mnist", "train", data_dir=tmp_path)
+    np.testing.assert_array_equal(found.images, PIXEL[:, :28, :28, :1])
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"images": PIXEL / 255},
+        {"images": PIXEL.astype(np.int64)},
+        {"images": PIXEL.reshape(60, -1)},
+        {"images": PIXEL[:0], "labels": LABEL[:0]},
+        {"labels": LABEL[:-1]},
+        {"labels": np.eye(10, dtype=np.int32)[LABEL]},
+        {"labels": LABEL + 1},
+        {"labels": LABEL - 1},
+        {"labels": LABEL.astype(np.int64) + 2**32},
+        {"labels": LABEL + 0.5},
+        {"labels": np.where(LABEL, LABEL, np.nan)},
+        {"labels": LABEL.astype("U1")},
+        {"labels": LABEL.astype(object)},
+    ],
+    ids=lambda arrays: " ".join(f"{a.dtype}{list(a.shape)}" for a in arrays.values()),
+)
+def test_other_arrays_are_refused_by_name_and_stay(tmp_path, arrays):
+    write_arrays(tmp_path, **arrays)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.npy")}
+    message = refused(tmp_path)
+    assert f"train_{list(arrays)[-1]}.npy" in message and "elete" not in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.npy")} == before
+
+
+@pytest.mark.parametrize("size", [0, 3, 60, 128, 150])
+def test_truncated_arrays_and_missing_ones_are_named(tmp_path, size):
+    path = write_arrays(tmp_path) / "cifar10" / "train_labels.npy"
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(ValueError, match=rf"{path} .*delete it and run again"):
-        load_images("cifar10", "train", data_dir=tmp_path)
-    path.unlink()
-    assert_official(load_images("cifar10", "train", data_dir=tmp_path))
+    assert str(path) in refused(tmp_path)
+    path.unlink()  # what is left isn't completed by other data
+    assert str(path) in refused(tmp_path)
 
 
-@pytest.mark.parametrize("form", [write_tfds, write_tfrecord])
-@pytest.mark.parametrize("cut", [0.0, 0.5, -1])
-def test_a_damaged_directory_is_named(tmp_path, form, cut):
-    folder = form(tmp_path)
-    path = max(folder.glob("cifar10-train*"))
+# Folders prepared by TFDS.
+
+
+def test_a_prepared_folder_is_decoded_once(prepared):
+    for split in N:
+        found = assert_official(prepared, split)
+        assert isinstance(found.images, np.memmap)
+        assert data.fingerprint(found)["source"] == "cifar10 3.0.2"
+    shutil.rmtree(prepared / "cifar10" / "3.0.2")
+    assert_official(prepared)
+    assert "tensorflow" not in sys.modules
+
+
+def test_what_was_decoded_is_decoded_again_when_its_source_changes(prepared):
+    assert_official(prepared)
+    decoded = prepared / "cifar10" / "decoded" / "train_images.npy"
+    before = decoded.stat().st_ino
+    assert_official(prepared)
+    assert decoded.stat().st_ino == before
+    os.utime(max((prepared / "cifar10" / "3.0.2").glob("*train*")), (1, 1))
+    assert_official(prepared)
+    assert decoded.stat().st_ino != before
+    newest = write_tfds(prepared, "10.0.0", ids=False)
+    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.0"
+    found = load(prepared)
+    assert sorted(found.labels) == sorted(LABEL) and list(found.labels) != list(LABEL)  # no ids
+    for version in ("9.0.0", "incomplete.ABC_11.0.0", "config/9.9.9"):
+        other = prepared / "cifar10" / version
+        other.mkdir(parents=True)
+        (other / "dataset_info.json").write_text("not this one")
+    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.0"
+    newest.rename(prepared / "cifar10" / "config" / "10.0.1")
+    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.1"
+
+
+def test_a_damaged_decoded_array_is_cured_as_its_message_says(prepared):
+    assert_official(prepared)
+    decoded = prepared / "cifar10" / "decoded"
+    (decoded / "train_images.npy").write_bytes(b"\x93NUMPY")
+    assert f"Delete {decoded}" in refused(prepared)
+    shutil.rmtree(decoded)
+    assert_official(prepared)
+
+
+@pytest.mark.parametrize("cut", [0, 0.5, -100])
+def test_a_damaged_prepared_folder_is_named_and_leaves_nothing(prepared, cut):
+    path = max((prepared / "cifar10" / "3.0.2").glob("*train*"))
     content = path.read_bytes()
     path.write_bytes(content[: cut if cut < 0 else int(cut * len(content))])
-    with pytest.raises(ValueError, match=rf"{folder} can't be read .*: move it away") as error:
-        load_images("cifar10", "train", data_dir=tmp_path)
-    assert "\n" not in str(error.value)
-    assert not list(folder.parent.glob("*.npy"))
+    assert str(path.parent) in refused(prepared)
+    assert [path.name for path in (prepared / "cifar10").iterdir()] == ["3.0.2"]
 
 
-def test_a_tfrecord_is_cut_between_records_or_truncated(tmp_path):
-    path, records = tmp_path / "file", [b"a", b"", b"long record"]
-    content = b"".join(struct.pack("<Q", len(r)) + b"crc." + r + b"crc." for r in records)
-    whole = {0: 0, 17: 1, 33: 2, 60: 3}
-    assert len(content) == 60
-    for size in range(61):
-        path.write_bytes(content[:size])
-        with path.open("rb") as file:
-            if size in whole:
-                assert list(module._tfrecords(file)) == records[: whole[size]]
-            else:
-                with pytest.raises(ValueError, match=f"{path} is truncated"):
-                    list(module._tfrecords(file))
+def test_fewer_examples_than_announced_are_noticed(prepared):
+    path = prepared / "cifar10" / "3.0.2" / "dataset_info.json"
+    path.write_text(path.read_text().replace('"60"', '"61"').replace('"40"', '"41"'))
+    assert str(path.parent) in refused(prepared)
 
 
-def test_another_data_set_in_the_directory_is_named(tmp_path):
-    write_tfds(tmp_path / "classes", classes=CLASSES[::-1])
-    with pytest.raises(ValueError, match="has other classes, truck"):
-        load_images("cifar10", "train", data_dir=tmp_path / "classes")
-    write_tfds(tmp_path / "shape", shape=(16, 16, 3))
-    with pytest.raises(ValueError, match=r"shape \(16, 16, 3\)"):
-        load_images("cifar10", "train", data_dir=tmp_path / "shape")
+@pytest.mark.parametrize("other", [{"classes": CLASSES[::-1]}, {"size": (16, 16)}])
+def test_another_data_set_in_a_prepared_folder_is_named(tmp_path, other):
+    assert str(write_tfds(tmp_path, **other)) in refused(tmp_path)
 
 
-def test_unknown_names_list_the_known(tmp_path):
-    with pytest.raises(ValueError, match="'cifar11'; known are cifar10, cifar100"):
-        load_images("cifar11", "train", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="'validation' of cifar10; it has train and test"):
-        load_images("cifar10", "validation", data_dir=tmp_path)
+def test_a_prepared_folder_under_the_name_of_tfds_is_found(prepared, tmp_path):
+    """Here it holds other data: that shows that it was opened."""
+    (prepared / "cifar10").rename(prepared / "svhn_cropped")
+    with pytest.raises(ValueError, match="svhn_cropped"):
+        data.load_images("svhn", "train", data_dir=prepared)
 
 
-def test_an_empty_directory_names_the_cure(tmp_path):
-    def offline(*_):
-        raise ConnectionError("https://example.org can't be reached (no answer)")
-
-    for prepare, reason in (
-        (None, "no builder"),
-        (offline, "https://example.org can't be reached"),
-    ):
-        with pytest.raises(FileNotFoundError) as error:
-            load_images("cifar10", "test", data_dir=tmp_path / "a b", prepare=prepare)
-        folder = tmp_path / "a b"
-        command = f"TFDS_DATA_DIR='{folder}' python -c 'from sgd_sparse_jax.data import"
-        for word in (str(folder / "cifar10"), reason, command, 'load_images("cifar10", "train")'):
-            assert word in str(error.value)
-        assert "\n" not in str(error.value) and not folder.exists()
-
-
-@pytest.mark.parametrize("missing", ["images", "labels"])
-def test_half_a_cache_is_none(tmp_path, missing):
-    write_tfds(tmp_path)
-    folder = write_cache(tmp_path, images=arrays("train")[0] // 2)
-    (folder / f"train_{missing}.npy").unlink()
-    assert_official(load_images("cifar10", "train", data_dir=tmp_path))
-
-
-def test_a_full_disk_means_memory(tmp_path, caplog):
-    folder = write_tfds(tmp_path).parent
+def test_a_full_disk_means_memory(prepared, caplog):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the images need 600 kB
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the images need 184 kB
     try:
         with caplog.at_level(logging.WARNING):
-            data = load_images("cifar10", "train", data_dir=tmp_path)
+            found = assert_official(prepared)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert_official(data)
-    assert not isinstance(data.images, np.memmap)
-    assert f"{folder} can't be written" in caplog.text and "into memory" in caplog.text
-    left = {path.name for path in folder.iterdir()}
-    assert left == {"3.0.2", "train_labels.npy"}  # half a cache, which the next call completes
-    assert isinstance(load_images("cifar10", "train", data_dir=tmp_path).images, np.memmap)
+    assert not isinstance(found.images, np.memmap) and f"{prepared}/cifar10" in caplog.text
+    assert [path.name for path in (prepared / "cifar10").iterdir()] == ["3.0.2"]
+    later = assert_official(prepared)
+    assert isinstance(later.images, np.memmap)
+    assert data.fingerprint(found) == data.fingerprint(later)
 
 
-def test_a_read_only_directory_means_memory(tmp_path, caplog):
-    folder = write_tfds(tmp_path).parent
-    folder.chmod(0o555)
-    try:
-        (folder / "probe").touch()
-        pytest.skip("this user writes where it may not")
-    except PermissionError:
-        with caplog.at_level(logging.WARNING):
-            assert_official(load_images("cifar10", "train", data_dir=tmp_path))
-    finally:
-        folder.chmod(0o755)
-    assert f"{folder} can't be written" in caplog.text
-    assert not list(folder.glob("*.npy"))
+def test_many_at_once_are_as_good_as_one(prepared):
+    good, barrier = [], threading.Barrier(4)
 
-
-def test_many_at_once_are_as_good_as_one(tmp_path):
-    folder = write_tfds(tmp_path).parent
-    found, barrier = [], threading.Barrier(4)
-
-    def load():
+    def read():
         barrier.wait()
-        found.append(load_images("cifar10", "train", data_dir=tmp_path))
+        good.append(assert_official(prepared))
 
-    threads = [threading.Thread(target=load) for _ in range(4)]
+    threads = [threading.Thread(target=read) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(found) == 4
-    for data in found:
-        assert_official(data)
-    names = {path.name for path in folder.iterdir()}
-    assert names == {"3.0.2", "train_images.npy", "train_labels.npy"}
+    assert len(good) == 4
+    assert {path.name for path in (prepared / "cifar10").iterdir()} == {"3.0.2", "decoded"}
 
 
-def test_a_reader_never_sees_half_a_file(tmp_path):
-    path, done = tmp_path / "array.npy", threading.Event()
-    module._save(path, np.zeros(300_000))
-
-    def overwrite():
-        for i in range(40):
-            module._save(path, np.full(300_000, float(i)))
-        done.set()
-
-    writer = threading.Thread(target=overwrite)
-    writer.start()
-    while not done.is_set():
-        array = module._open_array(path)
-        assert array[0] == array[-1]
-    writer.join()
-    assert [p.name for p in tmp_path.iterdir()] == ["array.npy"]
+# Where the data are.
 
 
-def test_loading_warns_of_nothing_and_imports_no_tensorflow(tmp_path):
-    import sys
+def test_the_argument_comes_before_the_environment_and_that_before_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    for n, root in enumerate(("home/tensorflow_datasets", "environment", "argument"), 3):
+        write_arrays(tmp_path / root, images=PIXEL[:n], labels=LABEL[:n])
+    assert len(load(None).labels) == 3
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "environment"))
+    assert len(load(None).labels) == len(load("").labels) == 4
+    assert len(load(tmp_path / "argument").labels) == 5
 
-    write_tfds(tmp_path)
+
+@pytest.mark.parametrize("name", ["a b", "η[1]*?", "back\\slash", "~tilde", "'\"$HOME"])
+def test_odd_but_legal_paths_are_folders_like_any_other(forms, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(forms / "tfrecord", tmp_path / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        load_images("cifar10", "train", data_dir=tmp_path)
-    assert "tensorflow" not in sys.modules
+        assert_official(tmp_path / name)
+    write_arrays(tmp_path / name)
+    os.symlink(name, "link")
+    for path in ("link", f"./{name}", f"{name}/../{name}/"):
+        assert_official(path)
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/data", "s3://bucket", "http://a.b/c", "gs:/a/Path"])
+def test_urls_are_refused_and_no_folder_is_made(tmp_path, monkeypatch, url):
+    monkeypatch.chdir(tmp_path)
+    assert url in refused(url)
+    monkeypatch.setenv("TFDS_DATA_DIR", url)
+    assert url in refused(None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_unknown_names_and_splits_are_refused_with_the_known(tmp_path):
+    for name, split in (("cifar11", "train"), ("mnist_gs", "test"), ("gaussians_binary", "val")):
+        with pytest.raises(ValueError, match="uniform_noise") as error:
+            data.load_images(name, split, data_dir=tmp_path)
+        assert name in str(error.value) and split in str(error.value)

@@ -40,9 +40,7 @@ def test_regression_1d_is_twelve_points_a_quarter_apart():
     np.testing.assert_allclose(train.x[:, 0], x, rtol=1e-14)
     heights = (train.y - 0.345).round(12)
     np.testing.assert_array_equal(heights, [-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])
-    np.testing.assert_array_equal(train.x, test.x)
-    np.testing.assert_array_equal(train.y, test.y)
-    assert target is None
+    assert train is test and target is None
 
 
 @pytest.mark.parametrize("support", [1, 20, 30])
@@ -104,29 +102,22 @@ def test_a_teacher_is_an_mlp_with_its_layers(layers):
         np.testing.assert_array_equal(y, data.relu_network(inputs, layers))
 
 
-def test_random_teachers_have_gaussian_layers_of_the_widths_asked():
-    plain = data.random_teacher(5, (40, 60, 30, 1))
+@pytest.mark.parametrize("biases", [False, True])
+def test_random_teachers_are_gaussian_or_normalized(biases):
+    plain = data.random_teacher(5, (40, 60, 30, 1), biases=biases)
     assert [layer.kernel.shape for layer in plain] == [(40, 60), (60, 30), (30, 1)]
     assert [layer.bias.shape for layer in plain] == [(60,), (30,), (1,)]
-    assert not any(layer.bias.any() for layer in plain)
-    biased = data.random_teacher(5, (40, 600, 30, 1), biases=True)
-    for values in (plain[0].kernel, plain[1].kernel, biased[0].bias):
-        assert stats.kstest(values.ravel(), "norm").statistic < 1.95 / values.size**0.5
-    assert all(layer.bias.all() for layer in biased)
-    assert not (data.random_teacher(6, (40, 60, 30, 1))[0].kernel == plain[0].kernel).any()
-
-
-@pytest.mark.parametrize("biases", [False, True])
-def test_normalized_teachers_have_unit_columns_and_signs_at_the_end(biases):
-    *hidden, last = data.random_teacher(1, (5, 40, 60, 1), normalized=True, biases=biases)
+    for layer in plain:
+        assert layer.bias.any() == biases
+        values = np.concatenate([layer.kernel.ravel(), layer.bias if biases else []])
+        assert stats.kstest(values, "norm").statistic < 1.95 / values.size**0.5
+    *hidden, last = data.random_teacher(5, (40, 60, 30, 1), biases=biases, normalized=True)
     for layer in hidden:
         np.testing.assert_allclose(np.linalg.norm(layer.kernel, axis=0), 1.0, rtol=1e-14)
-        assert layer.bias.any() == biases
-    assert set(last.kernel.ravel()) == {-1.0, 1.0}
-    assert 10 < (last.kernel > 0).sum() < 50
-    plain = data.random_teacher(1, (5, 40, 60, 1), biases=biases)
     cosines = (plain[0].kernel * hidden[0].kernel).sum(0) / np.linalg.norm(plain[0].kernel, axis=0)
     np.testing.assert_allclose(cosines, 1.0, rtol=1e-14)
+    assert set(last.kernel.ravel()) == {-1.0, 1.0}
+    assert not (data.random_teacher(6, (40, 60, 30, 1))[0].kernel == plain[0].kernel).any()
 
 
 @pytest.mark.parametrize("n", [1, 400, 401])
@@ -142,16 +133,9 @@ def test_binary_gaussians_lie_around_plus_and_minus_their_target(n):
         assert stats.kstest(noise.ravel(), "norm").statistic < 1.95 / noise.size**0.5
         # 1 + .1 N(0, 1) along the target: half way to the other class is far away.
         assert (y * (x @ v) > 0.5).all()
-
-
-def test_binary_gaussians_come_in_random_order():
-    train, test, _ = data.binary_gaussians(0, n=200)
-    for _, y in (train, test):
-        switches = (y[1:] != y[:-1]).mean()
-        assert abs(switches - 0.5) < 0.2
-    assert not (train.x[:, 0] == test.x[:200, 0]).any()
-    other = data.binary_gaussians(1, n=200).train
-    assert not np.array_equal(train.y, other.y)
+        assert len(y) == 1 or abs((y[1:] != y[:-1]).mean() - 0.5) < 0.2  # in random order
+    other = data.binary_gaussians(5, n=n, d=7).train
+    assert not (other.x == train.x).any() and not (train.x[:, 0] == test.x[:n, 0][:600]).any()
 
 
 def test_own_examples_come_as_float64_with_a_column_per_input():
@@ -160,62 +144,42 @@ def test_own_examples_come_as_float64_with_a_column_per_input():
     assert ours.x.dtype == ours.y.dtype == np.float64
     np.testing.assert_array_equal(ours.x, x[:, None])
     np.testing.assert_array_equal(ours.y, y)
-    ours = data.examples(jnp.asarray(x.reshape(3, 2)), jnp.asarray(y[:3]))
+    ours = data.examples(jnp.asarray(x.reshape(3, 2)), [0, 1, 2])
     assert isinstance(ours.x, np.ndarray)
     np.testing.assert_array_equal(ours.x, x.reshape(3, 2))
 
 
-GOOD_X, GOOD_Y = np.ones((4, 2)), np.ones(4)
-
-
-def spoiled(values: np.ndarray, row: int, with_: float) -> np.ndarray:
-    values = values.copy()
-    values[row] = with_
-    return values
+X, Y = np.ones((4, 2)), np.ones(4)
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "words"),
+    ("x", "y"),
     [
-        (spoiled(GOOD_X, 2, np.nan), GOOD_Y, r"x of shape \(4, 2\) .* in 1 rows.* row 2;"),
-        (spoiled(GOOD_X, 1, -np.inf), GOOD_Y, r"x of shape \(4, 2\) .* row 1;"),
-        (GOOD_X, spoiled(GOOD_Y, 3, np.nan), r"y of shape \(4,\) .* row 3;"),
-        (GOOD_X, spoiled(spoiled(GOOD_Y, 3, np.inf), 1, np.nan), r"y of .* in 2 rows.* row 1;"),
-        (GOOD_X, np.ones(3), r"x has shape \(4, 2\) and y \(3,\);"),
-        (GOOD_X, np.ones((4, 1)), r"x has shape \(4, 2\) and y \(4, 1\);"),
-        (np.ones((4, 2, 1)), GOOD_Y, r"x has shape \(4, 2, 1\) and y \(4,\);"),
-        (GOOD_X, np.float64(1.0), r"y has shape \(\);"),
-        (np.float64(1.0), GOOD_Y, r"x has shape \(\);"),
-        (np.ones((0, 2)), np.ones(0), r"x has shape \(0, 2\);"),
-        (np.ones((4, 0)), GOOD_Y, r"x has shape \(4, 0\);"),
-        (GOOD_X, np.ones(0), r"y has shape \(0,\);"),
-        (np.array(["a", "b"]), np.ones(2), r"^x of shape .* holds <U1;"),
-        (GOOD_X, np.array(list("abcd")), r"^y of shape .* holds <U1;"),
-        (GOOD_X, GOOD_Y > 0, r"^y of shape .* holds bool;"),
-        (GOOD_X + 0j, GOOD_Y, r"^x of shape .* holds complex128;"),
+        *((np.where(np.eye(4)[:, :2], bad, X), Y) for bad in (np.nan, np.inf, -np.inf)),
+        *((X, Y * np.nan), (X, np.ones(3)), (X, np.ones((4, 1))), (np.ones((4, 2, 1)), Y)),
+        *((X, 1.0), (1.0, Y), (np.ones((0, 2)), np.ones(0)), (np.ones((4, 0)), Y)),
+        *((X, np.array(list("abcd"))), ([[1, 2], [3]], np.ones(2))),
     ],
 )
-def test_examples_that_do_not_fit_are_refused_by_name(x, y, words):
-    with pytest.raises(ValueError, match=words):
+def test_examples_that_do_not_fit_are_refused(x, y):
+    with pytest.raises(ValueError):
         data.examples(x, y)
+    assert data.examples(X, Y).x.shape == (4, 2)
 
 
 @pytest.mark.parametrize(
-    ("draw", "words"),
+    ("draw", "name"),
     [
-        (lambda: data.sparse_regression(0, d=10, support=11), "support is 11; .* d = 10"),
+        (lambda: data.sparse_regression(0, d=10, support=11), "support is 11"),
         (lambda: data.sparse_regression(0, support=0), "support is 0"),
         (lambda: data.sparse_regression(0, n=0), "n is 0"),
-        (lambda: data.sparse_regression(0, n_test=0), "n_test is 0"),
-        (lambda: data.teacher_student(0, n=0), "n is 0"),
         (lambda: data.teacher_student(0, n_test=-1), "n_test is -1"),
         (lambda: data.binary_gaussians(0, d=0), "d is 0"),
-        (lambda: data.binary_gaussians(0, n=0), "n is 0"),
-        (lambda: data.random_teacher(0, (3,)), r"widths are \(3,\)"),
-        (lambda: data.random_teacher(0, (3, 0, 1)), r"widths are \(3, 0, 1\)"),
-        (lambda: data.random_teacher(0, (3, 4, 2)), r"widths are \(3, 4, 2\)"),
+        (lambda: data.random_teacher(0, (3,)), "widths"),
+        (lambda: data.random_teacher(0, (3, 0, 1)), "widths"),
+        (lambda: data.random_teacher(0, (3, 4, 2)), "widths"),
     ],
 )
-def test_sizes_that_make_no_problem_are_refused(draw, words):
-    with pytest.raises(ValueError, match=words):
+def test_sizes_that_make_no_problem_are_refused_by_name(draw, name):
+    with pytest.raises(ValueError, match=name):
         draw()

@@ -32,8 +32,9 @@ def wheel(tmp_path_factory):
         return {name: archive.read(name) for name in archive.namelist()}
 
 
-def test_every_module_is_in_the_wheel_and_unchanged(wheel):
-    paths = sorted((ROOT / "sgd_sparse_jax").rglob("*.py"))
+def test_every_file_of_the_library_is_in_the_wheel_and_unchanged(wheel):
+    files = (path for path in (ROOT / "sgd_sparse_jax").rglob("*") if path.is_file())
+    paths = sorted(path for path in files if "__pycache__" not in path.parts)
     assert paths
     for path in paths:
         assert wheel.get(path.relative_to(ROOT).as_posix()) == path.read_bytes(), path
@@ -53,5 +54,7 @@ def test_nothing_else_is_in_the_wheel(wheel):
     assert {PurePosixPath(name).suffix for name in wheel if name.startswith("sgd_")} <= {
         ".py",
         ".typed",
+        ".json",  # names of classes
+        ".tsv",  # addresses and checksums of archives
         "",  # dist-info
     }

@@ -28,12 +28,6 @@ MAY_CHANGE = (
     "hosts",
 )
 
-CONFUSIONS = {
-    "cifar10": data.CIFAR10_CONFUSIONS,
-    "cifar100": {c: (c + 1) % 100 for c in range(100)},
-    "svhn": {c: (c + 1) % 10 for c in range(10)},
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -163,11 +157,12 @@ def assert_possible(config: Config) -> None:
     if config.dataset not in data.IMAGE_SETS:
         known = ", ".join(sorted(data.IMAGE_SETS))
         raise ValueError(f"Unknown data set {config.dataset!r} (--dataset); known are {known}.")
-    if config.p_label_noise and config.noise_type == "asym" and colour(config) not in CONFUSIONS:
-        known = ", ".join(CONFUSIONS)
+    needs_map = config.p_label_noise and config.noise_type == "asym"
+    if needs_map and data.confusions(config.dataset) is None:
+        known = ", ".join(name for name in data.IMAGE_SETS if data.confusions(name))
         raise ValueError(
-            f"--noise_type=asym says what a class is mistaken for; of {config.dataset} nobody has "
-            f"said it. It is known of {known}; or take --noise_type=sym."
+            f"--noise_type=asym needs a confusion map, which {config.dataset} hasn't; available "
+            f"for {known}. Or choose --noise_type=sym."
         )
     if bool(config.fork_from) != bool(config.fork_step):
         raise ValueError("--fork_from RUN and --fork_step K go together.")

@@ -11,7 +11,7 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep.config import CONFUSIONS, Config, assert_possible, colour
+from experiments.deep.config import Config, assert_possible, colour
 from sgd_sparse_jax import data, models, train
 from sgd_sparse_jax.types import Batch, Network, Params, Stats
 
@@ -56,7 +56,7 @@ def assemble(config: Config) -> Parts:
         for split in ("train", "test")
     )
     classes = len(whole.class_names)
-    n = int(config.frac_train * len(whole.images))
+    n = data.share_of(len(whole.images), config.frac_train, "--frac_train")
     n_test = len(test.images) if config.n_final_eval == -1 else config.n_final_eval
     steps_per_epoch = n // config.batch_size
     if steps_per_epoch == 0:
@@ -76,7 +76,7 @@ def assemble(config: Config) -> Parts:
         config.p_label_noise,
         classes,
         config.seed,
-        CONFUSIONS[colour(config)] if config.noise_type == "asym" else None,
+        data.confusions(config.dataset) if config.noise_type == "asym" else None,
     )
     total = config.epochs * steps_per_epoch
     if config.fork_step >= min(config.max_steps or total, total):

@@ -21,12 +21,11 @@ def fingerprint(images: Images) -> dict[str, int | str]:
         `source`, the data set and its version ("" where unknown, as of arrays of your own).
 
     Example:
-        >>> from sgd_sparse_jax import data
-        >>> noise = data.load_images("uniform_noise", "test")
-        >>> found = data.fingerprint(noise)
+        >>> cats = Images(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32), ("cat",))
+        >>> found = fingerprint(cats)
         >>> found["n"], found["shape"], found["dtype"], found["classes"]
-        (1000, '28x28x1', 'float32', 10)
-        >>> data.fingerprint(noise._replace(labels=noise.labels[::-1]))["labels"] == found["labels"]
+        (9, '32x32x3', 'uint8', 1)
+        >>> fingerprint(cats._replace(labels=cats.labels + 1))["labels"] == found["labels"]
         False
     """
     n = len(images.images)

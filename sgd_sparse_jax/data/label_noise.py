@@ -1,6 +1,7 @@
-"""Wrong labels: of a data set once, or of a batch anew at every step (`make_segment(noise=…)`)."""
+"""Wrong labels: of a data set, for the whole run, or of each batch, drawn again at every step."""
 
 from collections.abc import Mapping
+from fractions import Fraction
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,15 +11,62 @@ from jaxtyping import Int32
 
 from sgd_sparse_jax.types import Batch, Count, Noise, PRNGKey
 
-# What each class is mistaken for; the others stay (truck -> automobile, bird -> airplane, cat <->
-# dog, deer -> horse).
-CIFAR10_CONFUSIONS = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
+_CONFUSIONS = {
+    # truck -> automobile, bird -> airplane, cat <-> dog, deer -> horse
+    "cifar10": {9: 1, 2: 0, 3: 5, 5: 3, 4: 7},
+    "cifar100": {c: (c + 1) % 100 for c in range(100)},
+    "svhn": {c: (c + 1) % 10 for c in range(10)},
+}
+
+
+def confusions(name: str) -> Mapping[int, int] | None:
+    """The class that each class is mistaken for; None for a data set without such a map.
+
+    Classes that are missing in the map stay. NAME_gs has the map of NAME.
+
+    Example:
+        >>> confusions("cifar10"), confusions("mnist")
+        ({9: 1, 2: 0, 3: 5, 5: 3, 4: 7}, None)
+    """
+    return _CONFUSIONS.get(name.removesuffix("_gs"))
+
+
+def share_of(n: int, share: float, name: str = "share") -> int:
+    """The whole part of `share` times `n`, of the decimal number as it is written.
+
+    0.29 of 50,000 is 14,500; `int(0.29 * 50_000)`, in binary, is one less.
+
+    Raises:
+        ValueError: `share`, called `name`, is outside [0, 1], or positive and none of `n`.
+
+    Example:
+        >>> share_of(50_000, 0.29), share_of(5, 0.5)
+        (14500, 2)
+    """
+    count = int(Fraction(str(share)) * n) if 0 <= share <= 1 else 0
+    if share and not count:
+        raise ValueError(f"{name} is {share}: of {n} examples choose 0, or from {1 / n:g} to 1.")
+    return count
 
 
 def gaussian_label_noise(scale: optax.Schedule) -> Noise:
-    """y + scale(step) N(0, 1), independent for each label of the batch; scale 0 changes nothing."""
+    """y + scale(step) N(0, 1), independent for each label of the batch.
 
-    def noise(key: PRNGKey, step: Count, batch: Batch) -> Batch:
+    Args:
+        scale: the standard deviation as a function of the step; it may be traced.
+
+    Returns:
+        `noise(key, step, batch) -> batch`, for `train.make_segment(noise=...)`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from sgd_sparse_jax import data, types
+        >>> noise = gaussian_label_noise(optax.constant_schedule(0.1))
+        >>> noise(jax.random.key(0), 0, types.Batch(jnp.ones((4, 2)), jnp.zeros(4))).y.shape
+        (4,)
+    """
+
+    def noise(key: PRNGKey, step: Count | int, batch: Batch) -> Batch:
         drawn = jr.normal(key, batch.y.shape, batch.y.dtype)
         return Batch(batch.x, batch.y + scale(step) * drawn)
 
@@ -26,13 +74,20 @@ def gaussian_label_noise(scale: optax.Schedule) -> Noise:
 
 
 def uniform_label_noise(share: optax.Schedule, classes: int) -> Noise:
-    """Each label, with probability share(step), drawn anew among all `classes`.
+    """Each label, with probability share(step), drawn again among all `classes`.
 
-    A label that is drawn anew may come out as it was: a share p of 10 classes is wrong 0.9 p of
-    the time, as in the released code. Share 0 changes nothing.
+    A label that is drawn again may come out as it was: with 10 classes, a share p makes 0.9 p of
+    the labels wrong, as in the released code. Used as `gaussian_label_noise`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from sgd_sparse_jax import data, types
+        >>> noise = uniform_label_noise(lambda step: jnp.where(step < 5, 0.5, 0.0), 10)
+        >>> noise(jax.random.key(0), 5, types.Batch(jnp.ones((3, 2)), jnp.arange(3))).y.tolist()
+        [0, 1, 2]
     """
 
-    def noise(key: PRNGKey, step: Count, batch: Batch) -> Batch:
+    def noise(key: PRNGKey, step: Count | int, batch: Batch) -> Batch:
         which, what = jr.split(key)
         chosen = jr.bernoulli(which, share(step), batch.y.shape)
         drawn = jr.randint(what, batch.y.shape, 0, classes, batch.y.dtype)
@@ -48,18 +103,22 @@ def corrupt_labels(
     seed: int,
     confusions: Mapping[int, int] | None = None,
 ) -> Int32[np.ndarray, " n"]:
-    """int(share n) labels made wrong, for the whole run: uniform among the other classes.
+    """`share_of(n, share)` labels made wrong, uniformly among the other classes.
 
-    With `confusions`, class c becomes confusions[c] where it has one and else stays. Which
-    examples are hit depends on `seed` alone. Raises ValueError for a share outside [0, 1] or where
-    one class leaves no other.
+    Args:
+        labels: true labels [n]; they stay as they are, the result is a copy.
+        share: in [0, 1].
+        classes: the number of classes.
+        seed: decides, with `n` and `share` alone, which examples are hit.
+        confusions: class c becomes confusions[c] where that exists, in place of a random one.
+
+    Example:
+        >>> labels = np.zeros(10, np.int32)
+        >>> corrupt_labels(labels, 0.3, 2, seed=0).sum().item()
+        3
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"The share of wrong labels is {share}; choose one in [0, 1].")
-    if classes < 2 and share:
-        raise ValueError(f"With {classes} class no label can be made wrong.")
     rng = np.random.default_rng(seed)
-    hit = rng.permutation(len(labels))[: int(share * len(labels))]
+    hit = rng.permutation(len(labels))[: share_of(len(labels), share, "share of wrong labels")]
     out = labels.copy()
     if confusions is None:
         out[hit] = (out[hit] + rng.integers(1, classes, len(hit))) % classes

@@ -16,7 +16,7 @@ class Examples(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Train and test examples, and what generated their targets (a vector, a teacher's layers)."""
+    """Train and test examples, and what generated their targets: a vector, layers, or None."""
 
     train: Examples
     test: Examples
@@ -31,25 +31,43 @@ class Layer(NamedTuple):
 
 
 def examples(x: Any, y: Any) -> Examples:
-    """Your own data as float64 `Examples`; ValueError where they aren't finite or don't fit."""
-    x, y = _finite("x", x), _finite("y", y)
+    """Your own data as float64 `Examples`.
+
+    Args:
+        x: inputs [n, d], or [n] for one input each.
+        y: targets [n].
+
+    Raises:
+        ValueError: other shapes, no examples, or values that aren't finite numbers.
+
+    Example:
+        >>> examples([1, 2, 3], [2, 4, 6]).x.shape
+        (3, 1)
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     x = x[:, None] if x.ndim == 1 else x
-    if x.ndim != 2 or y.shape != x.shape[:1]:
-        raise ValueError(
-            f"x has shape {x.shape} and y {y.shape}; give inputs [n, d] and one target each, [n]."
-        )
+    if x.ndim != 2 or not x.size or y.shape != x.shape[:1]:
+        raise ValueError(f"x has shape {x.shape} and y {y.shape}; expected [n, d] and [n].")
+    bad = np.flatnonzero(~np.isfinite(np.column_stack([x, y])).all(1))
+    if bad.size:
+        raise ValueError(f"x or y is NaN or infinite in {bad.size} rows, the first is {bad[0]}.")
     return Examples(x, y)
 
 
 def sparse_regression(
     seed: int = 0, *, n: int = 80, d: int = 200, support: int = 20, n_test: int = 1000
 ) -> Problem:
-    """y = <theta*, x>, no noise, x ~ N(0, I); theta* = |N(0, 1)| on its first `support` entries.
+    """y = <theta*, x>, x ~ N(0, I); theta* = |N(0, 1)| on its first `support` entries, else 0.
 
-    theta* has unit norm. Source: D1-D3 of the paper's diagonal nets, whose data seed is 0.
+    theta* is the `target` and has unit norm. Source: D1-D3 of the paper's diagonal nets, seed 0.
+
+    Example:
+        >>> problem = sparse_regression(n=10, d=30, support=3)
+        >>> problem.train.x.shape, (problem.target != 0).sum().item()
+        ((10, 30), 3)
     """
     if not 1 <= support <= d:
-        raise ValueError(f"The support is {support}; choose one between 1 and d = {d}.")
+        raise ValueError(f"support is {support}; choose one between 1 and d = {d}.")
     _at_least_one(n=n, n_test=n_test)
     rng = np.random.RandomState(seed)
     x, x_test, target = rng.randn(n, d), rng.randn(n_test, d), np.abs(rng.randn(d))
@@ -59,51 +77,42 @@ def sparse_regression(
 
 
 def regression_1d() -> Problem:
-    """Twelve points on a line, with no test set of their own: F1 and F2 of the paper's toys."""
+    """Twelve points on a line, which are their own test set: F1 and F2 of the paper's toys.
+
+    Example:
+        >>> regression_1d().train.x[:3, 0].round(3).tolist()
+        [-1.305, -1.055, -0.805]
+    """
     x = (np.arange(12) - 5.5) / 4 + 0.07
     y = 0.345 + np.array([-2, 1.5, 0, 0, 2, 1, 0, -1, 0, 1, 2, -1])
     points = Examples(x[:, None], y)
     return Problem(points, points, None)
 
 
-# The paper's teachers, which torch's generator drew.
+def _layer(weights: Sequence[Sequence[float]], bias: Sequence[float]) -> Layer:
+    """In float64 the values that torch drew in float32; it has a row of `weights` per unit."""
+    exact = lambda values: np.asarray(values, np.float32).astype(np.float64)
+    return Layer(exact(weights).T.copy(), exact(bias))
+
+
+# The paper's teachers.
 CIRCLE_TEACHER = (
-    Layer(
-        np.array(
-            [
-                [-0.9979376196861267, -0.932516872882843, 0.9949642419815063],
-                [-0.0641915574669838, 0.36112648248672485, -0.1002306416630745],
-            ]
-        ),
-        np.zeros(3),
+    _layer(
+        [[-0.9979376, -0.06419156], [-0.9325169, 0.36112648], [0.99496424, -0.10023064]],
+        [0.0, 0.0, 0.0],
     ),
-    Layer(np.array([[-1.0], [-1.0], [1.0]]), np.zeros(1)),
+    _layer([[-1.0, -1.0, 1.0]], [0.0]),
 )
 DEEP_TEACHER = (
-    Layer(
-        np.array(
-            [
-                [-0.1546226292848587, 0.36082857847213745],
-                [1.480986475944519, 0.062117695808410645],
-                [0.9988394379615784, -1.3084733486175537],
-                [1.1867660284042358, 0.8431695699691772],
-                [-0.7107561230659485, -0.43355607986450195],
-            ]
-        ),
-        np.array([-0.14907442033290863, -0.03152653947472572]),
+    _layer(
+        [
+            [-0.15462263, 1.4809865, 0.99883944, 1.186766, -0.7107561],
+            [0.36082858, 0.062117696, -1.3084733, 0.84316957, -0.43355608],
+        ],
+        [-0.14907442, -0.03152654],
     ),
-    Layer(
-        np.array(
-            [
-                [1.7495790719985962, -0.6115028858184814],
-                [0.14782261848449707, 1.0940831899642944],
-            ]
-        ),
-        np.array([0.5153526663780212, 0.1487373262643814]),
-    ),
-    Layer(
-        np.array([[-0.09140991419553757], [1.2611759901046753]]), np.array([-0.4748874306678772])
-    ),
+    _layer([[1.7495791, 0.14782262], [-0.6115029, 1.0940832]], [0.51535267, 0.14873733]),
+    _layer([[-0.091409914, 1.261176]], [-0.47488743]),
 )
 
 
@@ -117,6 +126,11 @@ def teacher_student(
     """y = teacher(x) for a ReLU network, x uniform on the unit sphere (N(0, I) over its norm).
 
     Defaults are T1 of the paper's toys; T3 is `teacher_student(6, n=50, teacher=DEEP_TEACHER)`.
+    The `target` is the teacher.
+
+    Example:
+        >>> teacher_student().train.x.shape
+        (15, 2)
     """
     _at_least_one(n=n, n_test=n_test)
     rng, d = np.random.RandomState(seed), len(teacher[0].kernel)
@@ -129,9 +143,17 @@ def teacher_student(
 def random_teacher(
     seed: int, widths: Sequence[int], *, normalized: bool = False, biases: bool = False
 ) -> tuple[Layer, ...]:
-    """Layers of N(0, 1) weights and biases, from `widths` = inputs, hidden layers, 1 output.
+    """Layers of N(0, 1) weights, for `teacher_student` and `relu_network`.
 
-    `normalized` makes incoming weights of hidden units unit vectors and outgoing ones their signs.
+    Args:
+        seed: of the weights.
+        widths: inputs, hidden layers, and 1 output.
+        normalized: incoming weights of hidden units are unit vectors, outgoing ones signs.
+        biases: N(0, 1) in place of 0.
+
+    Example:
+        >>> [layer.kernel.shape for layer in random_teacher(0, (5, 20, 1))]
+        [(5, 20), (20, 1)]
     """
     if len(widths) < 2 or min(widths) < 1 or widths[-1] != 1:
         raise ValueError(f"widths are {tuple(widths)}; give inputs, hidden layers and 1 output.")
@@ -146,7 +168,12 @@ def random_teacher(
 
 
 def relu_network(x: Float[np.ndarray, "n d"], layers: Sequence[Layer]) -> Float[np.ndarray, " n"]:
-    """The scalar output of ReLU layers, the last of them linear."""
+    """The scalar output of ReLU layers, the last of them linear.
+
+    Example:
+        >>> relu_network(np.eye(2), CIRCLE_TEACHER).round(3).tolist()
+        [0.995, -0.361]
+    """
     *hidden, last = layers
     for kernel, bias in hidden:
         x = np.maximum(x @ kernel + bias[None], 0.0)
@@ -156,7 +183,14 @@ def relu_network(x: Float[np.ndarray, "n d"], layers: Sequence[Layer]) -> Float[
 def binary_gaussians(
     seed: int = 0, *, n: int = 100, d: int = 10, std: float = 0.1, n_test: int = 1000
 ) -> Problem:
-    """x = y v + std N(0, I) with y = +-1 in equal numbers, shuffled, and v a random unit vector."""
+    """x = y v + std N(0, I) with y = +-1 in equal numbers, shuffled, and v a random unit vector.
+
+    The `target` is v.
+
+    Example:
+        >>> binary_gaussians(n=4).train.y.tolist()
+        [1.0, -1.0, 1.0, -1.0]
+    """
     _at_least_one(n=n, d=d, n_test=n_test)
     rng = np.random.RandomState(seed)
     v = rng.randn(d)
@@ -171,26 +205,7 @@ def binary_gaussians(
     return Problem(draw(n), draw(n_test), v)
 
 
-def _finite(name: str, values: Any) -> np.ndarray:
-    try:
-        array = np.asarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} is no array ({error}); give rows of equal length.") from error
-    if array.dtype.kind not in "iuf":
-        raise ValueError(f"{name} of shape {array.shape} holds {array.dtype}; give real numbers.")
-    array = array.astype(np.float64)
-    if array.ndim == 0 or array.size == 0:
-        raise ValueError(f"{name} has shape {array.shape}; give one row per example.")
-    bad = np.flatnonzero(~np.isfinite(array.reshape(len(array), -1)).all(1))
-    if bad.size:
-        raise ValueError(
-            f"{name} of shape {array.shape} holds NaN or infinity in {bad.size} rows, the first "
-            f"of them row {bad[0]}; leave those examples out."
-        )
-    return array
-
-
 def _at_least_one(**counts: int) -> None:
     for name, count in counts.items():
         if count < 1:
-            raise ValueError(f"{name} is {count}; ask for 1 or more.")
+            raise ValueError(f"{name} is {count}; choose 1 or more.")

@@ -1,46 +1,39 @@
 """Image sets made of others: two of the classes, grey-scale, or drawn at random."""
 
-from typing import Any, TypeVar
-
 import numpy as np
-from jaxtyping import Float32, Int32
 
-AnyImages = TypeVar("AnyImages", bound=Any)  # data.Images
-
-# Class 0 and class 1, as the released code numbers them.
-TWO_CLASSES = {
-    "cifar10_horse_car": ("cifar10", ("horse", "automobile")),
-    "cifar10_dog_cat": ("cifar10", ("dog", "cat")),
-}
+from .images import DRAWN, Images
+from .synthetic import binary_gaussians
 
 
-def two_classes(images: AnyImages, pair: tuple[str, str]) -> AnyImages:
+def two_classes(images: Images, pair: tuple[str, str]) -> Images:
     """The examples of two classes, in their order; the first of the pair is class 0."""
-    labels = np.asarray(images.labels)
-    zero, one = (labels == images.class_names.index(name) for name in pair)
-    kept = np.flatnonzero(zero | one)
+    zero, one = (images.labels == images.class_names.index(name) for name in pair)
+    chosen = np.flatnonzero(zero | one)
     return images._replace(
-        images=images.images[kept], labels=one[kept].astype(np.int32), class_names=pair
+        images=images.images[chosen], labels=one[chosen].astype(np.int32), class_names=pair
     )
 
 
-def grey(images: AnyImages) -> AnyImages:
+def grey(images: Images) -> Images:
     """The mean over channels, rounded down: one channel."""
     pixels = np.asarray(images.images)
     total = pixels.sum(-1, dtype=np.uint16, keepdims=True)  # a mean would need 8 bytes a pixel
     return images._replace(images=(total // pixels.shape[-1]).astype(np.uint8))
 
 
-def image_like(
-    x: np.ndarray, y: np.ndarray
-) -> tuple[Float32[np.ndarray, "n 1 d 1"], Int32[np.ndarray, " n"]]:
-    """Vectors as images of one row; y = +1 is class 0, y = -1 class 1."""
-    return x[:, None, :, None].astype(np.float32), (y < 0).astype(np.int32)
+def drawn(name: str, split: str) -> Images:
+    """1,000 float32 images of fixed seeds, as in the released code.
 
-
-def uniform_noise(
-    seed: int, n: int = 1000
-) -> tuple[Float32[np.ndarray, "n 28 28 1"], Int32[np.ndarray, " n"]]:
-    """x uniform on [0, 1) at every pixel; the class is floor(10 x) at the first."""
-    x = np.random.default_rng(seed).random((n, 28, 28, 1), np.float32)
-    return x, np.floor(10 * x[:, 0, 0, 0]).astype(np.int32)
+    gaussians_binary: +-v + .1 N(0, I) as images of one row, v a random unit vector.
+    uniform_noise: uniform on [0, 1) at every pixel; the class is floor(10 x) of the first pixel.
+    """
+    if name == "gaussians_binary":
+        problem = binary_gaussians(0, n=1000, d=100, std=0.1, n_test=1000)
+        points, signs = problem.train if split == "train" else problem.test
+        x, labels = points[:, None, :, None].astype(np.float32), signs < 0
+    else:
+        rng = np.random.default_rng(0 if split == "train" else 1)
+        x = rng.random((1000, 28, 28, 1), np.float32)
+        labels = np.floor(10 * x[:, 0, 0, 0])
+    return Images(x, labels.astype(np.int32), DRAWN[name].class_names)

@@ -1,0 +1,178 @@
+"""Image sets from disk, as memory-mapped arrays."""
+
+import json
+import logging
+import os
+import re
+import shlex
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from . import archives, prepared, variants
+from .images import DRAWN, IMAGE_SETS, PAIRS, STORED, Images, ImageSet
+
+SPLITS = ("train", "test")
+
+
+def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None) -> Images:
+    """The examples of one split of an image set, in the official order.
+
+    They come from the first of these that exists in DATA_DIR/NAME:
+
+    1. `{train,test}_{images,labels}.npy`, arrays of your own: images uint8 [n, h, w, c] (also
+       [n, c, h, w], or [n, h, w] of one channel), labels whole numbers [n] or [n, 1];
+    2. `decoded/`, written by an earlier call, as long as what it was decoded from is unchanged;
+    3. `VERSION/`, prepared by TFDS as array_record or tfrecord, read without TensorFlow;
+    4. the official archive, in DATA_DIR/downloads/manual[/NAME] or else downloaded and checked.
+
+    Args:
+        name: a key of `IMAGE_SETS`. NAME_gs is NAME in grey-scale and is made of NAME's data, as
+            the sets of two classes are; gaussians_binary and uniform_noise need no files.
+        split: "train" or "test".
+        data_dir: by default the environment's TFDS_DATA_DIR, else ~/tensorflow_datasets.
+
+    Returns:
+        `Images`, memory-mapped where the folder has arrays or lets `decoded/` be written.
+
+    Raises:
+        ValueError: an unknown name or split, a URL, or files that aren't this data set.
+        FileNotFoundError: there is nothing to read, and no network.
+
+    Example:
+        >>> load_images("uniform_noise", "train").images.shape
+        (1000, 28, 28, 1)
+    """
+    if name not in IMAGE_SETS or split not in SPLITS:
+        raise ValueError(
+            f"Unknown data set or split, {name!r} {split!r}; choose train or test of one of "
+            f"{', '.join(sorted(IMAGE_SETS))}."
+        )
+    if name in DRAWN:
+        return variants.drawn(name, split)
+    if name in PAIRS:
+        parent, pair = PAIRS[name]
+        return variants.two_classes(load_images(parent, split, data_dir=data_dir), pair)
+    if name not in STORED:
+        return variants.grey(load_images(name.removesuffix("_gs"), split, data_dir=data_dir))
+    path = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
+    if re.match(r"[A-Za-z][\w+.-]+:/", path):  # it would become a local folder called gs:
+        raise ValueError(f"data_dir is {path}; URLs can't be read, copy the data to a local disk.")
+    root = Path(os.path.expanduser(path)).absolute()
+    if any((root / name / f"{s}_{k}.npy").exists() for s in SPLITS for k in ("images", "labels")):
+        return _open(root / name, split, STORED[name])
+    return _decoded(name, split, root)
+
+
+def _open(folder: Path, split: str, kind: ImageSet) -> Images:
+    """Memory maps of both files, checked without reading the pixels."""
+    path = folder / f"{split}_images.npy"
+    images, (h, w, c) = _array(path), kind.shape
+    if images.shape[1:] == (c, h, w):
+        images = images.transpose(0, 2, 3, 1)
+    if c == 1 and images.shape[1:] == (h, w):
+        images = images[..., None]
+    if images.dtype != np.uint8 or images.shape[1:] != kind.shape:
+        expected = f"uint8 [n, {h}, {w}, {c}] with values from 0 to 255"
+        raise _unfit(path, f"holds {images.dtype} {list(images.shape)}; expected {expected}")
+    labels = _labels(folder / f"{split}_labels.npy", len(images), len(kind.class_names))
+    return Images(images, labels, kind.class_names)
+
+
+def _labels(path: Path, n: int, classes: int) -> np.ndarray:
+    labels = _array(path)
+    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
+    span = ""
+    if labels.dtype.kind in "biuf" and labels.size:
+        with np.errstate(invalid="ignore"):  # of NaN
+            numbers = labels.astype(np.int32, copy=False)
+        # Outside of the range, a label would turn the cross-entropy into NaN.
+        in_range = numbers.min() >= 0 and numbers.max() < classes
+        if labels.shape == (n,) and in_range and (numbers == labels).all():
+            return numbers
+        span = f" from {labels.min()} to {labels.max()}"
+    found = f"{labels.dtype} {list(labels.shape)}{span}"
+    expected = f"whole numbers from 0 to {classes - 1}, one for each of {n} images"
+    raise _unfit(path, f"holds {found}; expected {expected}")
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except OSError:
+        raise
+    except Exception as error:  # a damaged header fails in many ways
+        raise _unfit(path, "is truncated, pickled or no array") from error
+
+
+def _unfit(path: Path, found: str) -> ValueError:
+    ours = path.parent.name == "decoded"
+    cure = f" Delete {path.parent}: the next call writes it again." if ours else ""
+    return ValueError(f"{path} {found}.{cure}")
+
+
+def _decoded(name: str, split: str, root: Path) -> Images:
+    """From DATA_DIR/NAME/decoded, which is written where it is missing or outdated."""
+    folder, kind = root / name, STORED[name]
+    tfds_folder = prepared.newest(folder) or prepared.newest(root / (kind.tfds_name or name))
+    try:
+        note = _note(folder, tfds_folder) or _decode(name, root, tfds_folder)
+    except ConnectionError as error:
+        program = f'from sgd_sparse_jax import data; data.load_images("{name}", "train")'
+        raise FileNotFoundError(
+            f"{name} is not in {folder} (data_dir, else TFDS_DATA_DIR, else "
+            f"~/tensorflow_datasets), and {error}. On a machine with network run "
+            f"`TFDS_DATA_DIR={shlex.quote(str(root))} python -c {shlex.quote(program)}` "
+            f"and copy {folder} here."
+        ) from error
+    except OSError as error:
+        reason = f"{folder} can't be written ({error.strerror or error})"
+        if tfds_folder is None:
+            cure = "set data_dir or TFDS_DATA_DIR to a folder that can."
+            raise PermissionError(f"{reason}: {cure}") from error
+        logging.getLogger(__name__).warning("%s: each run decodes %s again.", reason, name)
+        images, labels = prepared.read(tfds_folder, kind, split)
+        return Images(images, labels, kind.class_names, f"{name} {tfds_folder.name}")
+    return _open(folder / "decoded", split, kind)._replace(source=f"{name} {note['version']}")
+
+
+def _note(folder: Path, tfds_folder: Path | None) -> dict | None:
+    """What `decoded` was made of; None where it isn't there, or the TFDS folder has changed."""
+    try:
+        note = json.loads((folder / "decoded" / "source.json").read_text())
+    except FileNotFoundError:
+        return None
+    current = tfds_folder is None or not note["files"] or note == prepared.describe(tfds_folder)
+    return note if current else None
+
+
+def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
+    """Writes both splits to DATA_DIR/NAME/decoded, or nothing; returns its note."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder) as work:
+        if tfds_folder is not None:
+            note = prepared.describe(tfds_folder)
+            read = partial(prepared.read, tfds_folder, STORED[name])
+        else:
+            source = archives.SOURCES[name]
+            note = {"version": source.version, "files": {}}
+            paths = archives.obtain(name, root / "downloads" / "manual", Path(work))
+            read = partial(source.read, paths)
+        new, decoded = Path(work) / "new", folder / "decoded"
+        new.mkdir()
+        for split in SPLITS:
+            images, labels = read(split)
+            np.save(new / f"{split}_images.npy", np.ascontiguousarray(images))
+            np.save(new / f"{split}_labels.npy", labels.astype(np.int32))
+        (new / "source.json").write_text(json.dumps(note))
+        try:
+            if decoded.exists() and not _note(folder, tfds_folder):
+                decoded.rename(Path(work) / "old")
+            new.rename(decoded)
+        except OSError:
+            if not _note(folder, tfds_folder):  # else another process was faster
+                raise
+    return note
