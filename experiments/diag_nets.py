@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the ensemble into its folder, or reads it where it is finished; draws and prints."""
+    """Runs the ensemble into its folder, or reads it if finished; then prints and draws."""
     hosts.join(config.hosts)
     ranges.check(config)
     if config.support > config.d:
@@ -102,11 +102,10 @@ def run(config: Config) -> tables.Finding:
     )
     folder, dataset = ensemble.results("diag_nets", config, toy)
     hosts.leave_the_rest_to_first()
-    figures = draw(folder, config, toy, dataset)
     rows = tables.rows(dataset, QUANTITIES, published(config))
     tables.write(folder, rows)
-    tables.show(rows, title=f"Diagonal nets, {config.seeds} seeds")
-    print(folder)
+    tables.show(folder, rows, title=f"Diagonal nets, {config.seeds} seeds")
+    figures = draw(folder, config, toy, dataset)
     return tables.Finding(folder, dataset, rows, figures)
 
 

@@ -126,22 +126,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the ensemble into its folder, or reads it where it is finished; draws and prints."""
+    """Runs the ensemble into its folder, or reads it if finished; then prints and draws."""
     hosts.join(config.hosts)
     problem = PROBLEM.get(config.setting, config.setting)
     toy = problems.PROBLEMS[problem]()
     folder, dataset = ensemble.results("fc_nets", config, toy)
     hosts.leave_the_rest_to_first()
+    rows = tables.rows(dataset, QUANTITIES[problem], published(config))
+    tables.write(folder, rows)
+    tables.show(folder, rows, title=f"{config.setting}, {config.seeds} seeds")
     stem = folder / "figures" / f"fc_nets_{config.setting}"
     figures = draw_curves(stem, config, toy, dataset)
     if problem == "1d":
         figures += draw_functions(stem.with_name(f"{stem.name}_functions"), config, toy, dataset)
     if problem == "two-layer":
         figures += draw_neurons(stem.with_name(f"{stem.name}_neurons"), toy, dataset)
-    rows = tables.rows(dataset, QUANTITIES[problem], published(config))
-    tables.write(folder, rows)
-    tables.show(rows, title=f"{config.setting}, {config.seeds} seeds")
-    print(folder)
     return tables.Finding(folder, dataset, rows, figures)
 
 

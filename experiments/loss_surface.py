@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import plots, tables
+from experiments.figures import animation, maps, plots, tables
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.ranges import (
     AboveMinusOne,
@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the three ways into a folder, or reads them there; draws, animates and prints."""
+    """Runs the three ways into a folder, or reads them there; then prints, draws and animates."""
     hosts.join(config.hosts)
     ranges.check(config)
     if len(config.step_sizes) != len(WAYS):
@@ -106,14 +106,13 @@ def run(config: Config) -> tables.Finding:
     toy = problems.PROBLEMS["diagonal-plane"]()
     folder, dataset = ensemble.results("loss_surface", config, toy)
     hosts.leave_the_rest_to_first()
+    rows = tables.rows(dataset, QUANTITIES, published(config))
+    tables.write(folder, rows)
+    tables.show(folder, rows, title=f"Paths over the loss, {config.seeds} seeds")
     surface = map_out(config, toy, dataset)
     figures = draw(folder, surface) + draw_losses(folder, surface)
     if config.frames:
-        figures.append(animate(folder, surface, config.frames))
-    rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(folder, rows)
-    tables.show(rows, title=f"Paths over the loss, {config.seeds} seeds")
-    print(folder)
+        figures += animate(folder, surface, config.frames)
     return tables.Finding(folder, dataset, rows, figures)
 
 
@@ -169,7 +168,9 @@ def draw(folder: Path, surface: Surface) -> list[Path]:
     """Training and test loss over the plane, with the three paths."""
     panels = [_map(surface, surface.train, "Training"), _map(surface, surface.test, "Test")]
     stem = folder / "figures" / "loss_surface"
-    return plots.maps(stem, panels, title="Loss over a plane through three points, and three paths")
+    return maps.figure(
+        stem, panels, title="Loss over a plane through three points, and three paths"
+    )
 
 
 def draw_losses(folder: Path, surface: Surface) -> list[Path]:
@@ -191,10 +192,10 @@ def draw_losses(folder: Path, surface: Surface) -> list[Path]:
     return plots.figure(stem, panels, columns=3, title="Training loss along the paths")
 
 
-def animate(folder: Path, surface: Surface, frames: int) -> Path:
+def animate(folder: Path, surface: Surface, frames: int) -> list[Path]:
     """The paths as they grow, as a GIF."""
     ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
-    return plots.animation(
+    return animation.write(
         folder / "figures" / "loss_surface.gif",
         _map(surface, surface.train, "Training"),
         ends.tolist(),
@@ -202,8 +203,8 @@ def animate(folder: Path, surface: Surface, frames: int) -> Path:
     )
 
 
-def _map(surface: Surface, z: np.ndarray, name: str) -> plots.Map:
-    return plots.Map(
+def _map(surface: Surface, z: np.ndarray, name: str) -> maps.Map:
+    return maps.Map(
         f"{name} loss",
         "towards √θ*",
         "towards the flow's solution",

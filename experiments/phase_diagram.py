@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import plots
+from experiments.figures import maps, plots, terminal
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.hosts import ALONE, Hosts
 from experiments.launch.ranges import AboveMinusOne, Count, Positive, Range, Seed, Share
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> "xarray.Dataset":
-    """Runs the grid into its folder, or reads it where it is finished; draws and prints."""
+    """Runs the grid into its folder, or reads it if finished; then prints and draws."""
     hosts.join(config.hosts)
     if config.problem not in problems.PROBLEMS:
         known = ", ".join(problems.PROBLEMS)
@@ -97,14 +97,13 @@ def run(config: Config) -> "xarray.Dataset":
     with hosts.together(folder), ensemble.alone_in(folder), deferred() as asked:
         dataset = results(config, toy, folder, lambda: ensemble.stop_if_asked(asked, folder))
     hosts.leave_the_rest_to_first()
-    draw(folder, config, dataset)
     shares = {
         name: float((dataset["outcome"].values == code).mean())
         for code, name in enumerate(measure.OUTCOMES)
     }
     records.write_json(folder / "summary.json", {"outcomes": shares})
-    print(", ".join(f"{name} {share:.0%}" for name, share in shares.items()))
-    print(folder)
+    terminal.show(", ".join(f"{name} {share:.0%}" for name, share in shares.items()), folder)
+    draw(folder, config, dataset)
     return dataset
 
 
@@ -259,8 +258,8 @@ def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     """Medians over the seeds that did not diverge, and the outcome most of them had."""
     x, y = np.array(config.step_sizes), np.array(config.values)
 
-    def panel(title: str, z: np.ndarray, zlabel: str = "", **look) -> plots.Map:
-        return plots.Map(title, "step size", AXES[config.axis], x, y, z, zlabel, **look)
+    def panel(title: str, z: np.ndarray, zlabel: str = "", **look) -> maps.Map:
+        return maps.Map(title, "step size", AXES[config.axis], x, y, z, zlabel, **look)
 
     def middle(name: str) -> np.ndarray:
         values = dataset[name].values.reshape(config.seeds, -1)
@@ -281,7 +280,7 @@ def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
         title = f"Feature sparsity, layer {name.removeprefix('sparsity_')}"
         panels.append(panel(title, 100 * middle(name), "active entries (%)"))
     title = f"{config.problem}: medians over {config.seeds} seeds"
-    return plots.maps(folder / "figures" / "phase_diagram", panels, columns=3, title=title)
+    return maps.figure(folder / "figures" / "phase_diagram", panels, columns=3, title=title)
 
 
 if __name__ == "__main__":

@@ -14,35 +14,18 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from experiments import diag_nets, fc_nets, loss_surface
-from experiments.figures import tables
-from experiments.figures.report import (
-    AGREES,
-    DIFFERS,
-    ORDERED,
-    Chapter,
-    Verdict,
-    markdown,
-    page,
-    score,
-    summary,
-)
+from experiments.figures import report, terminal, verdicts
+from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
 from experiments.launch.ranges import Count, CountOrNone, Seed, TwoOrMore
-from experiments.storage import files, records
+from experiments.storage import records
 from experiments.toy import config as toy_flags
-
-ENOUGH = 8  # finite runs from which a 1-99 % range is read
-
-
-RESAMPLES = 4000
 
 
 @dataclass(frozen=True)
@@ -99,10 +82,8 @@ def run(config: Config) -> list[Chapter]:
     workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
     chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
     seconds = time.perf_counter() - start
-    files.write_bytes(folder / "report.md", markdown(config.seeds, chapters, seconds).encode())
-    files.write_bytes(folder / "report.html", page(config.seeds, chapters, seconds).encode())
-    records.write_json(folder / "verdicts.json", summary(chapters, seconds))
-    print(f"{score(chapters)}\n{folder / 'report.html'} ({seconds:.0f} s)")
+    report.write(folder, config.seeds, chapters, seconds)
+    terminal.show(report.score(chapters), f"{folder / 'report.html'} ({seconds:.0f} s)")
     return chapters
 
 
@@ -143,7 +124,7 @@ def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
         try:
             for count, done in enumerate(as_completed(waiting), 1):
                 done.result()
-                print(f"{count} of {len(todo)}: {waiting[done].title}", flush=True)
+                terminal.show(f"{count} of {len(todo)}: {waiting[done].title}")
         except BrokenProcessPool as error:
             raise OSError(
                 "A worker was killed, perhaps for lack of memory; try --workers 1. "
@@ -162,81 +143,19 @@ def _quiet_chapter(title: str, module: str, settings: toy_flags.Config) -> Chapt
 
 
 def chapter_of(task: Task) -> Chapter:
-    """Runs one setting, and says of each published number whether it agrees."""
+    """Runs one setting, and compares each of its published numbers with the runs."""
     finding = task.module.run(task.settings)
-    verdicts = [verdict(row, finding.rows) for row in finding.rows]
+    rows = finding.rows
+    found = [verdicts.verdict(row, rows) for row in rows]
     evidence = [
-        why(row, found, finding.rows)
-        for row, found in zip(finding.rows, verdicts, strict=True)
-        if found is not None and found.word == DIFFERS
+        verdicts.evidence(row, each, rows)
+        for row, each in zip(rows, found, strict=True)
+        if each is not None and each.word == verdicts.DIFFERS
     ]
-    lost = [row for row in finding.rows if row.published is not None and not len(row.values)]
-    if lost and isinstance(task.settings, diag_nets.Config):
+    diverged = any(row.published is not None and not len(row.values) for row in rows)
+    if diverged and isinstance(task.settings, diag_nets.Config):
         evidence.append(survival(task.settings))
-    return Chapter(task.title, task.command, finding.rows, verdicts, finding.figures, evidence)
-
-
-def verdict(row: tables.Row, rows: Sequence[tables.Row]) -> Verdict | None:
-    """The published value inside our 1-99 % range, or the claimed order at 95 % confidence.
-
-    The order is that to the setting's first schedule (of the first: to the last) in the same
-    quantity; its confidence is the share of bootstrap resamples of both sets of seeds whose medians
-    stand in the published order. A published value stands for all that round to its digits.
-    """
-    if row.published is None:
-        return None
-    half_digit = 0.5 * 10.0 ** int(Decimal(str(row.published)).as_tuple().exponent)
-    low, high = row.percentile(1) - half_digit, row.percentile(99) + half_digit
-    inside = len(row.values) >= ENOUGH and low <= row.published <= high
-    same = [other for other in rows if other.name == row.name and other.published is not None]
-    other = same[-1] if row is same[0] else same[0]
-    confidence = order_confidence(row, other) if other is not row else float("nan")
-    ordered = confidence >= 0.95
-    word = AGREES if inside else ORDERED if ordered else DIFFERS
-    return Verdict(word, bool(inside), other.schedule if other is not row else "", confidence)
-
-
-def order_confidence(row: tables.Row, other: tables.Row) -> float:
-    """Bootstrap confidence that the medians of two rows stand in the order of the published."""
-    if row.published is None or other.published is None or row.published == other.published:
-        return float("nan")
-    if not len(row.values) or not len(other.values):
-        return float("nan")
-    rng = np.random.default_rng(0)
-    medians = [
-        np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
-        for values in (row.values, other.values)
-    ]
-    claimed = np.sign(row.published - other.published)
-    return float(np.mean(np.sign(medians[0] - medians[1]) == claimed))
-
-
-def why(row: tables.Row, found: Verdict, rows: Sequence[tables.Row]) -> str:
-    """A sentence of evidence about a row that differs."""
-    published = row.published or 0.0
-    where = f"{row.schedule}, {row.quantity}: published {row.show(published)}"
-    if not len(row.values):
-        return f"{where}; all of our runs diverged, as the original does on other machines."
-    below = float(np.mean(row.values < published))
-    parts = [
-        f"{where}; ours {row.show(row.percentile(1))} to {row.show(row.percentile(99))} (1-99 %) "
-        f"over {len(row.values)} runs, {below:.0%} of them below the published one, "
-        f"{row.share_diverged:.0%} diverged"
-    ]
-    if np.isfinite(found.confidence):
-        parts.append(
-            f"the order to “{found.reference}” holds with confidence {found.confidence:.0%}"
-        )
-    others = [r for r in rows if r.schedule == row.schedule and r is not row and r.published]
-    if others:  # a chaotic run is one of a kind: what had those that resemble the published one?
-        other = others[0]
-        nearest = np.argsort(np.abs(np.log(other.values / other.published)))[:3]
-        values = ", ".join(row.show(value) for value in row.values[nearest])
-        parts.append(
-            f"the three runs nearest to the published {other.quantity} "
-            f"({other.show(other.published or 0.0)}) have {values}"
-        )
-    return "; ".join(parts) + "."
+    return Chapter(task.title, task.command, rows, found, finding.figures, evidence)
 
 
 def survival(settings: diag_nets.Config) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from experiments.deep import curves, training as classifiers
 from experiments.deep.config import Config as Config
+from experiments.figures import terminal
 from experiments.launch import cli, hosts
 
 
@@ -22,28 +23,28 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> Path:
-    """Trains, draws and sums up; returns the run's folder."""
+    """Trains, prints the last row and draws; returns the run's folder."""
     folder = classifiers.run(config)
     title = (
         f"{config.dataset}, {config.model} of width {config.model_width}, "
         f"η₀ = {config.lr_init:g}, {config.lr_schedule}"
     )
     hosts.leave_the_rest_to_first()
-    curves.one_run(folder, title)
     print_last_row(folder)
-    print(folder)
+    curves.one_run(folder, title)
     return folder
 
 
 def print_last_row(folder: Path) -> None:
-    """The last evaluation, in a line or two."""
+    """The last evaluation in two lines, and the folder."""
     row = curves.rows_of(folder)[-1]
     sparsity = " / ".join(f"{row[f'train/distinct/{block}']:.1%}" for block in curves.blocks(row))
-    print(
+    terminal.show(
         f"step {row['step']}: train loss {row['train/loss']:.4f}, train error "
         f"{row['train/error']:.2%}, test error {row['test/error']:.2%} (averaged weights "
         f"{row['test_average/error']:.2%})\n"
-        f"active units without duplicates, block by block: {sparsity}"
+        f"active units without duplicates, block by block: {sparsity}",
+        folder,
     )
 
 

@@ -22,6 +22,7 @@ from experiments.deep import (
     training as classifiers,
 )
 from experiments.deep.config import Config
+from experiments.figures import terminal
 from experiments.launch import cli, hosts
 from experiments.storage import records
 
@@ -104,7 +105,6 @@ def run(grid: Any) -> Path:
         runs.append(once(setting, config))
     hosts.leave_the_rest_to_first()
     report(folder, grid.exp_name, runs)
-    print(folder)
     return folder
 
 
@@ -171,16 +171,15 @@ def report(folder: Path, title: str, runs: Sequence[Run]) -> None:
     by_setting: dict[str, list[Run]] = {}
     for each in runs:
         by_setting.setdefault(each.setting, []).append(each)
-    show(title, by_setting)
+    show(folder, title, by_setting)
     folders = {setting: [each.folder for each in some] for setting, some in by_setting.items()}
     common = {(c.dataset, c.model, c.model_width) for c in (each.config for each in runs)}
     of = "{}, {} of width {}".format(*common.pop()) if len(common) == 1 else "several networks"
     curves.several_runs(folder / "figures" / "sweep_deep", folders, f"{title}: {of}")
 
 
-def show(title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
-    """The table, on the terminal: mean ± standard deviation over the seeds that finished."""
-    from rich.console import Console
+def show(folder: Path, title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
+    """Prints mean ± standard deviation over the seeds that finished, and the folder."""
     from rich.table import Table
 
     rows = {
@@ -202,7 +201,7 @@ def show(title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
             told = ("", "") if place else (setting, seeds)
             table.add_row(*told, words, summary(rows[setting], name, form))
         table.add_section()
-    Console(markup=False, emoji=False).print(table)  # a name may well have brackets in it
+    terminal.show(table, folder)
 
 
 def summary(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> str:

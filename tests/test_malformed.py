@@ -246,7 +246,7 @@ def test_what_is_drawn_and_printed_is_numbers_or_is_refused(tmp_path, content):
             lambda: curves.one_run(tmp_path, "title"),
             lambda: curves.several_runs(tmp_path / "x", {"one": [tmp_path]}, "title"),
             lambda: resnet_cifar.print_last_row(tmp_path),
-            lambda: sweep_deep.show("title", {run.setting: [run]}),
+            lambda: sweep_deep.show(tmp_path, "title", {run.setting: [run]}),
         ):
             got = answer(call, tmp_path)
     rows = [parsed(line) for line in content.split(b"\n")[:-1]]

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from experiments import diag_nets, fc_nets, loss_surface, reproduce
-from experiments.figures import report
-from experiments.figures.report import AGREES, DIFFERS, ORDERED
 from experiments.figures.tables import Row
+from experiments.figures.verdicts import AGREES, DIFFERS, ORDERED, evidence, verdict
 from experiments.storage import records
 
 
@@ -19,35 +18,35 @@ def row(values, published, schedule="large", name="test_loss"):
 
 def test_a_value_inside_the_range_agrees():
     rows = [row(np.arange(1, 33), 16.0, "small"), row(np.arange(33, 65), 40.0)]
-    found = reproduce.verdict(rows[1], rows)
+    found = verdict(rows[1], rows)
     assert found.word == AGREES and found.inside and found.confidence > 0.99
     assert found.reference == "small"
 
 
 def test_a_value_outside_agrees_in_order_only_where_the_order_is_claimed_and_clear():
     rows = [row(np.arange(1, 33), 16.0, "small"), row(np.arange(33, 65), 100.0)]
-    assert reproduce.verdict(rows[1], rows).word == ORDERED
+    assert verdict(rows[1], rows).word == ORDERED
     against = [rows[0], row(np.arange(33, 65), 0.5)]  # published below, ours above
-    assert reproduce.verdict(against[1], against).word == DIFFERS
+    assert verdict(against[1], against).word == DIFFERS
     unclear = [rows[0], row(np.arange(1, 33) + 0.5, 100.0)]
-    found = reproduce.verdict(unclear[1], unclear)
+    found = verdict(unclear[1], unclear)
     assert found.word == DIFFERS and 0.05 < found.confidence < 0.95
 
 
 def test_published_digits_stand_for_all_that_rounds_to_them():
     same = np.full(32, 0.168241)
-    assert reproduce.verdict(row(same, 0.16824), [row(same, 0.16824)]).inside
-    assert not reproduce.verdict(row(same, 0.16823), [row(same, 0.16823)]).inside
+    assert verdict(row(same, 0.16824), [row(same, 0.16824)]).inside
+    assert not verdict(row(same, 0.16823), [row(same, 0.16823)]).inside
 
 
 def test_few_or_no_survivors_are_no_range():
     few = row([0.1, 0.2, 0.3], 0.2)
-    assert not reproduce.verdict(few, [few]).inside
+    assert not verdict(few, [few]).inside
     none = row([], 0.2)
-    found = reproduce.verdict(none, [none])
+    found = verdict(none, [none])
     assert found.word == DIFFERS
-    assert "all of our runs diverged" in reproduce.why(none, found, [none])
-    assert reproduce.verdict(row([1.0], None), []) is None
+    assert "all of our runs diverged" in evidence(none, found, [none])
+    assert verdict(row([1.0], None), []) is None
 
 
 def test_the_evidence_names_range_share_and_look_alikes():
@@ -55,9 +54,9 @@ def test_the_evidence_names_range_share_and_look_alikes():
     other = Row(
         "large", "nuclear norm", "nuclear", ".3g", 12.7, np.array([20.0, 14, 13, 21] * 8), 0
     )
-    found = reproduce.verdict(other, [loss, other])
+    found = verdict(other, [loss, other])
     assert found.word == DIFFERS
-    sentence = reproduce.why(other, found, [loss, other])
+    sentence = evidence(other, found, [loss, other])
     assert "0% of them below the published one" in sentence
     assert "nearest to the published test loss (0.27) have 13, 13, 13" in sentence
 
@@ -113,7 +112,7 @@ def test_the_reports_hold_every_row_and_figure_and_nothing_from_outside(reports)
     figures = [p for c in chapters for p in c.figures if p.suffix in (".png", ".gif")]
     assert len(outline.sources) == len(figures)
     markdown = (folder / "report.md").read_text()
-    assert markdown.count("]: data:image/") == len(figures) and "http" not in markdown
+    assert markdown.count("](data:image/") == len(figures) and "http" not in markdown
     verdicts = records.read_json(folder / "verdicts.json")
     assert len(verdicts["rows"]) == len(published)
     words = {v.word for v in published}
@@ -153,12 +152,6 @@ def test_what_a_worker_cannot_run_is_said(tmp_path):
     wrong = replace(diag_nets.SETTINGS["d1"], seeds=0, runs_dir=str(tmp_path))
     with pytest.raises(ValueError, match="--seeds is 0"):
         reproduce.in_processes([reproduce.Task("D1", diag_nets, wrong)], workers=2)
-
-
-def test_cells_are_escaped():
-    assert report._cells("td", ["<script>", "a & b"]) == (
-        "<td>&lt;script&gt;</td><td>a &amp; b</td>"
-    )
 
 
 def test_bad_settings_are_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Our numbers beside the published ones."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import xarray
@@ -45,13 +47,15 @@ def test_no_survivor_is_shown_as_a_dash(dataset, capsys):
     dataset["train_loss"][:, 1, 2] = np.nan
     rows = tables.rows(dataset, QUANTITIES, {})
     assert np.isnan(rows[2].percentile(50)) and rows[2].show(rows[2].percentile(5)) == "–"
-    tables.show(rows, title="Title")
+    tables.show(Path("folder"), rows, title="Title")
     assert "– [–, –]" in capsys.readouterr().out
 
 
 def test_the_terminal_shows_both_numbers(dataset, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
-    tables.show(tables.rows(dataset, QUANTITIES, {"test_loss": (3.5, 0.07)}), title="Title")
+    tables.show(
+        Path("folder"), tables.rows(dataset, QUANTITIES, {"test_loss": (3.5, 0.07)}), title="Title"
+    )
     out = capsys.readouterr().out
     assert "Title" in out and "0.07" in out and "9 [3.6, 14]" in out and "33%" in out
 

@@ -1,4 +1,4 @@
-"""Our numbers beside the published ones: rows of a summary, on the terminal and as JSON. No JAX."""
+"""The summary of an ensemble next to the published numbers, as JSON and as a table. No JAX."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from experiments.figures import plots
+from experiments.figures import plots, terminal
 from experiments.storage import records
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Finding(NamedTuple):
-    """What an experiment returns: its folder, all data, the summary and the figures in it."""
+    """What an experiment returns: its folder, all data, the summary, and the figures' paths."""
 
     folder: Path
     dataset: "xarray.Dataset"
@@ -34,12 +34,21 @@ class Row(NamedTuple):
     share_diverged: float
 
     def percentile(self, level: float) -> float:
-        """Over the finite runs; NaN where there is none."""
+        """Over the finite runs; NaN if there are none."""
         return float(np.percentile(self.values, level)) if len(self.values) else float("nan")
+
+    def percentiles(self) -> dict[str, float]:
+        """p1, p5, p50, p95 and p99."""
+        return {f"p{level}": self.percentile(level) for level in (1, 5, 50, 95, 99)}
 
     def show(self, value: float) -> str:
         """A value in the quantity's format; a dash for NaN."""
         return "–" if np.isnan(value) else format(value, self.form)
+
+    def interval(self) -> str:
+        """The median, and the 5th and 95th percentiles in brackets."""
+        low, middle, high = (self.show(self.percentile(level)) for level in (5, 50, 95))
+        return f"{middle} [{low}, {high}]"
 
 
 def rows(
@@ -47,61 +56,53 @@ def rows(
     quantities: Mapping[str, tuple[str, str]],
     published: Mapping[str, Sequence[float | None]],
 ) -> list[Row]:
-    """Per schedule and quantity (name -> words and format), what the seeds ended with."""
+    """A row per schedule and quantity (variable -> name and format) that the dataset has."""
     out = []
-    gone = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
+    diverged = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
     for j, schedule in enumerate(dataset["schedule"].values):
-        for name, (words, form) in quantities.items():
+        for name, (quantity, form) in quantities.items():
             if name in dataset:
                 last = dataset[name].isel({dataset[name].dims[-1]: -1}).values[:, j]
                 paper = published[name][j] if name in published else None
-                values = last[np.isfinite(last) & ~gone[:, j]]
-                share = float(gone[:, j].mean())
-                out.append(Row(str(schedule), words, name, form, paper, values, share))
+                values = last[np.isfinite(last) & ~diverged[:, j]]
+                share = float(diverged[:, j].mean())
+                out.append(Row(str(schedule), quantity, name, form, paper, values, share))
     return out
 
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
-    """summary.json: percentiles of every row."""
-    entries = [
-        row._asdict()
-        | {"values": len(row.values)}
-        | {f"p{level}": row.percentile(level) for level in (1, 5, 50, 95, 99)}
-        for row in rows
-    ]
+    """Writes summary.json: every row with its percentiles and the number of its values."""
+    entries = [row._asdict() | {"values": len(row.values)} | row.percentiles() for row in rows]
     records.write_json(folder / "summary.json", {"rows": entries})
 
 
-def show(rows: Sequence[Row], *, title: str) -> None:
-    """On the terminal, a line per schedule and quantity."""
-    from rich.console import Console
+def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:
+    """Prints a line per schedule and quantity, and the folder."""
     from rich.table import Table
 
-    table = Table(title=f"{title}, at the last record")
-    for heading in ("schedule", "quantity", "paper", "median [5 %, 95 %]", "diverged"):
-        table.add_column(heading)
+    table = Table(
+        *("schedule", "quantity", "paper", "median [5 %, 95 %]", "diverged"),
+        title=f"{title}, at the last record",
+    )
     for row, before in zip(rows, [None, *rows], strict=False):
         new = before is None or before.schedule != row.schedule
-        low, middle, high = (row.show(row.percentile(level)) for level in (5, 50, 95))
         table.add_row(
             row.schedule if new else "",
             row.quantity,
             "" if row.published is None else row.show(row.published),
-            f"{middle} [{low}, {high}]",
+            row.interval(),
             f"{row.share_diverged:.0%}" if new else "",
         )
-    Console(markup=False, emoji=False).print(table)  # a name may well have brackets in it
+    terminal.show(table, folder)
 
 
 def diverged_panel(
     dataset: "xarray.Dataset", marks: Mapping[str, Sequence[float]]
 ) -> list[plots.Panel]:
-    """The share of runs that are gone at each record, where one is."""
-    gone = dataset["train_loss"].isnull().mean(dim="seed").expand_dims(seed=1)
-    panel = plots.Panel(
-        "Diverged runs", "share (%)", lines(100 * gone), marks=marks, ylim=(-3, 103)
-    )
-    return [panel] if bool((gone > 0).any()) else []
+    """The share of diverged runs at each record; no panel if none diverges."""
+    share = 100 * dataset["train_loss"].isnull().mean(dim="seed").expand_dims(seed=1)
+    panel = plots.Panel("Diverged runs", "share (%)", lines(share), marks=marks, ylim=(-3, 103))
+    return [panel] if bool((share > 0).any()) else []
 
 
 def lines(array: "xarray.DataArray") -> dict[str, tuple[np.ndarray, np.ndarray]]:

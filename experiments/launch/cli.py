@@ -40,6 +40,9 @@ def main(
     Of several `settings`, `--setting NAME` chooses whose values the other flags' defaults are.
     SGD_SPARSE_TRACEBACK=1 shows the traceback as well.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # η on a terminal without Unicode is a ?
+            stream.reconfigure(errors="replace")
     try:
         config = parse(config_type, argv, settings=settings)
         try:

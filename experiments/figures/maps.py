@@ -1,0 +1,100 @@
+"""Maps: values over two axes as cells or contours, with a colour bar. No JAX."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from experiments.figures import style
+
+CLASS_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
+CURVE_COLOURS = (style.COLOURS[0], style.COLOURS[4], style.COLOURS[1])
+
+
+class Map(NamedTuple):
+    """`z` [y, x] over two named axes.
+
+    With `classes`, z is an index into them, each with a colour of its own; otherwise `zlabel` names
+    the colour bar, which is logarithmic with `log_z`. `overlay[label]` is a curve (x, y) on the
+    map, and `points[label]` a point.
+    """
+
+    title: str
+    xlabel: str
+    ylabel: str
+    x: np.ndarray
+    y: np.ndarray
+    z: np.ndarray
+    zlabel: str = ""
+    log_z: bool = False
+    classes: Sequence[str] = ()
+    overlay: Mapping[str, tuple[np.ndarray, np.ndarray]] = {}
+    points: Mapping[str, tuple[float, float]] = {}
+    filled: bool = False  # contours instead of cells
+
+
+@style.drawing
+def figure(
+    stem: Path, panels: Sequence[Map], *, columns: int = 2, title: str | None = None
+) -> list[Path]:
+    """Draws maps side by side, and writes STEM.png and STEM.pdf."""
+    fig, axes = style.sheet(len(panels), columns, (3.6, 2.9), title)
+    for panel, ax in zip(panels, axes, strict=True):
+        draw(fig, ax, panel)
+    curve_legend(fig, [label for panel in panels for label in panel.overlay])
+    return style.save(fig, stem)
+
+
+def draw(fig: Any, ax: Any, panel: Map) -> None:
+    """Draws one map, and beside it the colour bar or the names of its classes."""
+    from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
+    from matplotlib.ticker import LogLocator
+
+    z = np.ma.masked_invalid(panel.z)
+    look: dict[str, Any] = {"cmap": "Greys" if panel.filled else "viridis"}
+    if panel.classes:
+        count = len(panel.classes)
+        look["cmap"] = ListedColormap(list(CLASS_COLOURS[:count]))
+        look["norm"] = BoundaryNorm(np.arange(count + 1) - 0.5, count)
+    elif panel.log_z:
+        z = np.ma.masked_less_equal(z, 0)
+        lighter = 100.0 if panel.filled else 1.0  # curves must stand out from the contours
+        look["norm"] = LogNorm(z.min(), lighter * z.max()) if z.count() else None
+    if panel.filled:
+        levels = LogLocator(base=2, numticks=60) if panel.log_z else None
+        drawn = ax.contourf(panel.x, panel.y, z, locator=levels, **look)
+    else:
+        # Equal cells whatever the spacing of the axis; its values are the tick labels.
+        drawn = ax.imshow(z, origin="lower", aspect="auto", interpolation="nearest", **look)
+        for set_ticks, values in ((ax.set_xticks, panel.x), (ax.set_yticks, panel.y)):
+            places = np.arange(0, len(values), max(1, -(-len(values) // 8)))
+            set_ticks(places, labels=[f"{values[i]:.3g}" for i in places])
+    for i, (x, y) in enumerate(panel.overlay.values()):
+        ax.plot(x, y, **_curve_look(i))
+    for label, (x, y) in panel.points.items():
+        ax.plot([x], [y], marker="o", color="white", markeredgecolor="black", markersize=4)
+        box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
+        place = {"xytext": (4, 4), "textcoords": "offset points"}
+        ax.annotate(style.literal(label), (x, y), bbox=box, **place)
+    ax.set(title=style.literal(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
+    ax.grid(False)
+    bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9)
+    if panel.classes:
+        bar.set_ticks(range(len(panel.classes)), labels=list(panel.classes))
+    elif panel.log_z and z.count():
+        powers = np.arange(np.ceil(np.log10(z.min())), np.floor(np.log10(z.max())) + 1)
+        if len(powers) > 1:
+            bar.set_ticks(10.0 ** powers[:: -(-len(powers) // 6)])
+            bar.minorticks_off()
+
+
+def curve_legend(fig: Any, labels: Sequence[str]) -> None:
+    """The legend of the curves on all maps of a figure, if there are any."""
+    if labels:
+        style.legend(fig, {label: _curve_look(i) for i, label in enumerate(dict.fromkeys(labels))})
+
+
+def _curve_look(i: int) -> dict[str, Any]:
+    colour = CURVE_COLOURS[i % len(CURVE_COLOURS)]
+    return {"color": colour, "marker": ".", "markersize": 2, "linewidth": 0.7}

@@ -1,0 +1,30 @@
+"""Lines and tables on the terminal, whatever that can show. No JAX."""
+
+import logging
+import os
+import sys
+from typing import Any
+
+NARROWEST = 60  # columns; a table of fewer can't be read
+
+
+def show(*parts: Any) -> None:
+    """Prints lines and rich tables; if that fails, warns and discards all further output.
+
+    Results are saved before they are printed: a closed pipe or a full disk must not end the run.
+    """
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(markup=False, emoji=False)  # names may contain brackets
+    console.width = max(console.width, NARROWEST)
+    try:
+        for part in parts:
+            console.print(part) if isinstance(part, Table) else print(part)
+        if sys.stdout:  # None if closed
+            sys.stdout.flush()
+    except UnicodeError as error:
+        logging.getLogger(__name__).warning("Standard output can't show the results (%s)", error)
+    except OSError as error:
+        logging.getLogger(__name__).warning("Standard output is gone (%s)", error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
