@@ -1,7 +1,8 @@
-"""What a step descends along, as a function of the objective: the sharpness-aware ones.
+"""Gradients of sharpness-aware minimization (SAM), for the argument `gradient` of `make_step`.
 
-An objective is (params, stats, batch) -> (loss, stats); a gradient maker turns it into
-(params, stats, batch) -> ((loss, stats), gradient), the loss being that at `params`.
+Each function returns a map from an objective, (params, stats, batch) -> (loss, stats), to a
+gradient, (params, stats, batch) -> ((loss, stats), gradient). Loss and statistics are those at
+`params`, before the ascent step.
 """
 
 from collections.abc import Callable
@@ -15,9 +16,16 @@ from sgd_sparse_jax.types import Batch, Gradient, LossFn, Network, Objective, Pa
 
 
 def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Objective], Gradient]:
-    """The gradient of L at theta + rho dL(theta); `normalized` moves rho dL / |dL| instead.
+    """dL(theta + rho dL(theta)), or dL(theta + rho dL(theta) / |dL(theta)|) if `normalized`.
 
-    Source: n-SAM of the paper's toy code (not normalized); Foret et al. 2021 (normalized).
+    Source: n-SAM of the paper's toy code (not normalized); Foret et al., 2021 (normalized).
+
+    Example:
+        >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
+        >>> batch = Batch(jnp.ones(3), jnp.zeros(3))
+        >>> _, gradient = sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)
+        >>> float(gradient)
+        3.0
     """
 
     def maker(objective: Objective) -> Gradient:
@@ -25,7 +33,8 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 
         def of(params: Params, stats: Stats, batch: Batch):
             value_and_stats, ascent = gradient(params, stats, batch)
-            length = rho / _positive(optax.tree.norm(ascent)) if normalized else rho
+            norm = optax.tree.norm(ascent) if normalized else 1.0
+            length = rho / jnp.where(norm > 0, norm, 1.0)  # no step from a stationary point
             _, grads = gradient(_moved(params, length, ascent), stats, batch)
             return value_and_stats, grads
 
@@ -35,27 +44,28 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 
 
 def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
-    """The mean over examples k of the gradient of l_k at theta + rho dl_k(theta).
+    """mean_k dl_k(theta + rho dl_k(theta)) over the examples k: each has an ascent of its own.
 
-    With the half-squared loss, the paper's code (1-SAM) moves by 2 rho r_k dphi_k: its rho is half
-    of this one. For networks without batch statistics.
+    For networks without batch statistics; the gradient raises ValueError if `stats` isn't empty.
+    Source: 1-SAM of the paper's toy code. With the half-squared loss it moves by 2 rho r_k dphi_k
+    for a residual r_k, so that its rho is half of this one.
+
+    Example:
+        >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
+        >>> batch = Batch(jnp.array([1.0, 3.0]), jnp.zeros(2))
+        >>> _, gradient = example_sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)
+        >>> float(gradient)
+        9.0
     """
 
     def maker(objective: Objective) -> Gradient:
         gradient = jax.value_and_grad(objective, has_aux=True)
 
-        def of(params: Params, stats: Stats, batch: Batch):
-            _refuse_batch_statistics(stats)
+        def of_example(params: Params, batch: Batch):
+            (value, _), ascent = gradient(params, {}, batch)
+            return value, gradient(_moved(params, rho, ascent), {}, batch)[1]
 
-            def of_example(x, y):
-                alone = Batch(x[None], y[None])
-                (value, _), ascent = gradient(params, stats, alone)
-                return value, gradient(_moved(params, rho, ascent), stats, alone)[1]
-
-            values, grads = jax.vmap(of_example)(batch.x, batch.y)
-            return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
-
-        return of
+        return _mean_over_examples(of_example)
 
     return maker
 
@@ -63,47 +73,52 @@ def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
 def residual_sharpness_aware(
     network: Network, loss: LossFn, rho: ArrayLike
 ) -> Callable[[Objective], Gradient]:
-    """As `example_sharpness_aware`, but of l'(f_k) df_k only l'(f_k) is taken at the moved point.
+    """mean_k l'(f_k(theta + rho dl_k(theta))) df_k(theta): the ascent moves the residual alone.
 
-    Source: `loss_derivative_only` of the paper's toy code. For scalar outputs [n].
+    As `example_sharpness_aware`, for `network` with scalar outputs [b] and `loss`; the objective
+    of `make_step` is not used. Source: `loss_derivative_only` of the paper's toy code.
+
+    Example:
+        >>> from sgd_sparse_jax import models, train
+        >>> network = models.from_linen(models.DiagonalNet(0.1))
+        >>> objective = train.make_objective(network, train.half_squared)
+        >>> gradient = residual_sharpness_aware(network, train.half_squared, 0.25)(objective)
+        >>> batch = Batch(jnp.array([[1.0]]), jnp.array([0.0]))
+        >>> _, grads = gradient({"u": jnp.array([1.0]), "v": jnp.array([2.0])}, {}, batch)
+        >>> float(grads["u"][0])
+        10.0
     """
 
     def maker(objective: Objective) -> Gradient:
         del objective  # the two factors of its gradient are taken at different parameters
 
-        def of(params: Params, stats: Stats, batch: Batch):
-            _refuse_batch_statistics(stats)
-            outputs = lambda params, x: network.apply(params, stats, x, train=True).out
-            shape = jax.eval_shape(outputs, params, batch.x).shape
-            if shape != batch.y.shape or len(shape) != 1:
-                raise ValueError(
-                    f"The network outputs {shape} for targets {batch.y.shape}; this kind of SAM is "
-                    "for scalar outputs [b]: MLP(outputs=None), or out[:, 0]."
-                )
+        def of_example(params: Params, batch: Batch):
+            predict = lambda params: network.apply(params, {}, batch.x, train=True).out[0]
+            loss_of = lambda out: loss(out[None], batch.y)[0]
+            out, pull = jax.vjp(predict, params)
+            (ascent,) = pull(jax.grad(loss_of)(out))
+            moved = predict(_moved(params, rho, ascent))
+            return loss_of(out), pull(jax.grad(loss_of)(moved))[0]
 
-            def of_example(x, y):
-                predict = lambda params: outputs(params, x[None])[0]
-                loss_of = lambda out: loss(out[None], y[None])[0]
-                out, pull = jax.vjp(predict, params)
-                (ascent,) = pull(jax.grad(loss_of)(out))
-                moved = predict(_moved(params, rho, ascent))
-                return loss_of(out), pull(jax.grad(loss_of)(moved))[0]
-
-            values, grads = jax.vmap(of_example)(batch.x, batch.y)
-            return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
-
-        return of
+        return _mean_over_examples(of_example)
 
     return maker
 
 
-def _refuse_batch_statistics(stats: Stats) -> None:
-    if stats:
-        raise ValueError("Single-example SAM has no meaning for a net with BatchNorm.")
+def _mean_over_examples(of_example: Callable[[Params, Batch], tuple]) -> Gradient:
+    """The mean of (loss, gradient) over batches of one example."""
 
+    def of(params: Params, stats: Stats, batch: Batch):
+        if stats:
+            raise ValueError(
+                "SAM per example normalizes each example by itself, and the network has batch "
+                f"statistics ({', '.join(stats)}); take sharpness_aware, or GroupNorm."
+            )
+        alone = jax.tree.map(lambda leaf: leaf[:, None], batch)  # [b, 1, ...]
+        values, grads = jax.vmap(of_example, (None, 0))(params, alone)
+        return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
 
-def _positive(norm: jax.Array) -> jax.Array:
-    return jnp.where(norm > 0, norm, 1.0)
+    return of
 
 
 def _moved(params: Params, length: ArrayLike, direction: Params) -> Params:

@@ -1,4 +1,4 @@
-"""Step-size schedules: optax schedules whose every number may be traced, hence vmapped."""
+"""Step-size schedules: functions of the step whose every number may be traced, hence vmapped."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,14 +12,24 @@ from jaxtyping import ArrayLike
 def exponential_warmup(
     init_value: ArrayLike, base: ArrayLike, total_steps: ArrayLike
 ) -> optax.Schedule:
-    """`init_value * base ** (100 t)`, where t in [0, 1] is the fraction of the run."""
+    """init_value * base ** (100 t), where t = step / total_steps is the share of the run.
+
+    Example:
+        >>> float(exponential_warmup(0.5, 2.0, total_steps=1000)(20))
+        2.0
+    """
     return lambda step: init_value * base ** (100.0 * _share(step, total_steps))
 
 
 def power_warmup(
     init_value: ArrayLike, gain: ArrayLike, exponent: ArrayLike, total_steps: ArrayLike
 ) -> optax.Schedule:
-    """`init_value * (1 + gain * t ** exponent)`, where t in [0, 1] is the fraction of the run."""
+    """init_value * (1 + gain * t ** exponent), where t = step / total_steps.
+
+    Example:
+        >>> float(power_warmup(0.5, 4.0, 0.5, total_steps=1000)(250))
+        1.5
+    """
     return lambda step: init_value * (1.0 + gain * _share(step, total_steps) ** exponent)
 
 
@@ -31,10 +41,21 @@ def _share(step: ArrayLike, total_steps: ArrayLike) -> jax.Array:
 def piecewise_decay(
     schedule: optax.Schedule, boundaries: Sequence[ArrayLike], factors: Sequence[ArrayLike]
 ) -> optax.Schedule:
-    """`schedule` up to `boundaries[0]`; then its value there, over each factor passed."""
+    """`schedule` until boundaries[0], then its value there over the factors of all steps passed.
+
+    `boundaries` are increasing steps; step b itself is divided. Without any, it is `schedule`.
+    Raises ValueError if there isn't one factor per boundary.
+
+    Example:
+        >>> decayed = piecewise_decay(lambda step: 8.0, [10, 20], [2.0, 4.0])
+        >>> [float(decayed(step)) for step in (9, 10, 20)]
+        [8.0, 4.0, 1.0]
+    """
+    if len(boundaries) != len(factors):
+        raise ValueError(f"piecewise_decay: {len(factors)} factors, {len(boundaries)} boundaries.")
 
     def decayed(step):
-        value = schedule(jnp.minimum(step, boundaries[0]))
+        value = schedule(jnp.minimum(step, boundaries[0]) if len(boundaries) else step)
         for boundary, factor in zip(boundaries, factors, strict=True):
             value = value / jnp.where(step < boundary, 1.0, factor)
         return value
@@ -51,16 +72,26 @@ def released_schedule(
     warmup_factor: ArrayLike = 1.0,
     warmup_exp: ArrayLike = 1.0,
 ) -> optax.Schedule:
-    """The schedule that the paper's code calls `name`, at t = (k + 1) / steps_per_epoch for step k.
+    """The schedule `name` of the paper's code, at epoch t = (k + 1) / steps_per_epoch for step k.
 
-    With T epochs and w = `warmup_exp`, `piecewise_0Fepochs` (F = 1, 2, 3, 5; f = F / 10) warms up
-    while t/T < f: lr w^(100 t/T) for w > 1, lr (1 + (100 t/T)^w) for w < 1, and linearly from lr
-    towards `warmup_factor` lr at T/2 for w = 1. Then it holds the value reached at f T over 10,
-    from t/T = 0.9 over 100. For w = 1 the released code takes (f / .5) `warmup_factor` lr as the
-    value reached, which at factor 1 is a drop to lr/50 at 10 % and not to lr/10;
-    `piecewise_0Fepochs_clean` divides what the warm-up really reached. `piecewise_A_B` divides by A
-    from T/2 and by B from 3T/4; `piecewise` is `piecewise_10_100`. Raises ValueError for an unknown
-    name.
+    With T = `epochs` and w = `warmup_exp`, in multiples of `lr_init`:
+
+    - `constant`; `cosine`, from 1 to 0; `inverted_cosine`, from 0 to 1; `cyclic`, linearly from 0
+      to 1 at 0.4 T and back.
+    - `piecewise_A_B` (`10_100`, `3_9`, `3_inf`): 1, then 1/A from T/2 and 1/B from 3T/4;
+      `piecewise` is `piecewise_10_100`.
+    - `piecewise_0Fepochs` (F = 1, 2, 3, 5; f = F / 10) warms up while t/T < f: w^(100 t/T) for
+      w > 1, 1 + (100 t/T)^w for w < 1, and linearly from 1 towards `warmup_factor` at T/2 for
+      w = 1. Then it holds the value reached at f T over 10, and over 100 from t/T = 0.9. For w = 1
+      the released code takes (f / .5) `warmup_factor` as the value reached: at f = .1 and factor 1
+      the drop is to 1/50, not 1/10. `piecewise_0Fepochs_clean` takes the value really reached.
+
+    Raises ValueError for another name.
+
+    Example:
+        >>> schedule = released_schedule("piecewise", 0.5, steps_per_epoch=10, epochs=4)
+        >>> [round(float(schedule(k)), 6) for k in (18, 19, 29)]
+        [0.5, 0.05, 0.005]
     """
     if name not in RELEASED:
         raise ValueError(f"Unknown schedule {name!r}; known are {', '.join(sorted(RELEASED))}.")
@@ -69,36 +100,20 @@ def released_schedule(
     factor, exponent = jnp.asarray(warmup_factor), jnp.asarray(warmup_exp)
 
     def schedule(step):
-        # t/T < f with room for rounding, because compilers turn a division into a product: where
-        # a decay falls on a step, that step is decayed, in float32 as in float64.
+        # t/T < f with room for rounding, because compilers turn a division into a product: a
+        # boundary that falls on a step decays that step, in float32 as in float64.
         before = lambda share: step + 1.05 < share * total
         return lr_init * shape((step + 1) / total, before, factor, exponent)
 
     return schedule
 
 
-def _constant(t, before, factor, exponent):
-    return jnp.ones_like(t)
-
-
+# Each takes t = (k + 1) / total, before(share), `warmup_factor` and `warmup_exp`.
 def _piecewise(t, before, factor, exponent, *, over: tuple[float, float] = (10.0, 100.0)):
     return jnp.where(before(0.5), 1.0, jnp.where(before(0.75), 1 / over[0], 1 / over[1]))
 
 
-def _cosine(t, before, factor, exponent):
-    return 0.5 + 0.5 * jnp.cos(jnp.pi * t)
-
-
-def _inverted_cosine(t, before, factor, exponent):
-    return 0.5 - 0.5 * jnp.cos(jnp.pi * t)
-
-
-def _cyclic(t, before, factor, exponent):
-    return jnp.minimum(t / 0.4, (1.0 - t) / 0.6)
-
-
 def _warmup(t, factor, exponent):
-    """What `warmup_exp` and `warmup_factor` make of the initial step size after a share t."""
     power, exponential = 1.0 + (100.0 * t) ** exponent, exponent ** (100.0 * t)
     linear = 1.0 + (factor - 1.0) * t / 0.5
     return jnp.select([exponent > 1.0, exponent < 1.0], [exponential, power], linear)
@@ -113,18 +128,16 @@ def _warmup_then_decay(t, before, factor, exponent, *, until: float, clean: bool
 
 
 RELEASED: dict[str, Callable] = {
-    "constant": _constant,
+    "constant": lambda t, *_: jnp.ones_like(t),
     "piecewise": _piecewise,
     "piecewise_10_100": _piecewise,
     "piecewise_3_9": partial(_piecewise, over=(3.0, 9.0)),
     "piecewise_3_inf": partial(_piecewise, over=(3.0, float("inf"))),
-    "cosine": _cosine,
-    "inverted_cosine": _inverted_cosine,
-    "cyclic": _cyclic,
+    "cosine": lambda t, *_: 0.5 + 0.5 * jnp.cos(jnp.pi * t),
+    "inverted_cosine": lambda t, *_: 0.5 - 0.5 * jnp.cos(jnp.pi * t),
+    "cyclic": lambda t, *_: jnp.minimum(t / 0.4, (1.0 - t) / 0.6),
 } | {
-    f"piecewise_0{tenths}epochs{suffix}": partial(
-        _warmup_then_decay, until=tenths / 10, clean=bool(suffix)
-    )
-    for tenths in (1, 2, 3, 5)
-    for suffix in ("", "_clean")
+    f"piecewise_0{f}epochs{end}": partial(_warmup_then_decay, until=f / 10, clean=bool(end))
+    for f in (1, 2, 3, 5)
+    for end in ("", "_clean")
 }

@@ -1,4 +1,9 @@
-"""What optax lacks of the paper's toy optimizers; chain these behind or before `optax.sgd`."""
+"""Optimizers of the paper's toy code that optax lacks, as transformations to chain with `sgd`.
+
+Its weight decay of diagonal networks, theta <- (1 - rate) theta whatever the step size, is
+`optax.chain(optax.sgd(step_size), optax.add_decayed_weights(-rate))`. In the other order, and with
+a positive rate, the decay is that of the penalty rate/2 |theta|^2 in the loss.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,32 +11,26 @@ import optax
 from jaxtyping import ArrayLike
 
 
-def shrinkage(rate: ArrayLike) -> optax.GradientTransformation:
-    """theta <- (1 - rate) theta at every step, whatever the step size: put it behind `optax.sgd`.
-
-    The paper's weight decay of diagonal nets. The usual one, that of the loss's gradient, is
-    `optax.add_decayed_weights(rate)` before `optax.sgd`.
-    """
-
-    def update(updates, state, params=None):
-        shrunk = lambda update, leaf: update - rate * leaf
-        return jax.tree.map(shrunk, updates, _given(params)), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
 def balancing(rate: ArrayLike, pair: tuple[str, str] = ("u", "v")) -> optax.GradientTransformation:
-    """Per coordinate, the larger of |u|, |v| shrinks by 1 - rate and the other grows by 1 + rate.
+    """Per coordinate, shrinks the larger of |u|, |v| by 1 - rate and grows the other by 1 + rate.
 
-    Put it behind `optax.sgd`. `pair` names the two leaves of the parameters, of equal shape; where
-    they are equal both grow, as in the paper's code.
+    Chain it after `optax.sgd`. `pair` names two leaves of equal shape in the dict of parameters;
+    where |u| = |v| both grow, as in the paper's code. `update` raises ValueError if it isn't given
+    parameters with these two leaves.
+
+    Example:
+        >>> params = {"u": jnp.array([2.0]), "v": jnp.array([1.0])}
+        >>> updates, _ = balancing(0.1).update({"u": 0.0, "v": 0.0}, optax.EmptyState(), params)
+        >>> updates["u"].round(3).tolist(), updates["v"].round(3).tolist()
+        ([-0.2], [0.1])
     """
 
     def update(updates, state, params=None):
-        params = _given(params)
-        missing = [name for name in pair if name not in params]
-        if missing:
-            raise ValueError(f"balancing: no leaf {missing} in {sorted(params)}; give its pair.")
+        if params is None or not set(pair) <= set(params):
+            raise ValueError(
+                f"balancing moves the leaves {pair} of the parameters, given {sorted(params or {})}"
+                "; call update(updates, state, params), or name two of these leaves in `pair`."
+            )
         moved = dict(updates)
         for one, other in (pair, pair[::-1]):
             larger = jnp.abs(params[one]) > jnp.abs(params[other])
@@ -42,10 +41,15 @@ def balancing(rate: ArrayLike, pair: tuple[str, str] = ("u", "v")) -> optax.Grad
 
 
 def normalized_leaves() -> optax.GradientTransformation:
-    """Each leaf of the gradient over its own norm, unless one of the norms is 0: then as it is.
+    """g_i / |g_i| for each leaf g_i of the gradient; unchanged if any of the norms is 0.
 
-    Put it before `optax.sgd`: normalized GD of the paper's toy code. For the norm of the whole
-    gradient there is `optax.normalize_by_update_norm`.
+    Chain it before `optax.sgd` for the normalized gradient descent of the paper's toy code.
+    `optax.normalize_by_update_norm` divides by the norm of the whole gradient instead.
+
+    Example:
+        >>> tx = optax.chain(normalized_leaves(), optax.sgd(0.5))
+        >>> tx.update({"w": jnp.array([0.0, 3.0])}, tx.init({"w": jnp.zeros(2)}))[0]["w"].tolist()
+        [-0.0, -0.5]
     """
 
     def update(updates, state, params=None):
@@ -55,9 +59,3 @@ def normalized_leaves() -> optax.GradientTransformation:
         return jax.tree.map(scaled, updates, norms), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def _given(params):
-    if params is None:
-        raise ValueError("This transform moves the parameters themselves: tx.update(…, params).")
-    return params

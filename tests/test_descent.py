@@ -1,0 +1,264 @@
+"""Optimizers and sharpness-aware gradients against loops in NumPy, and where they must agree."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from sgd_sparse_jax import train
+from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen
+from sgd_sparse_jax.types import Batch
+
+N, D, STEPS, ETA, ALPHA = 12, 8, 40, 0.1, 0.5
+RNG = np.random.default_rng(4)
+X = RNG.normal(size=(N, D))
+Y = X @ (np.arange(D) - 3.0) / 4 + 0.2 * RNG.normal(size=N)
+DATA = Batch(jnp.asarray(X), jnp.asarray(Y))
+NETWORK = from_linen(DiagonalNet(ALPHA))
+OBJECTIVE = train.make_objective(NETWORK, train.half_squared)
+
+
+def descend(tx, gradient=None):
+    """(loss before each step, u, v at the end) of full-batch descent."""
+    fetch = lambda key, idx: Batch(DATA.x[idx], DATA.y[idx])
+    segment = train.make_segment(train.make_step(OBJECTIVE, tx, gradient=gradient), fetch, unroll=1)
+    state = train.init_state(jr.key(0), NETWORK, tx, DATA.x)
+    state, losses = segment(jr.key(1), state, train.full_batch(N)(jr.key(2), 0, STEPS))
+    return losses, state.params["u"], state.params["v"]
+
+
+def loop(move):
+    """What `descend` should return where a step is `move(u, v, du, dv)`."""
+    u, v, losses = np.full(D, ALPHA), np.zeros(D), []
+    for _ in range(STEPS):
+        losses.append(np.mean((X @ (u * v) - Y) ** 2) / 2)
+        u, v = move(u, v, *slopes(u, v))
+    return np.array(losses), u, v
+
+
+def slopes(u, v):
+    back = X.T @ (X @ (u * v) - Y) / N
+    return back * v, back * u
+
+
+def assert_close(one, other, rtol=1e-10):
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-13)
+    jax.tree.map(close, jax.device_get(one), jax.device_get(other))
+
+
+def heavy_ball(rate):
+    memory = [np.zeros(D), np.zeros(D)]
+
+    def move(u, v, du, dv):
+        memory[:] = rate * memory[0] + du, rate * memory[1] + dv
+        return u - ETA * memory[0], v - ETA * memory[1]
+
+    return move
+
+
+def shrunk(share):
+    return lambda u, v, du, dv: (u - ETA * du - share * u, v - ETA * dv - share * v)
+
+
+def balanced(rate):
+    larger = lambda a, b: rate * np.where(np.abs(a) > np.abs(b), a, -a)
+    return lambda u, v, du, dv: (u - ETA * du - larger(u, v), v - ETA * dv - larger(v, u))
+
+
+def normalized(step_size):
+    def move(u, v, du, dv):
+        norms = np.sqrt(du @ du), np.sqrt(dv @ dv)  # v = 0 at first: so is the gradient of u
+        norms = norms if min(norms) > 0 else (1.0, 1.0)
+        return u - step_size * du / norms[0], v - step_size * dv / norms[1]
+
+    return move
+
+
+def ascended(rho, unit=False):
+    def move(u, v, du, dv):
+        length = rho / np.sqrt(du @ du + dv @ dv) if unit else rho
+        du, dv = slopes(u + length * du, v + length * dv)
+        return u - ETA * du, v - ETA * dv
+
+    return move
+
+
+def ascended_by_example(rho, residual_only=False):
+    """The paper's loop over examples moves each by 2 rho r_k dphi_k: its rho is half of ours."""
+
+    def move(u, v, *_):
+        du, dv = np.zeros(D), np.zeros(D)
+        for x, y in zip(X, Y, strict=True):
+            length = 2 * (rho / 2) * (x @ (u * v) - y)
+            u_k, v_k = u + length * x * v, v + length * x * u
+            moved = x @ (u_k * v_k) - y
+            du += moved * x * (v if residual_only else v_k) / N
+            dv += moved * x * (u if residual_only else u_k) / N
+        return u - ETA * du, v - ETA * dv
+
+    return move
+
+
+RATES = (0.0, 0.01, 0.06)  # at 0 most of them are gradient descent
+SGD = optax.sgd(ETA)
+TRANSFORMS = {  # rate -> tx, and the same as a step in NumPy
+    "momentum": (lambda r: optax.sgd(ETA, momentum=r), heavy_ball),
+    "penalty": (
+        lambda r: optax.chain(optax.add_decayed_weights(r), SGD),
+        lambda r: shrunk(ETA * r),
+    ),
+    "shrinkage": (lambda r: optax.chain(SGD, optax.add_decayed_weights(-r)), shrunk),
+    "balancing": (lambda r: optax.chain(SGD, train.balancing(r)), balanced),
+    "normalized": (lambda r: optax.chain(train.normalized_leaves(), optax.sgd(r)), normalized),
+}
+GRADIENTS = {  # rho -> gradient, and the same as a step in NumPy
+    "sam": (train.sharpness_aware, ascended),
+    "sam, normalized": (
+        partial(train.sharpness_aware, normalized=True),
+        partial(ascended, unit=True),
+    ),
+    "sam of examples": (train.example_sharpness_aware, ascended_by_example),
+    "sam of residuals": (
+        partial(train.residual_sharpness_aware, NETWORK, train.half_squared),
+        partial(ascended_by_example, residual_only=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", [*TRANSFORMS, *GRADIENTS])
+def test_a_vmapped_rate_is_the_numpy_loop_at_each_rate(name):
+    ours, move = (TRANSFORMS | GRADIENTS)[name]
+    run = lambda r: descend(ours(r)) if name in TRANSFORMS else descend(SGD, ours(r))
+    loops = [loop(move(rate)) for rate in RATES]
+    stacked = tuple(map(np.stack, zip(*loops, strict=True)))
+    assert_close(jax.jit(jax.vmap(run))(jnp.array(RATES)), stacked)
+    assert np.abs(np.diff(stacked[1], axis=0)).max(1).min() > 1e-4  # no two rates are one run
+    if name != "normalized":
+        descent = loop(lambda u, v, du, dv: (u - ETA * du, v - ETA * dv))
+        assert descent[0][-1] < 0.5 * descent[0][0]  # else the comparison is of runs at rest
+        assert_close(loops[0], descent, rtol=1e-14)
+
+
+def test_balancing_changes_products_to_second_order_and_lets_equals_grow():
+    tx, rate = train.balancing(0.1, ("a", "b")), 0.1
+    params = {
+        "a": jnp.array([3.0, -1.0, 2.0, -2.0]),
+        "b": jnp.array([1.0, 4.0, -2.0, -2.0]),
+        "c": jnp.array([7.0]),
+    }
+    moves, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
+    after = optax.apply_updates(params, moves)
+    factor = np.where([False, False, True, True], (1 + rate) ** 2, 1 - rate**2)
+    np.testing.assert_allclose(after["a"] * after["b"], factor * params["a"] * params["b"], 1e-14)
+    np.testing.assert_allclose(after["a"], [2.7, -1.1, 2.2, -2.2], rtol=1e-14)
+    np.testing.assert_array_equal(after["c"], params["c"])
+
+
+@pytest.mark.parametrize("params", [None, {"a": jnp.ones(2), "b": jnp.ones(2)}])
+def test_balancing_names_its_leaves_and_works_with_those_of_the_parameters(params):
+    updates, empty = {"a": jnp.ones(2), "b": jnp.ones(2)}, optax.EmptyState()
+    with pytest.raises(ValueError, match="'u', 'v'"):
+        train.balancing(0.1).update(updates, empty, params)
+    train.balancing(0.1, ("a", "b")).update(updates, empty, updates)
+
+
+def test_normalized_leaves_forget_the_scale_of_the_gradient():
+    tx, w, b = train.normalized_leaves(), RNG.normal(size=(3, 4)), RNG.normal(size=5)
+    of = jax.jit(lambda *leaves: tx.update(leaves, tx.init(leaves))[0])
+    assert_close(of(w, b), of(1e-3 * w, 1e5 * b), rtol=1e-14)
+    assert_close([np.vdot(leaf, leaf) for leaf in of(w, b)], [1.0, 1.0], rtol=1e-14)
+    assert_close(of(w, 0 * b), (w, 0 * b), rtol=0)
+
+
+def test_averages_are_the_geometric_sum_of_iterates():
+    tx, decays = optax.sgd(ETA), np.array([0.0, 0.7, 0.99])
+    start = train.init_state(jr.key(0), NETWORK, tx, DATA.x, averaged=True)
+
+    def run(decay):
+        step = train.make_step(OBJECTIVE, tx, ema_decay=decay)
+
+        def body(state, _):
+            after, _ = step(state, DATA)
+            return after, (state.params["v"], state.average["v"])
+
+        return jax.lax.scan(body, start, length=STEPS)[1]
+
+    iterates, averages = jax.device_get(jax.jit(jax.vmap(run))(decays))
+    for tau, theta, average in zip(decays, iterates, averages, strict=True):
+        assert_close(theta, iterates[0])  # averaging changes no run
+        for t in range(STEPS):
+            weights = (1 - tau) * tau ** np.arange(t)[::-1]
+            assert_close(average[t], tau**t * theta[0] + weights @ theta[1 : t + 1], rtol=1e-12)
+
+
+def test_an_average_is_part_of_the_state():
+    state = train.init_state(jr.key(0), NETWORK, optax.sgd(ETA), DATA.x)
+    step = train.make_step(OBJECTIVE, optax.sgd(ETA), ema_decay=0.9)
+    with pytest.raises(ValueError, match="averaged"):
+        jax.eval_shape(step, state, DATA)
+    averaged = train.init_state(jr.key(0), NETWORK, optax.sgd(ETA), DATA.x, averaged=True)
+    jax.eval_shape(step, averaged, DATA)
+
+
+def at_start(network, loss, batch, *gradients):
+    """((loss, stats), gradient) at the same random parameters, for each of the gradients."""
+    shapes, _ = jax.eval_shape(network.init, jr.key(0), batch.x)
+    params = jax.tree.map(lambda leaf: RNG.normal(size=leaf.shape), shapes)
+    objective = train.make_objective(network, loss)
+    of = jax.jit(lambda params: [each(objective)(params, {}, batch) for each in gradients])
+    return jax.device_get(of(params))
+
+
+def test_with_one_example_the_batch_and_its_examples_ascend_alike():
+    network, one = from_linen(MLP((5,), activation=nn.tanh)), Batch(DATA.x[:1], DATA.y[:1])
+    gradients = train.sharpness_aware(0.3), train.example_sharpness_aware(0.3)
+    assert_close(*at_start(network, train.half_squared, one, *gradients), rtol=1e-13)
+
+
+def test_residual_and_example_ascents_agree_where_the_features_are_fixed():
+    linear = from_linen(MLP(()))  # df doesn't depend on the parameters: nothing but l' can move
+    gradients = (
+        train.residual_sharpness_aware(linear, train.logistic, 0.3),
+        train.example_sharpness_aware(0.3),
+        train.sharpness_aware(0.0),
+    )
+    batch = Batch(DATA.x, jnp.sign(DATA.y))
+    residual, example, still = at_start(linear, train.logistic, batch, *gradients)
+    assert_close(residual, example, rtol=1e-13)
+    assert_close(residual[0], still[0], rtol=1e-13)
+    assert np.abs(residual[1]["layer1"]["bias"] - still[1]["layer1"]["bias"]) > 1e-3
+
+
+def test_at_a_stationary_point_the_normalized_ascent_is_none():
+    params = {"u": jnp.zeros(D), "v": jnp.zeros(D)}
+    gradient = jax.jit(train.sharpness_aware(0.1, normalized=True)(OBJECTIVE))
+    assert_close(gradient(params, {}, DATA), ((np.mean(Y**2) / 2, {}), params))
+
+
+class BatchNormed(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        normed = nn.BatchNorm(use_running_average=not train, param_dtype=x.dtype)(x)
+        return normed.sum(1) * self.param("scale", nn.initializers.ones, (1,), x.dtype)
+
+
+def test_statistics_are_those_of_the_parameters_and_not_of_the_ascended_point():
+    """And an example alone has none: ascents per example refuse networks with any."""
+    tx, network = optax.sgd(ETA), from_linen(BatchNormed())
+    state = train.init_state(jr.key(0), network, tx, DATA.x)
+    objective = train.make_objective(network, train.half_squared)
+    of = lambda gradient: jax.jit(train.make_step(objective, tx, gradient=gradient))(state, DATA)
+    plain, sharp = of(None), of(train.sharpness_aware(0.5))
+    assert_close((sharp[0].stats, sharp[1]), (plain[0].stats, plain[1]), rtol=1e-14)
+    assert np.abs(plain[0].params["scale"] - sharp[0].params["scale"])[0] > 1e-3
+    for alone in (
+        train.example_sharpness_aware(0.1),
+        train.residual_sharpness_aware(network, train.logistic, 0.1),
+    ):
+        with pytest.raises(ValueError, match="batch_stats"):
+            of(alone)

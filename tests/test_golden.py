@@ -1,0 +1,219 @@
+"""Toy runs against recorded ones of the paper's NumPy and PyTorch code.
+
+All of them are stable: a relative change of 1e-12 of the initialization moves the last loss by
+2e-11, so that rounding, at 1e-16 a step, stays far below the tolerances.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from sgd_sparse_jax import measure
+from sgd_sparse_jax.data import sparse_regression
+from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen
+from sgd_sparse_jax.train import (
+    Probe,
+    full_batch,
+    half_squared,
+    init_state,
+    make_objective,
+    make_segment,
+    make_step,
+    piecewise_decay,
+    power_warmup,
+    record_run,
+    recorded,
+    squared,
+)
+from sgd_sparse_jax.types import Batch
+
+FOLDER = Path(__file__).parent / "golden"
+RUNS = json.loads((FOLDER / "fc_nets.json").read_text())
+SGD, DESCENT = (np.load(FOLDER / f"diag_{of}.npz", allow_pickle=False) for of in ("sgd", "gd"))
+MOVED = (
+    "The run no longer matches the original code. If the dynamics were meant to change, say in "
+    "the pull request which equation changed, and record tests/golden again."
+)
+DIAGONAL = from_linen(DiagonalNet(0.1))
+NETWORKS = {  # and the threshold of their feature sparsity
+    "regression_1d_decay02": (from_linen(MLP((100,), biases=(True, False))), 0.999),
+    "two_layer_decay00": (from_linen(MLP((20,), biases=False)), 0.99),
+    "three_layer_decay00": (from_linen(MLP((10, 10))), 0.99),
+}
+every_network = pytest.mark.parametrize("name", list(NETWORKS))
+
+
+class Run(NamedTuple):
+    train: np.ndarray  # losses before each of the recorded steps
+    test: np.ndarray
+    params: dict  # likewise
+
+
+def trained(network, loss, tx, sampler, train: Batch, test: Batch, at, num_steps, params=None):
+    """The Run with its records at the steps `at`; traceable."""
+
+    def record(state):
+        of = lambda x, y: loss(network.apply(state.params, {}, x).out, y).mean()
+        return Run(of(*train), of(*test), state.params)
+
+    fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
+    segment = make_segment(make_step(make_objective(network, loss), tx), fetch)
+    state = init_state(jr.key(0), network, tx, train.x, params=params)
+    return record_run(jr.key(0), sampler, segment, state, [Probe(record, at)], num_steps)[1][0]
+
+
+def assert_same(ours, recorded, **tolerance):
+    np.testing.assert_allclose(ours, recorded, **tolerance, err_msg=MOVED)
+
+
+def diagonal(problem):
+    return (Batch(*map(jnp.asarray, part)) for part in problem[:2])
+
+
+@functools.cache
+def stable_runs():
+    """D1 at step size .25 and, as a control, at .2501."""
+    steps = 100_001
+    # The reference draws its single-example batches from NumPy's legacy generator with seed 1.
+    order = recorded(jnp.asarray(np.random.RandomState(1).randint(0, 80, size=steps)[:, None]))
+    train, test = diagonal(sparse_regression(0))
+    run = lambda step_size: trained(
+        *(DIAGONAL, half_squared, optax.sgd(step_size), order, train, test),
+        *(SGD["record_steps"], steps),
+    )
+    return jax.device_get(jax.jit(jax.vmap(run))(jnp.array([0.25, 0.2501])))
+
+
+def test_losses_of_sgd_on_a_diagonal_net():
+    train, test, _ = stable_runs()
+    assert len(SGD["record_steps"]) == 348
+    assert_same(train[0], SGD["train_loss"], rtol=1e-9)
+    assert_same(test[0], SGD["test_loss"], rtol=1e-9)
+    assert_same(train[0, -1], 1.42161628740e-6, rtol=1e-9)
+    assert_same(test[0, -1], 3.528621943604e-3, rtol=1e-9)
+    assert np.abs(train[1, 50:] / SGD["train_loss"][50:] - 1).max() > 1e-5  # of another step size
+
+
+def test_final_parameters_of_sgd_and_what_is_measured_on_them():
+    u, v = (jnp.asarray(stable_runs().params[name][0, -1]) for name in ("u", "v"))
+    assert_same(u, SGD["u_final"], rtol=1e-8, atol=1e-12)
+    assert_same(v, SGD["v_final"], rtol=1e-8, atol=1e-12)
+
+    @jax.jit
+    def measured(x, u, v):
+        jacobian = measure.diagonal_net_jacobian(x, u, v)
+        ranks = [measure.numerical_rank(jacobian, tolerance) for tolerance in (1e-15, 1e-4)]
+        return measure.support_size(u, v), *ranks
+
+    assert measured(sparse_regression(0).test.x[:400], u, v) == (200, 200, 147)
+
+
+def test_gradient_descent_on_a_diagonal_net():
+    train, test = diagonal(sparse_regression(0, n=40, d=100, support=20))
+    run = lambda step_size: trained(
+        *(DIAGONAL, half_squared, optax.sgd(step_size), full_batch(40), train, test),
+        *(DESCENT["record_steps"], 100_001),
+    )
+    train, test, params = jax.device_get(jax.jit(run)(2.0))
+    # The first 100 records are far above the floor; at the end rounding leaves a loss of 1e-33.
+    assert len(train) == 348 and DESCENT["train_loss"][:100].min() > 1e-5
+    assert_same(train, DESCENT["train_loss"], rtol=1e-9, atol=1e-20)
+    assert_same(test, DESCENT["test_loss"], rtol=1e-9)
+    assert_same(test[-1], 0.16824, rtol=1e-4)
+    u, v = (jnp.asarray(params[name][-1]) for name in ("u", "v"))
+    assert_same(u, DESCENT["u_final"], atol=1e-9)
+    assert_same(v, DESCENT["v_final"], atol=1e-9)
+    assert measure.support_size(u, v) == 100
+
+
+@functools.cache
+def golden(name: str) -> dict[str, jax.Array]:
+    with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as arrays:
+        return {key: jnp.asarray(arrays[key]) for key in arrays if key != "meta"}
+
+
+def parameters(name: str, which: str):
+    """torch's [out, in] weights, in the order of their names, as layer1, layer2 …"""
+    names, params = RUNS[name]["names"], {}
+    counts_from_zero = any(".0." in entry for entry in names)
+    for i, entry in enumerate(names):
+        layer = int("".join(filter(str.isdigit, entry))) + counts_from_zero
+        leaf = "kernel" if entry.endswith("weight") else "bias"
+        params.setdefault(f"layer{layer}", {})[leaf] = golden(name)[f"{which}_{i}"].T
+    return params
+
+
+@functools.cache
+def sgd_run(name: str) -> Run:
+    """With the original's initialization and order of examples."""
+    meta, arrays, steps = RUNS[name], golden(name), RUNS[name]["num_iter"]
+    gain = meta["warmup_factor"] - 1.0 if meta["warmup_fraction"] > 0 else 0.0
+    warm = power_warmup(meta["gamma"], gain, meta["warmup_exponent"], steps)
+    decays = [meta["threshold"]] if meta["threshold"] else []
+    tx = optax.sgd(piecewise_decay(warm, decays, [meta["decay"]] * len(decays)))
+    sampler = recorded(arrays["indices"][:, None])
+    train, test = (Batch(arrays[f"x_{of}"], arrays[f"y_{of}"][:, 0]) for of in ("train", "test"))
+    at = np.array(meta["record_steps"])
+    run = lambda params: trained(
+        NETWORKS[name][0], squared, tx, sampler, train, test, at, steps, params
+    )
+    return jax.device_get(jax.jit(run)(parameters(name, "init")))
+
+
+@every_network
+def test_recorded_losses_and_final_parameters(name):
+    run, meta = sgd_run(name), RUNS[name]
+    assert_same(run.train, meta["train_loss"], rtol=1e-8)
+    assert_same(run.test, meta["test_loss"], rtol=1e-8)
+    last = jax.tree.map(lambda leaf: leaf[-1], run.params)
+    same = functools.partial(assert_same, rtol=1e-8, atol=1e-8)
+    jax.tree.map(same, last, parameters(name, "final"))
+
+
+@every_network
+def test_final_feature_sparsity(name):
+    (network, corr_threshold), meta, x = NETWORKS[name], RUNS[name], golden(name)["x_train"]
+
+    @jax.jit
+    def sparsity(params):
+        of = functools.partial(measure.feature_sparsity, corr_threshold=corr_threshold, signed=True)
+        features = network.apply(params, {}, x).features
+        return {layer: of(measure.unit_rows(phi))[1] for layer, phi in features.items()}
+
+    for layer, ours in sparsity(parameters(name, "final")).items():
+        expected = meta.get("feature_sparsity", meta.get(f"feature_sparsity_{layer}"))
+        np.testing.assert_allclose(ours, expected, rtol=1e-12, err_msg=layer)
+
+
+@every_network
+def test_jacobian_ranks(name):
+    """Of records and final weights; with two layers, the smaller Jacobian has the same."""
+    network, arrays, final = NETWORKS[name][0], golden(name), parameters(name, "final")
+    count = sum(leaf.size for leaf in jax.tree.leaves(final))
+    x, x_test = arrays["x_train"], arrays["x_test"]
+    line = lambda n: jnp.linspace(x.min(), x.max(), n)[:, None]
+    points, fewer = (line(count), line(300)) if x.shape[1] == 1 else (x_test[:count], x_test[:60])
+
+    def smaller(params):
+        first, outgoing = params["layer1"], params["layer2"]["kernel"][:, 0]
+        return measure.two_layer_jacobian(fewer, first["kernel"], outgoing, first.get("bias"))
+
+    @jax.jit
+    @jax.vmap
+    def ranks(params):
+        whole = measure.jacobian(lambda p, x: network.apply(p, {}, x).out, params, points)
+        jacobians = [whole] if len(params) > 2 else [whole, smaller(params)]
+        return [measure.numerical_rank(jacobian, 1e-4) for jacobian in jacobians]
+
+    join = lambda records, last: jnp.concatenate([records, last[None]])
+    expected = RUNS[name]["jacobian_rank"]
+    for rank in ranks(jax.tree.map(join, sgd_run(name).params, final)):
+        np.testing.assert_array_equal(rank, [*expected, expected[-1]])

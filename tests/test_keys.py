@@ -1,0 +1,127 @@
+"""No random number is drawn twice: each key draws once, and nothing is derived from one that drew.
+
+The runs below take keys of an implementation of its own, which works on the host and notes what it
+is asked for. As in JAX, `split(key)[i]` is `fold_in(key, i)`: deriving both shows as a key that
+draws twice.
+"""
+
+import math
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from jax.extend.random import define_prng_impl
+
+from sgd_sparse_jax import data, train
+from sgd_sparse_jax.types import Batch, TrainState
+
+DRAWS, PARENTS = Counter(), set()
+N, B, STEPS = 6, 4, 3
+
+
+def on_host(shape, dtype, function, key, *number):
+    """function(key, *number), an array, for each key where the call is vmapped."""
+
+    def call(keys, *numbers):
+        rows = zip(np.reshape(keys, (-1, 2)).tolist(), *map(np.ravel, numbers), strict=True)
+        results = [function(tuple(key), *map(int, number)) for key, *number in rows]
+        return np.array(results, dtype).reshape((*np.shape(keys)[:-1], *shape))
+
+    like = jax.ShapeDtypeStruct(shape, dtype)
+    return jax.pure_callback(call, like, key, *number, vmap_method="broadcast_all")
+
+
+def child(key, number):
+    PARENTS.add(key)
+    return np.random.SeedSequence([*key, number]).generate_state(2)
+
+
+def split(key, shape):
+    children = lambda key: [child(key, i) for i in range(math.prod(shape))]
+    return on_host((*shape, 2), np.uint32, children, key)
+
+
+def bits(key, width, shape):
+    def draw(key):
+        DRAWS[key, shape] += 1
+        return np.random.default_rng(key).integers(0, 2**width, shape, f"uint{width}")
+
+    return on_host(shape, f"uint{width}", draw, key)
+
+
+NOTING = define_prng_impl(
+    key_shape=(2,),
+    seed=lambda seed: jnp.zeros(2, jnp.uint32),
+    split=split,
+    fold_in=lambda key, number: on_host((2,), np.uint32, child, key, number),
+    random_bits=bits,
+    name="noting",
+    tag="noting",
+)
+
+
+def draws_of(run):
+    """What `run(key)` draws, (key, shape) -> how often. Each key has one shape: one consumer."""
+    DRAWS.clear(), PARENTS.clear()
+    jax.block_until_ready(jax.jit(run)(jr.key(0, impl=NOTING)))
+    keys = [key for key, _ in DRAWS]
+    assert len(keys) == len(set(keys))
+    assert not PARENTS & set(keys)
+    return Counter(DRAWS)
+
+
+IMAGES = jnp.asarray(np.random.default_rng(0).random((N, 3, 3, 1)))
+
+
+def adding_up(state, batch):
+    """A step that depends on all of its batch, and is soon compiled."""
+    total = batch.x.sum() + batch.y.sum()
+    return state._replace(step=state.step + 1, params=state.params + total), total
+
+
+def start(key):
+    return TrainState(jnp.array(0, jnp.int32), jr.normal(key, ()), {}, (), ())
+
+
+@pytest.mark.parametrize("make", [train.reshuffled_epochs, train.without_replacement])
+def test_keys_of_a_segment_with_crops_and_wrong_labels(make):
+    crops = lambda key, idx: Batch(data.crop_and_flip(key, IMAGES[idx]), idx % 3)
+    noise = data.uniform_label_noise(lambda step: 0.5, 3)
+    segment = train.make_segment(adding_up, crops, noise=noise)
+
+    def run(key):
+        initial, order, running = jr.split(key, 3)
+        return segment(running, start(initial), make(N, B)(order, 0, STEPS))
+
+    draws = draws_of(run)
+    assert set(draws.values()) == {1}
+    # At each step two words for corners; flips, coins and two words for new labels.
+    shapes = Counter(shape for _, shape in draws)
+    assert (shapes[B, 2], shapes[B,]) == (2 * STEPS, 4 * STEPS)
+
+
+def test_keys_of_a_recorded_run_with_noisy_labels():
+    """Between records, windows of the order are drawn again: with their keys, for nothing else."""
+    blur = lambda key, idx: Batch(jr.normal(key, (B, N)), 1.0 * idx)
+    noise = data.gaussian_label_noise(lambda step: 1.0)
+    segment = train.make_segment(adding_up, blur, noise=noise)
+
+    def run(key):
+        initial, running = jr.split(key)
+        sampler, probe = train.with_replacement(N, B), train.Probe(lambda state: state.step, [0, 2])
+        return train.record_run(running, sampler, segment, start(initial), [probe], STEPS)
+
+    shapes = Counter(shape for _, shape in draws_of(run))
+    assert shapes[B, N] == shapes[B,] == STEPS
+
+
+@pytest.mark.parametrize("second", [lambda key: jr.split(key)[1], lambda key: key])
+def test_a_key_used_twice_is_noticed(second):
+    def run(key):
+        return jr.normal(jr.fold_in(key, 1), (2,)), jr.normal(second(key), (3,))
+
+    with pytest.raises(AssertionError):
+        draws_of(run)
