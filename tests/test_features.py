@@ -1,25 +1,27 @@
+"""Feature sparsity against its definition, one deletion at a time."""
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 
-from sgd_sparse_jax.measure import feature_sparsity, sample_units
+from sgd_sparse_jax import measure
 
 
 def greedy(phi: np.ndarray, threshold: float) -> tuple[float, float]:
     """The definition, one deletion at a time: (all, distinct) shares of positive entries."""
-    kept = [j for j in range(phi.shape[1]) if (phi[:, j] > 0).any()]
+    left = [j for j in range(phi.shape[1]) if (phi[:, j] > 0).any()]
     with np.errstate(invalid="ignore"):
         correlation = np.abs(np.atleast_2d(np.corrcoef(phi.T)))
     at = 0
-    while at < len(kept):
-        others = [j for j in kept if j != kept[at]]
-        if (correlation[kept[at], others] > threshold).any():
-            kept.pop(at)
+    while at < len(left):
+        others = [j for j in left if j != left[at]]
+        if (correlation[left[at], others] > threshold).any():
+            left.pop(at)
         else:
             at += 1
-    return (phi > 0).mean(), (phi[:, kept] > 0).sum() / phi.size
+    return (phi > 0).mean(), (phi[:, left] > 0).sum() / phi.size
 
 
 def random_features(seed: int, n: int = 40, m: int = 60) -> np.ndarray:
@@ -39,69 +41,100 @@ def random_features(seed: int, n: int = 40, m: int = 60) -> np.ndarray:
     return phi
 
 
-measured = jax.jit(feature_sparsity, static_argnums=1)
+measured = jax.jit(measure.feature_sparsity, static_argnames="signed")
+distinct = jax.jit(measure.distinct_units)
 
 
-@pytest.mark.parametrize("threshold", [0.95, 0.99])
-def test_the_closed_form_is_the_greedy_loop_on_100_matrices(threshold):
-    deleted = 0
-    for seed in range(100):
-        phi = random_features(seed)
-        expected = greedy(phi, threshold)
-        np.testing.assert_allclose(measured(jnp.asarray(phi), threshold), expected, rtol=1e-12)
-        deleted += expected[1] < expected[0]
-    assert deleted > 50  # most of the matrices do have duplicates
+def active(phi, signed=False) -> list[float]:
+    """The numbers of active entries of all and of distinct units; dead ones fill up the shape."""
+    padded = np.concatenate([phi, np.zeros((len(phi), 6 - phi.shape[1]))], axis=1)
+    return [round(padded.size * float(share), 9) for share in measured(padded, signed=signed)]
 
 
-def test_float32_finds_the_same_units():
-    for seed in range(20):
-        phi = random_features(seed).astype(np.float32)
-        np.testing.assert_allclose(measured(jnp.asarray(phi), 0.95), greedy(phi, 0.95), rtol=1e-5)
+def test_the_closed_form_is_the_greedy_loop_on_100_matrices():
+    """Vmapped, at two thresholds, in both precisions."""
+    wide = np.stack([random_features(seed) for seed in range(100)])
+    many = jax.jit(jax.vmap(measure.feature_sparsity, (0, None)))
+    for stack, rtol in ((wide, 1e-12), (wide.astype(np.float32), 1e-5)):
+        for threshold in (0.95, 0.99):
+            expected = np.array([greedy(phi, threshold) for phi in stack])
+            assert (expected[:, 1] < expected[:, 0]).sum() > 50  # most of them have duplicates
+            np.testing.assert_allclose(many(stack, threshold), expected.T, rtol=rtol)
 
 
-def test_a_copy_or_mirror_of_a_unit_adds_nothing_to_the_distinct_ones():
-    phi = np.maximum(np.random.default_rng(0).normal(size=(50, 8)), 0)
-    total = lambda phi: float(feature_sparsity(jnp.asarray(phi))[1]) * phi.size
-    assert total(phi) == pytest.approx((phi > 0).sum())
-    copy = np.concatenate([3.0 * phi[:, :1], phi], axis=1)
-    assert total(copy) == pytest.approx(total(phi))
-    mirror = np.concatenate([phi.max(0)[:1] - phi[:, :1], phi], axis=1)
-    assert total(mirror) == pytest.approx(total(phi))
+def test_of_several_copies_of_a_unit_the_last_one_is_distinct():
+    a, b = np.random.default_rng(7).uniform(0.1, 1.0, size=(2, 40))
+    phi = np.stack([a, b, 2 * a, np.zeros(40), 3 - a, -a], axis=1)
+    assert np.flatnonzero(distinct(phi, 0.95)).tolist() == [1, 4]
+    # Correlation at the level of the threshold decides.
+    phi[:, 1:] = np.stack([a + 0.2 * (b - b.mean())] + [np.zeros(40)] * 4, axis=1)
+    level = np.corrcoef(phi[:, 0], phi[:, 1])[0, 1]
+    assert np.flatnonzero(distinct(phi, level - 1e-6)).tolist() == [1]
+    assert np.flatnonzero(distinct(phi, level + 1e-6)).tolist() == [0, 1]
 
 
-def test_constant_units_are_distinct_and_dead_ones_count_as_zeros():
-    phi = np.full((1000, 3), [0.1, 0.3, 0.7])
-    np.testing.assert_allclose(feature_sparsity(jnp.asarray(phi)), (1.0, 1.0))
-    phi = np.concatenate([phi, np.zeros((1000, 3))], axis=1)
-    np.testing.assert_allclose(feature_sparsity(jnp.asarray(phi)), (0.5, 0.5))
-
-
-def test_a_dead_unit_deletes_nobody():
+def test_constant_units_are_distinct_and_dead_ones_delete_nothing():
+    assert active(np.full((30, 3), [0.1, 0.3, 0.7])) == [90, 90]
     live = np.abs(np.random.default_rng(1).normal(size=(30, 1)))
-    phi = np.concatenate([live, -live], axis=1)  # the second correlates, and is never positive
-    np.testing.assert_allclose(feature_sparsity(jnp.asarray(phi)), (0.5, 0.5))
+    # The second correlates, and is never positive.
+    assert active(np.concatenate([live, -live], axis=1)) == [30, 30]
 
 
-def test_nan_is_not_positive_and_deletes_nobody():
+def test_nan_is_not_positive_and_deletes_nothing():
     phi = np.maximum(np.random.default_rng(2).normal(size=(30, 4)), 0)
     phi[:, 1] = np.nan
-    share = (phi > 0).mean()
-    np.testing.assert_allclose(feature_sparsity(jnp.asarray(phi)), (share, share))
+    assert active(phi) == [(phi > 0).sum()] * 2
 
 
-def test_vmapped_is_looped():
-    stack = jnp.stack([jnp.asarray(random_features(seed)) for seed in range(4)])
-    looped = [feature_sparsity(phi) for phi in stack]
-    np.testing.assert_allclose(jax.vmap(feature_sparsity)(stack), np.transpose(looped), rtol=1e-12)
+def test_signed_sparsity_counts_negative_features_too():
+    rng = np.random.default_rng(6)
+    phi = np.abs(rng.normal(size=(30, 4))) * rng.choice([-1.0, 0.0, 1.0], size=(30, 4))
+    phi[3, 2] = np.nan
+    assert active(phi) == [(phi > 0).sum()] * 2
+    assert active(phi, signed=True) == [(np.abs(phi) > 0).sum()] * 2
+    # A unit that is nowhere positive is dead, signed or not; the mirror of a unit is a duplicate.
+    assert active(-1 - phi[:, :1] ** 2, signed=True) == [30, 0]
+    signs = rng.choice([-1.0, 1.0], size=(30, 1)) * rng.uniform(1, 2, size=(30, 1))
+    assert active(np.concatenate([signs, -signs], axis=1), signed=True) == [60, 30]
 
 
 def test_sampled_units_are_columns_the_same_in_every_batch():
     maps = jr.normal(jr.key(0), (6, 5, 4, 3))
-    whole = sample_units(jr.key(1), maps, 10)
-    halves = [sample_units(jr.key(1), half, 10) for half in (maps[:3], maps[3:])]
+    whole = np.asarray(measure.sample_units(jr.key(1), maps, 10))
+    halves = [measure.sample_units(jr.key(1), half, 10) for half in (maps[:3], maps[3:])]
     np.testing.assert_array_equal(whole, np.concatenate(halves))
     flat = np.asarray(maps).reshape(6, 60)
-    where = [np.flatnonzero((flat == column[:, None]).all(0)) for column in np.asarray(whole).T]
+    where = [np.flatnonzero((flat == column[:, None]).all(0)) for column in whole.T]
     assert len({int(found[0]) for found in where}) == 10
-    np.testing.assert_array_equal(sample_units(jr.key(1), maps, 60), flat)
-    assert (np.asarray(sample_units(jr.key(2), maps, 10)) != np.asarray(whole)).any()
+    np.testing.assert_array_equal(measure.sample_units(jr.key(1), maps, 60), flat)
+    assert (np.asarray(measure.sample_units(jr.key(2), maps, 10)) != whole).any()
+
+
+def test_maps_are_refused_and_their_sampled_units_taken():
+    maps = jnp.ones((6, 5, 4, 3))
+    with pytest.raises(ValueError, match="sample_units"):
+        measure.feature_sparsity(maps)
+    assert measured(measure.sample_units(jr.key(0), maps, 10))[0] == 1
+
+
+def test_unit_rows_have_norm_one_or_zero_whatever_their_scale():
+    phi = np.random.default_rng(4).normal(size=(4, 2, 3))
+    phi[1], phi[3, 1, 1] = 0.0, np.nan
+    ours = np.asarray(measure.unit_rows(jnp.asarray(phi)))
+    for i, scale in ((0, 1e-9), (2, 7.0)):
+        np.testing.assert_allclose(ours[i], phi[i] / np.linalg.norm(phi[i]), rtol=1e-13)
+        again = measure.unit_rows(jnp.asarray(scale * phi))
+        np.testing.assert_allclose(again[i], ours[i], rtol=1e-13)
+    np.testing.assert_array_equal(ours[1], 0.0)
+    assert np.isnan(ours[3, 1, 1])
+
+
+def test_flips_are_the_share_of_relus_that_changed():
+    before = jnp.array([[1.0, 0.0, -2.0], [0.5, 3.0, 0.0]])
+    after = jnp.array([[2.0, 1.0, 5.0], [-1.0, 0.0, 0.0]])
+    assert measure.relu_flips(before, after) == pytest.approx(4 / 6)
+    assert measure.relu_flips(after, before) == pytest.approx(4 / 6)
+    assert measure.relu_flips(before, 7.0 * before) == 0
+    z = jnp.array([[1.0, -2.0, 3.0], [-1.0, 2.0, 0.5]])
+    assert measure.relu_flips(z, -z) == 1
+    assert measure.relu_flips(0 * z, -jnp.abs(z)) == 0

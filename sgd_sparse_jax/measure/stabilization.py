@@ -1,4 +1,4 @@
-"""Loss stabilization: at which level large steps hold the loss, and what became of a run."""
+"""Loss stabilization: the level of the loss under large steps, and the outcome of a run."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
@@ -27,20 +27,24 @@ def noise_level(losses: Float[Array, " t"]) -> Scalar:
 def outcome(
     trend: Float[Array, " t"], tail: Float[Array, " s"], *, converged_below: ArrayLike = 1e-8
 ) -> Int[Array, ""]:
-    """Which of `OUTCOMES` a run shows, as its index.
+    """The outcome of a run, as its index in `OUTCOMES`.
 
-    `trend` are losses at 8 records or more, spread evenly over the run at its large step size;
-    `tail` those of 4 consecutive steps or more at its end.
+    `trend` are losses at 8 or more records, spread evenly over the run at its large step size;
+    `tail` those of 4 or more consecutive steps at its end; ValueError for fewer. Outcomes:
     diverged: a loss isn't finite. converged: the tail's mean is below `converged_below` times the
     first loss, or the last quarter of the trend lies below half of the quarter before it (means of
     log losses, the difference beyond three standard errors, as for independent records).
     period-2: losses two steps apart are ten times nearer than those of neighbouring steps, which
     differ by more than a millionth. stabilized: all else.
+
+    Example:
+        >>> trend, tail = jnp.ones(16), jnp.array([1.1, 0.9, 1.1, 0.9])
+        >>> OUTCOMES[int(outcome(trend, tail))]
+        'period-2'
     """
     if trend.shape[0] < 8 or tail.shape[0] < 4:
         raise ValueError(
-            f"A trend of {trend.shape[0]} and a tail of {tail.shape[0]} losses show no outcome; "
-            "give 8 and 4 or more."
+            f"trend has {trend.shape[0]} losses and tail {tail.shape[0]}; give 8 and 4 or more."
         )
     quarter = len(trend) // 4
     logs = jnp.log(jnp.maximum(trend, jnp.finfo(trend.dtype).tiny))

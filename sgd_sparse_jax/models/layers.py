@@ -1,6 +1,6 @@
-"""What the image classifiers are made of, in one precision; every network is given its layers."""
+"""Layers of the image classifiers, in one precision; each network takes a `Layers`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import flax.linen as nn
 import jax
@@ -8,19 +8,29 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, DTypeLike, Float
 
+Images: TypeAlias = Float[Array, "b h w c"]
+Maps: TypeAlias = Float[Array, "b h2 w2 c2"]  # of other sizes than the input of a layer
+Features: TypeAlias = dict[str, jax.Array]  # by block, in depth order
+Classified: TypeAlias = tuple[Float[Array, "b classes"], Features]
+
 he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Torch's default for a linear layer: uniform on +-1 / sqrt(fan_in).
 uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Layers(NamedTuple):
-    """Convolutions in `dtype`; norms, the last layers and all parameters in float32 (float64 nets:
-    float64).
+    """Constructors of layers: convolutions compute in `dtype`, all else in float32 or more.
+
+    Parameters, norms and logits are float64 where `dtype` is, else float32.
+
+    Example:
+        >>> Layers(jnp.bfloat16).conv(8).dtype.dtype.name, Layers(jnp.bfloat16).dense(8).dtype.name
+        ('bfloat16', 'float32')
     """
 
     dtype: DTypeLike = jnp.float32
-    norm_momentum: float = 0.9  # of BatchNorm's running moments; 0 keeps those of the last batch
-    dropout: float = 0.0  # share of entries dropped, by the networks that drop any
+    norm_momentum: float = 0.9  # decay of BatchNorm's running moments; 0: those of the last batch
+    dropout: float = 0.0  # share of entries dropped, in networks with dropout
     softplus: int = 0  # beta of log(1 + exp(beta x)) / beta in place of ReLU; 0: ReLU
     # Axis of pmap or shard_map that batch statistics are averaged over. None under jit, where the
     # batch is whole, whatever devices it lies on.
@@ -32,76 +42,66 @@ class Layers(NamedTuple):
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def conv(self, width: int, kernel: int = 3, stride: int = 1, *, bias: bool = False) -> nn.Conv:
-        """Convolution, zero-padded alike on both sides ("SAME" isn't, at stride 2)."""
-        return nn.Conv(
-            width,
-            (kernel, kernel),
-            stride,
-            padding=kernel // 2,
-            use_bias=bias,
-            kernel_init=he_normal,
-            dtype=self.dtype,
-            param_dtype=self.stored,
-        )
+        """Convolution with equal zero padding on both sides ("SAME" differs at stride 2)."""
+        options: Any = {"padding": kernel // 2, "use_bias": bias, "kernel_init": he_normal}
+        dtypes: Any = {"dtype": self.dtype, "param_dtype": self.stored}
+        return nn.Conv(width, (kernel, kernel), stride, **options, **dtypes)
 
-    def stem(self, width: int, x: Float[Array, "b h w c"]) -> nn.Conv:
-        """The first convolution: 3 x 3, of stride 2 for images of 64 x 64 (Tiny ImageNet) or more.
-
-        So every later stage is as large as for CIFAR's 32 x 32, as is usual for Tiny ImageNet.
-        """
+    def stem(self, width: int, x: Images) -> nn.Conv:
+        """3 x 3, with stride 2 from 64 x 64 on: Tiny ImageNet's later stages have CIFAR's sizes."""
         return self.conv(width, 3, 2 if min(x.shape[1:3]) >= 64 else 1)
 
     def batch_norm(self, train: bool) -> nn.BatchNorm:
-        """Batch statistics in training, else running moments."""
-        return nn.BatchNorm(
-            use_running_average=not train,
-            momentum=self.norm_momentum,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            axis_name=self.norm_axis,
-            dtype=self.dtype,
-            param_dtype=self.stored,
-            # Else flax keeps the running moments of float64 networks in float32.
-            force_float32_reductions=self.stored == jnp.float32,
-        )
+        """Statistics of the batch in training, else running moments."""
+        averaged: Any = {"use_running_average": not train, "momentum": self.norm_momentum}
+        return nn.BatchNorm(**averaged, axis_name=self.norm_axis, **self._norm)
 
     def group_norm(self, groups: int) -> nn.GroupNorm:
         """Mean 0 and variance 1 over each group of channels of each example."""
-        return nn.GroupNorm(
-            groups,
-            epsilon=1e-5,
-            use_fast_variance=False,
-            dtype=self.dtype,
-            param_dtype=self.stored,
-            force_float32_reductions=self.stored == jnp.float32,
-        )
+        return nn.GroupNorm(groups, **self._norm)
+
+    @property
+    def _norm(self) -> dict[str, Any]:
+        return {
+            "epsilon": 1e-5,
+            "use_fast_variance": False,
+            "dtype": self.dtype,
+            "param_dtype": self.stored,
+            # Otherwise flax stores the running moments of float64 networks in float32.
+            "force_float32_reductions": self.stored == jnp.float32,
+        }
 
     def dense(self, width: int) -> nn.Dense:
-        """Linear layer."""
-        return nn.Dense(
-            width, kernel_init=uniform_fan_in, dtype=self.stored, param_dtype=self.stored
-        )
+        """Linear layer, initialized as in torch."""
+        dtypes: Any = {"dtype": self.stored, "param_dtype": self.stored}
+        return nn.Dense(width, kernel_init=uniform_fan_in, **dtypes)
 
     def activate(self, x: jax.Array) -> jax.Array:
         """ReLU, or softplus."""
         return jax.nn.softplus(self.softplus * x) / self.softplus if self.softplus else nn.relu(x)
 
-    def pool(self, x: Float[Array, "b h w c"]) -> Float[Array, "b c"]:
-        """The mean over a map, in the dtype of logits."""
+    def pool(self, x: Images) -> Float[Array, "b c"]:
+        """The mean over each map, in the dtype of logits."""
         return x.astype(self.stored).mean((1, 2))
 
 
 class Dropout(nn.Module):
-    """In training, zeroes a share `rate` of the entries and divides the others by 1 - rate.
+    """x_i m_i / (1 - rate) in training, with m_i = 0 for a share `rate` of the entries; else x.
 
     Its key is a variable of the collection "dropout", drawn at initialization and split at every
-    use: masks are a function of the state, so a run that is cut and resumed draws the same ones.
+    use: masks are a function of the state, and a resumed run draws those of an uninterrupted one.
+
+    Example:
+        >>> stats = Dropout(0.5).init(jr.key(0), jnp.ones(6))
+        >>> y, stats = Dropout(0.5).apply(stats, jnp.ones(6), train=True, mutable=["dropout"])
+        >>> sorted(set(y.tolist()))
+        [0.0, 2.0]
     """
 
     rate: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if not self.rate:
             return x
         key = self.variable("dropout", "key", lambda: jr.key_data(self.make_rng("params")))
@@ -109,5 +109,5 @@ class Dropout(nn.Module):
             return x
         use, after = jr.split(jr.wrap_key_data(key.value))
         key.value = jr.key_data(after)
-        kept = jr.bernoulli(use, 1 - self.rate, x.shape)
-        return jnp.where(kept, x / (1 - self.rate), 0)
+        mask = jr.bernoulli(use, 1 - self.rate, x.shape)
+        return jnp.where(mask, x / (1 - self.rate), 0)

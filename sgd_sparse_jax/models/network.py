@@ -1,4 +1,4 @@
-"""Networks as pure functions, from the modules of Flax."""
+"""Networks as pairs of pure functions, from the modules of Flax."""
 
 import inspect
 from collections.abc import Callable
@@ -6,55 +6,54 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 
 from sgd_sparse_jax.types import Network, Outputs, Params, PRNGKey, Stats
 
 
 def from_linen(module: nn.Module) -> Network:
-    """The network (init, apply) of a linen module.
+    """The functions (init, apply) of a linen module.
 
     `module(x)` or `module(x, train=...)` returns `out`, or `(out, features)` with a dict of
     activations. Parameters are the collection "params"; all other collections (BatchNorm's
-    "batch_stats") are `stats`. Modules that draw random numbers while they are applied (linen's
-    own Dropout) need a key that this adapter doesn't give; `models.Dropout` carries its own.
+    "batch_stats") are `stats`. linen's own Dropout asks for a key at every call, which `apply` has
+    not: `models.Dropout` carries one in `stats`.
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> network = from_linen(nn.Dense(1))
-        >>> params, stats = network.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> params, stats = network.init(jr.key(0), jnp.ones((4, 3)))
         >>> network.apply(params, stats, jnp.ones((4, 3))).out.shape
         (4, 1)
     """
     has_mode = "train" in inspect.signature(type(module).__call__).parameters
+    mode: Any = lambda train: {"train": train} if has_mode else {}
 
     def init(key: PRNGKey, x: jax.Array) -> tuple[Params, Stats]:
-        variables = dict(module.init(key, x))
+        variables = dict(module.init(key, x, **mode(False)))
         return variables.pop("params", {}), variables
 
     def apply(params: Params, stats: Stats, x: jax.Array, *, train: bool = False) -> Outputs:
         variables: Any = {"params": params, **stats}
-        mode: Any = {"train": train} if has_mode else {}
         if not train:
-            return Outputs(*_split(module.apply(variables, x, **mode)), stats)
-        result: Any = module.apply(variables, x, **mode, mutable=list(stats))
+            return Outputs(*_split(module.apply(variables, x, **mode(False))), stats)
+        result: Any = module.apply(variables, x, **mode(True), mutable=list(stats))
         return Outputs(*_split(result[0]), result[1])
 
     return Network(init, apply)
 
 
 def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
-    """The network (init, apply) of an NNX module; `constructor(key)` makes the module.
+    """The functions (init, apply) of the NNX module that `constructor(key)` returns.
 
-    `module(x)` returns `out`, or `(out, features)`. Its `nnx.Param`s are the parameters, all other
-    variables (BatchNorm's moments, the keys of Dropout) are `stats`. Training and evaluation are
-    `module.train()` and `module.eval()`. NNX keeps BatchNorm's running moments in float32.
+    `module(x)` returns `out`, or `(out, features)`; training and evaluation are `module.train()`
+    and `module.eval()`. Its `nnx.Param`s are the parameters, all other variables are `stats`:
+    BatchNorm's moments (in float32, or float64 where parameters are) and Dropout's keys (integers).
 
     Example:
-        >>> import jax, jax.numpy as jnp
         >>> from flax import nnx
         >>> network = from_nnx(lambda key: nnx.Linear(3, 1, rngs=nnx.Rngs(key)))
-        >>> params, stats = network.init(jax.random.key(0), jnp.ones((4, 3)))
+        >>> params, stats = network.init(jr.key(0), jnp.ones((4, 3)))
         >>> network.apply(params, stats, jnp.ones((4, 3))).out.shape
         (4, 1)
     """
@@ -70,19 +69,25 @@ def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
 
     def init(key: PRNGKey, x: jax.Array) -> tuple[Params, Stats]:
         parts: Any = nnx.split(constructor(key), nnx.Param, ...)
-        return nnx.to_pure_dict(parts[1]), nnx.to_pure_dict(parts[2])
+        params, stats = map(nnx.to_pure_dict, parts[1:])
+        # NNX starts the moments in float32; of a float64 network they would be rounded every step.
+        wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
+        moments = lambda s: s.astype(wide) if jnp.issubdtype(s.dtype, jnp.floating) else s
+        return params, jax.tree.map(moments, _without_keys(stats))
 
     def apply(params: Params, stats: Stats, x: jax.Array, *, train: bool = False) -> Outputs:
         graph, *states = templates[train]
         states = jax.tree.map(lambda leaf: leaf, states)  # copies: the next lines write to them
-        for state, values in zip(states, (params, stats), strict=True):
-            nnx.replace_by_pure_dict(state, dict(values))
+        key = lambda like, s: jr.wrap_key_data(s) if _is_key(like) else s
+        values = params, jax.tree.map(key, nnx.to_pure_dict(states[1]), dict(stats))
+        for state, value in zip(states, values, strict=True):
+            nnx.replace_by_pure_dict(state, dict(value))
         module = nnx.merge(graph, *states)
         result = _split(module(x))
         if not train:
             return Outputs(*result, stats)
         parts: Any = nnx.split(module, nnx.Param, ...)
-        return Outputs(*result, nnx.to_pure_dict(parts[2]))
+        return Outputs(*result, _without_keys(nnx.to_pure_dict(parts[2])))
 
     return Network(init, apply)
 
@@ -90,3 +95,12 @@ def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
 def _split(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(out, features) of what a module returned."""
     return result if isinstance(result, tuple) else (result, {})
+
+
+def _without_keys(stats: Any) -> Any:
+    """`stats` with keys as integers: checkpoints and digests take numbers."""
+    return jax.tree.map(lambda leaf: jr.key_data(leaf) if _is_key(leaf) else leaf, stats)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -1,25 +1,25 @@
-"""Residual image classifiers. Each returns (logits [b, c], features by block, in depth order)."""
+"""Residual image classifiers."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from .layers import Classified, Dropout, Images, Layers, Maps
 
 
 class BasicBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))), with a projected x where shapes differ."""
+    """relu(x + norm(conv(relu(norm(conv(x)))))); x is projected (1 x 1) where shapes differ."""
 
     width: int
     stride: int
-    layers: Any  # models.Layers
+    layers: Layers
     norm: Callable[[], nn.Module]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(self, x: Images) -> Maps:
         y = nn.relu(self.norm()(self.layers.conv(self.width, 3, self.stride)(x)))
         y = self.norm()(self.layers.conv(self.width)(y))
         if x.shape != y.shape:
@@ -34,12 +34,12 @@ class PreActBlock(nn.Module):
 
     width: int
     stride: int
-    layers: Any
+    layers: Layers
     norm: Callable[[], nn.Module]
     dropout: Callable[[jax.Array], jax.Array]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c2"]:
+    def __call__(self, x: Images) -> Maps:
         activated = self.layers.activate(self.norm()(x))
         y = self.layers.conv(self.width, 3, self.stride)(activated)
         y = self.layers.activate(self.norm()(y))
@@ -50,71 +50,55 @@ class PreActBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stages of residual blocks, each stage twice as wide and half as large as the one before.
+    """Residual network: each stage is twice as wide and half as large as the one before.
 
-    Features: the output of every stage, then the pooled features that the last layer reads.
-    Images [b, h, w, c] of any size and number of channels, values in [0, 1]; `width` is the first
-    stage's. The stem has stride 2 from 64 x 64 on (`Layers.stem`).
+    `depths` are the numbers of blocks of each stage, `width` that of the first stage. Images
+    [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem, `stem` wide
+    (default: `width`), has stride 2 from 64 x 64 on. With `pre_activation`, norm and activation
+    precede each convolution. `groups` is the number of groups of GroupNorm (0: BatchNorm). With
+    `binary_logit` two classes have the logits (0, z), as in the released code. Features: the output
+    of every stage (with `pre_activation` the last one after the final norm and ReLU), then the
+    pooled features that the last layer reads. Sources: He et al., 2015 (arXiv 1512.03385) and 2016
+    (1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
+
+    Example:
+        >>> net, images = ResNet((1, 1), classes=3, width=4), jnp.zeros((2, 8, 8, 3))
+        >>> (logits, features), _ = jax.eval_shape(net.init_with_output, jax.random.key(0), images)
+        >>> logits.shape, [phi.shape for phi in features.values()]
+        ((2, 3), [(2, 8, 8, 4), (2, 4, 4, 8), (2, 8)])
     """
 
     depths: Sequence[int]
     classes: int
-    layers: Any
+    layers: Layers = Layers()
     width: int = 64
-
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], train: bool = False
-    ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
-        norm = partial(self.layers.batch_norm, train)
-        features = {}
-        x = nn.relu(norm()(self.layers.stem(self.width, x)(x)))
-        for stage, depth in enumerate(self.depths):
-            for i in range(depth):
-                stride = 2 if stage and not i else 1
-                x = BasicBlock(self.width * 2**stage, stride, self.layers, norm)(x)
-            features[f"block{stage + 1}"] = x
-        x = features[f"block{len(self.depths) + 1}"] = self.layers.pool(x)
-        return self.layers.dense(self.classes)(x), features
-
-
-class PreActResNet(nn.Module):
-    """Stages of pre-activation blocks: norm and activation stand before each convolution.
-
-    Features: the output of every stage, the last one after the final norm and ReLU, then the
-    pooled features that the last layer reads. With `groups`, GroupNorm takes BatchNorm's place.
-    `stem` is the width of the first convolution, `width` that of the first stage. A single
-    `binary_logit` z stands for the logits (0, z) of two classes, as in the released code.
-    Source: He et al., 2016 (arXiv 1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
-    """
-
-    depths: Sequence[int]
-    classes: int
-    layers: Any
-    dropped: Callable[..., nn.Module]  # models.Dropout
-    width: int = 64
-    stem: int | None = None  # `width`
+    stem: int | None = None
     groups: int = 0
-    binary_logit: bool = True
+    pre_activation: bool = False
+    binary_logit: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], train: bool = False
-    ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
-        layers = self.layers
+    def __call__(self, x: Images, train: bool = False) -> Classified:
+        layers, features = self.layers, {}
         norm = partial(layers.group_norm, self.groups) if self.groups else None
         norm = norm or partial(layers.batch_norm, train)
-        drop = lambda x: self.dropped(layers.dropout)(x, train)
-        features = {}
+        drop = lambda x: Dropout(layers.dropout)(x, train)
+        block = partial(PreActBlock, dropout=drop) if self.pre_activation else BasicBlock
         x = layers.stem(self.stem or self.width, x)(x)
+        if not self.pre_activation:
+            x = nn.relu(norm()(x))
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
                 stride = 2 if stage and not i else 1
-                x = PreActBlock(self.width * 2**stage, stride, layers, norm, drop)(x)
+                x = block(self.width * 2**stage, stride, layers, norm)(x)
             features[f"block{stage + 1}"] = x
-        x = features[f"block{len(self.depths)}"] = nn.relu(norm()(x))
+        if self.pre_activation:
+            x = features[f"block{len(self.depths)}"] = nn.relu(norm()(x))
         x = features[f"block{len(self.depths) + 1}"] = layers.pool(x)
         if self.classes == 2 and self.binary_logit:
             z = layers.dense(1)(x)
             return jnp.concatenate([jnp.zeros_like(z), z], 1), features
         return layers.dense(self.classes)(x), features
+
+
+PreActResNet = partial(ResNet, pre_activation=True, binary_logit=True)

@@ -1,4 +1,4 @@
-"""Networks small enough to vmap thousands of. Every scale may be traced, hence swept."""
+"""Networks small enough to vmap thousands of; every scale may be traced, hence swept."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -9,24 +9,34 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, ArrayLike, Float
 
+from .layers import Features
+
 Initializer: TypeAlias = Callable[..., jax.Array]  # (key, shape, dtype) -> array
+Predicted: TypeAlias = tuple[Float[Array, " n"], Features]
+
+gaussian = nn.initializers.normal  # (scale): independent entries scale N(0, 1)
 
 
 class DiagonalNet(nn.Module):
     """f(x) = <u * v, x>; at initialization u = alpha and v = 0.
 
     `alpha` is a number, or one per coordinate [d]; `random` draws u and v from alpha N(0, 1).
+
+    Example:
+        >>> x = jnp.array([[1.0, 2.0]])
+        >>> params = {"u": jnp.array([1.0, 3.0]), "v": jnp.array([2.0, 0.5])}
+        >>> DiagonalNet(0.1).apply({"params": params}, x)[0].tolist()
+        [5.0]
     """
 
     alpha: ArrayLike = 0.1
     random: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "n d"], train: bool = False
-    ) -> tuple[Float[Array, " n"], dict[str, jax.Array]]:
-        first = jr.normal if self.random else nn.initializers.ones
-        second = jr.normal if self.random else nn.initializers.zeros
+    def __call__(self, x: Float[Array, "n d"], train: bool = False) -> Predicted:
+        first, second = nn.initializers.ones, nn.initializers.zeros
+        if self.random:
+            first = second = jr.normal
         u = self.param("u", _scaled(self.alpha, first), x.shape[-1:], x.dtype)
         v = self.param("v", _scaled(self.alpha, second), x.shape[-1:], x.dtype)
         return x @ (u * v), {}
@@ -41,6 +51,12 @@ class MLP(nn.Module):
     the last layer +-|w_j| of the unit before it, w_j its incoming weights: the two layers of each
     unit have equal norm. Features are h_1 … h_{L-1}; `scaled` multiplies the last by its outgoing
     weights (scalar outputs only).
+
+    Example:
+        >>> net = MLP((5, 3), kernel_init=gaussian(0.8))
+        >>> (out, features), variables = net.init_with_output(jr.key(0), jnp.ones((4, 2)))
+        >>> out.shape, {name: phi.shape for name, phi in features.items()}
+        ((4,), {'layer1': (4, 5), 'layer2': (4, 3)})
     """
 
     widths: Sequence[int]
@@ -53,9 +69,7 @@ class MLP(nn.Module):
     scaled: bool = False
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "n d"], train: bool = False
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def __call__(self, x: Float[Array, "n d"], train: bool = False) -> tuple[jax.Array, Features]:
         if self.scaled and self.outputs is not None:
             raise ValueError("scaled=True weights features by one output; leave outputs=None.")
         widths = (*self.widths, 1 if self.outputs is None else self.outputs)
@@ -86,27 +100,31 @@ class MLP(nn.Module):
 
 
 class FactorizedLinear(nn.Module):
-    """f(x) = <a, b> x for a scalar input; a ~ N(0, scales[0]^2 I), b ~ N(0, scales[1]^2 I)."""
+    """f(x) = <a, b> x for scalar inputs [n] or [n, 1]; a ~ N(0, scales[0]^2 I), b likewise.
+
+    Example:
+        >>> params = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 0.5])}
+        >>> FactorizedLinear(width=2).apply({"params": params}, jnp.array([2.0]))[0].tolist()
+        [8.0]
+    """
 
     width: int = 5
     scales: tuple[ArrayLike, ArrayLike] = (1.2, 0.7)
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, " n"] | Float[Array, "n 1"], train: bool = False
-    ) -> tuple[Float[Array, " n"], dict[str, jax.Array]]:
+    def __call__(self, x: Float[Array, " n *one"], train: bool = False) -> Predicted:
         a = self.param("a", gaussian(self.scales[0]), (self.width,), x.dtype)
         b = self.param("b", gaussian(self.scales[1]), (self.width,), x.dtype)
         return x.reshape(-1) * (a @ b), {}
 
 
-def gaussian(scale: ArrayLike) -> Initializer:
-    """scale N(0, 1), independent entries."""
-    return _scaled(scale, jr.normal)
-
-
 def rademacher(scale: ArrayLike) -> Initializer:
-    """+-scale with equal probability, independent entries."""
+    """Independent entries +-scale with equal probability: initializer(key, shape, dtype) -> array.
+
+    Example:
+        >>> set(abs(rademacher(2.0)(jr.key(0), (8,), float)).tolist())
+        {2.0}
+    """
     return _scaled(scale, jr.rademacher)
 
 

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+
+from .layers import Classified, Images, Layers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -15,22 +15,20 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 class VGG(nn.Module):
     """Stages of relu(conv(x)) and max-pooling, widths w, 2w, 4w, 8w, 8w; then two hidden layers.
 
-    Features: the pooled output of every stage, then the hidden layers. Images [b, h, w, 1 or 3]
-    with values in [0, 1], normalized with ImageNet's mean and deviation (grey ones as three equal
-    channels). Pooling rounds sizes up, so that 28 x 28 and 32 x 32 both end at 1 x 1; what is
-    larger is averaged there. `depths` (2, 2, 3, 3, 3) is VGG-16. Source: Simonyan & Zisserman, 2015
-    (arXiv 1409.1556), in the released code's form for CIFAR.
+    `depths` are the numbers of convolutions, (2, 2, 3, 3, 3) for VGG-16; `width` is w. Images
+    [b, h, w, 1 or 3] have values in [0, 1] and are normalized with ImageNet's mean and deviation,
+    grey ones as three equal channels; ValueError for another number of channels. Features: the
+    pooled output of every stage, then the hidden layers. Source: Simonyan & Zisserman, 2015 (arXiv
+    1409.1556), in the released code's form for CIFAR.
     """
 
     depths: Sequence[int]
     classes: int
-    layers: Any  # models.Layers
+    layers: Layers = Layers()
     width: int = 64
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "b h w c"], train: bool = False
-    ) -> tuple[Float[Array, "b classes"], dict[str, jax.Array]]:
+    def __call__(self, x: Images, train: bool = False) -> Classified:
         if x.shape[-1] not in (1, 3):
             raise ValueError(f"VGG takes grey or RGB images; these have {x.shape[-1]} channels.")
         mean, std = (jnp.array([[[each]]], x.dtype) for each in (IMAGENET_MEAN, IMAGENET_STD))
@@ -40,6 +38,7 @@ class VGG(nn.Module):
             width = self.width * min(2 ** (stage - 1), 8)
             for _ in range(depth):
                 x = nn.relu(self.layers.conv(width, bias=True)(x))
+            # Up, so that 28 x 28 and 32 x 32 both end at 1 x 1 after five stages.
             up: Any = [(0, size % 2) for size in x.shape[1:3]]
             x = features[f"block{stage}"] = nn.max_pool(x, (2, 2), (2, 2), padding=up)
         x = self.layers.pool(x)
