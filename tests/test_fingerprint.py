@@ -13,18 +13,12 @@ LABELS = RNG.integers(0, 3, 2500).astype(np.int32)
 WHOLE = data.Images(PIXELS, LABELS, ("a", "b", "c"), "letters 1.0.0")
 
 
-def relabelled():
-    labels = LABELS.copy()
-    labels[1234] = (labels[1234] + 1) % 3
-    return WHOLE._replace(labels=labels)
-
-
 @pytest.mark.parametrize(
     ("other", "differing"),
     [
         (WHOLE._replace(images=PIXELS.copy(order="F")), set()),
         (WHOLE._replace(labels=LABELS.astype(">i4")), set()),
-        (relabelled(), {"labels"}),
+        (WHOLE._replace(labels=np.where(np.arange(2500) == 1234, 7, LABELS)), {"labels"}),
         (WHOLE._replace(images=255 - PIXELS), {"pixels"}),
         (WHOLE._replace(images=PIXELS[::-1]), {"pixels"}),
         (WHOLE._replace(images=PIXELS.reshape(-1, 6, 8, 1)), {"shape"}),
