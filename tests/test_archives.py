@@ -219,6 +219,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, place, server, monkeypatch, 
         with pytest.raises((FileNotFoundError, ValueError), match=address) as error:
             data.load_images("cifar10", "train", data_dir=root)
     assert "\n" not in str(error.value) and files(root) == []
+    assert ("404" in str(error.value)) == (fault == "missing")
 
 
 def test_another_file_in_place_of_an_archive_is_named_and_stays(tmp_path, place, server):

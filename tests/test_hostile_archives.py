@@ -50,8 +50,9 @@ def test_no_module_of_ours_can_execute_or_unpack_what_it_reads():
 
 def test_the_reader_of_sources_sees_each_way():
     bad = """import pickle; import yaml as y; from pickle import loads; eval(x); exec(x)
-from shutil import unpack_archive; tar.extractall(); tar.extract(member); shutil.unpack_archive(x); np.load(x)
-np.load(x, allow_pickle=y); np.load(x, allow_pickle=True); pd.read_pickle(x); run(x, shell=True)"""
+from shutil import unpack_archive; tar.extractall(); tar.extract(member); shutil.unpack_archive(x)
+np.load(x); np.load(x, allow_pickle=y); np.load(x, allow_pickle=True)
+read_pickle(x); run(x, shell=True)"""
     assert len(dangers(bad)) == 14
     assert not dangers("np.load(x, allow_pickle=False); re.compile(x); tar.extractfile(member)")
 

@@ -32,11 +32,11 @@ def assert_normal(values):
 )
 def test_problems_are_the_papers(name, problem):
     with np.load(FOLDER / f"{name}.npz", allow_pickle=False) as golden:
-        for part, ours in (("train", problem.train), ("test", problem.test)):
+        for part, drawn in (("train", problem.train), ("test", problem.test)):
             # The original kept its data in float32.
             close = {"rtol": 3e-7, "atol": 3e-7, "err_msg": MOVED}
-            np.testing.assert_allclose(ours.x, golden[f"x_{part}"], **close)
-            np.testing.assert_allclose(ours.y, golden[f"y_{part}"][:, 0], **close)
+            np.testing.assert_allclose(drawn.x, golden[f"x_{part}"], **close)
+            np.testing.assert_allclose(drawn.y, golden[f"y_{part}"][:, 0], **close)
 
 
 @pytest.mark.parametrize("support", [1, 200])
@@ -112,13 +112,13 @@ def test_binary_gaussians_lie_around_plus_and_minus_their_target(n):
 
 def test_own_examples_come_as_float64_with_a_column_per_input():
     x, y = np.arange(6, dtype=np.int32), np.arange(6, dtype=np.float32)
-    ours = data.examples(x, y)
-    assert ours.x.dtype == ours.y.dtype == np.float64
-    np.testing.assert_array_equal(ours.x, x[:, None])
-    np.testing.assert_array_equal(ours.y, y)
-    ours = data.examples(jnp.asarray(x.reshape(3, 2)), [0, 1, 2])
-    assert isinstance(ours.x, np.ndarray)
-    np.testing.assert_array_equal(ours.x, x.reshape(3, 2))
+    drawn = data.examples(x, y)
+    assert drawn.x.dtype == drawn.y.dtype == np.float64
+    np.testing.assert_array_equal(drawn.x, x[:, None])
+    np.testing.assert_array_equal(drawn.y, y)
+    drawn = data.examples(jnp.asarray(x.reshape(3, 2)), [0, 1, 2])
+    assert isinstance(drawn.x, np.ndarray)
+    np.testing.assert_array_equal(drawn.x, x.reshape(3, 2))
 
 
 X, Y = np.ones((4, 2)), np.ones(4)
