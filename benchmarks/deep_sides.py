@@ -22,7 +22,7 @@ from benchmarks.deep_plan import (
     TORCH_NETS,
     Plan,
 )
-from experiments.deep import setup as deep_parts
+from experiments.deep import setup
 from sgd_sparse_jax import data, models, train
 from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Fetch, TrainState
@@ -67,8 +67,8 @@ class Training:
 
     def fetch_from(self, images: data.Images, *, augmented: bool) -> Fetch:
         """Gathers from images that are on every device, as a run does."""
-        pixels = deep_parts.placed(images, self.mesh)
-        return deep_parts.fetch(pixels, SHAPE, data.crop_and_flip if augmented else None)
+        pixels = setup.placed(images, self.mesh)
+        return setup.make_fetch(pixels, SHAPE, data.crop_and_flip if augmented else None)
 
 
 def memory_peak() -> int:

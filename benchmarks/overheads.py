@@ -2,13 +2,12 @@
 
     python -m benchmarks.overheads --batch_size 32 --out benchmarks/results/overheads.json
 
-Each side is the same steps through `train.fit`, in turn: bare; with the bar moved at every call and
-rows filed; with a save after the first quarter, whose files are written beside the steps that
-follow. At the default cadence a run saves every 300 seconds, and at every evaluation.
+Each side is the same steps through `train.windows`, in turn: bare; with the bar moved at every call
+and a row written; with a save after the first quarter, whose files are written beside the steps
+that follow. At the default cadence a run saves every 300 seconds, and at every evaluation.
 """
 
 import contextlib
-import itertools
 import statistics
 import tempfile
 import time
@@ -22,13 +21,11 @@ import jax.random as jr
 
 from benchmarks import deep_plan, timing
 from benchmarks.deep_sides import Training
-from experiments.deep import training as classifiers
 from experiments.deep.config import Config as Flags
 from experiments.figures import progress
 from experiments.launch import cli
 from experiments.storage import records
 from sgd_sparse_jax import train
-from sgd_sparse_jax.types import TrainState
 
 
 @dataclass(frozen=True)
@@ -65,62 +62,49 @@ class Sides:
             )
         )
         self.config, self.folder, self.training = config, folder, Training(config.net, plan)
-        self.steps_per_call = classifiers.steps_per_call(
-            Flags(steps_per_call=config.steps_per_call)
-        )
+        one = 1 if jax.default_backend() == "cpu" else 25
+        self.steps_per_call = config.steps_per_call or one
         self.blocked: list[float] = []
+        self.first: list[float] = []
 
-    def fit(self, **hooks: Any) -> None:
-        """The steps, with whatever is done beside them."""
-        ours, steps = self.training, self.config.steps
-        hooks = {"on_row": lambda row: None} | hooks
-        ended = train.fit(
-            jr.key(2),
-            ours.start(),
-            ours.sampler,
-            ours.segment,
-            num_steps=steps,
-            eval_every=steps,
-            evaluate=lambda state: {},
-            steps_per_call=self.steps_per_call,
-            **hooks,
-        )
-        jax.block_until_ready(ended)
+    def windows(self, *stops: int, **hooks: Any) -> Iterator[train.Window]:
+        """The steps, with stops before their end."""
+        ours, every = self.training, self.steps_per_call
+        stops = (*stops, self.config.steps)
+        parts = (jr.key(2), ours.start(), ours.sampler, ours.segment, stops)
+        return train.windows(*parts, steps_per_call=every, **hooks)
+
+    def bare(self) -> None:
+        """The steps alone."""
+        list(self.windows())
 
     def watched(self) -> None:
         """With the bar and rows of `experiments.resnet_cifar`."""
         live = progress.Live(0, self.config.steps, self.config.batch_size)
-        blank = dict.fromkeys(("train/loss", "test/error"), 0.0)
-
-        def on_row(row: dict[str, Any]) -> None:
-            records.append_row(self.folder, row)
-            live.on_row(blank | row)
-
+        row = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
         try:
-            self.fit(on_row=on_row, on_call=live.on_call)
+            list(self.windows(on_call=live.on_call))
+            records.append_row(self.folder, row)
+            live.on_row(row)
         finally:
             live.close()
 
     def saved(self) -> None:
         """With a save after the first quarter of the steps, waited for at the end if need be."""
-        calls, quarter = itertools.count(1), max(self.config.steps // 4 // self.steps_per_call, 1)
+        quarter = max(self.config.steps // 4 // self.steps_per_call, 1) * self.steps_per_call
         with self.checkpoints() as checkpoints:
-
-            def save(state: TrainState, window: train.Window) -> None:
-                if int(state.step) < self.config.steps:
+            for window in self.windows(quarter):
+                if window.step < self.config.steps:
                     begin = time.perf_counter()
-                    train.save(checkpoints, state)
+                    train.save(checkpoints, window.state)
                     self.blocked.append(time.perf_counter() - begin)
-
-            due = lambda: train.Pause.SAVE if next(calls) == quarter else train.Pause.NO
-            self.fit(save=save, pause=due)
 
     def alone(self) -> float:
         """Seconds until a state is on disk, with nothing beside."""
         state = jax.block_until_ready(self.training.start())
         with self.checkpoints() as checkpoints:
             begin = time.perf_counter()
-            train.save(checkpoints, state)
+            train.save(checkpoints, state._replace(step=state.step + 1))
             checkpoints.wait_until_finished()
             return time.perf_counter() - begin
 
@@ -131,6 +115,9 @@ class Sides:
             tempfile.TemporaryDirectory(dir=self.folder) as place,
             train.open_checkpoints(place) as checkpoints,
         ):
+            begin = time.perf_counter()
+            train.save(checkpoints, self.training.start())  # the first is read back
+            self.first.append(time.perf_counter() - begin)
             yield checkpoints
 
 
@@ -145,11 +132,12 @@ def run(config: Config) -> dict[str, Any]:
         raise ValueError("--steps needs 4 or more, --rounds and --batch_size 1 or more.")
     with tempfile.TemporaryDirectory() as folder:
         sides = Sides(config, Path(folder))
-        ways = {"bare": sides.fit, "watched": sides.watched, "saved": sides.saved}
+        ways = {"bare": sides.bare, "watched": sides.watched, "saved": sides.saved}
         seconds = timing.rounds(ways, config.rounds)
         alone = [sides.alone() for _ in range(config.rounds)]
     pairs = lambda name: list(zip(seconds[name], seconds["bare"], strict=True))
-    watched, longer = [a / b for a, b in pairs("watched")], [a - b for a, b in pairs("saved")]
+    watched = [a / b for a, b in pairs("watched")]
+    longer = [a - b - c for (a, b), c in zip(pairs("saved"), sides.first[1:], strict=False)]
     middle = statistics.median
     cost = max(middle(longer), middle(sides.blocked[1:]))  # the first compiles its digest
     results = {

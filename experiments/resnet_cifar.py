@@ -5,13 +5,13 @@
         --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 --l2_reg=0.0 \\
         --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg
 
-The flags are the released code's. The same command again goes on from the newest checkpoint.
+The flags are the released code's. The same command again continues from the newest checkpoint.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.deep import curves, training as classifiers
+from experiments.deep import curves, setup, training
 from experiments.deep.config import Config as Config
 from experiments.figures import terminal
 from experiments.launch import cli, hosts
@@ -24,15 +24,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> Path:
     """Trains, prints the last row and draws; returns the run's folder."""
-    folder = classifiers.run(config)
-    title = (
-        f"{config.dataset}, {config.model} of width {config.model_width}, "
-        f"η₀ = {config.lr_init:g}, {config.lr_schedule}"
-    )
+    plan = setup.resolve(config)
+    training.run(plan)
     hosts.leave_the_rest_to_first()
-    print_last_row(folder)
-    curves.one_run(folder, title)
-    return folder
+    print_last_row(plan.folder)
+    curves.one_run(plan.folder, plan.title)
+    return plan.folder
 
 
 def print_last_row(folder: Path) -> None:

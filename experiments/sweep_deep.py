@@ -1,4 +1,4 @@
-"""A grid of classifier runs: finished ones are skipped, broken ones resumed, all compared.
+"""A grid of classifier runs: finished ones are skipped, interrupted ones continued, all compared.
 
     python -m experiments.sweep_deep --lr_init 0.002 0.05 --paired --seed 0 1 2 \\
         --lr_schedule constant piecewise_05epochs --l2_reg 0.0005 --exp_name sota_setting
@@ -15,31 +15,18 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 
-from experiments.deep import (
-    config as deep_flags,
-    curves,
-    setup as deep_parts,
-    training as classifiers,
-)
+from experiments.deep import config as flags, curves, setup, training
 from experiments.deep.config import Config
 from experiments.figures import terminal
-from experiments.launch import cli, hosts
+from experiments.launch import cli, devices, hosts
 from experiments.storage import records
 
 FIXED = (  # one value for all runs
-    *(
-        "exp_name",
-        "data_dir",
-        "runs_dir",
-        "jacobian_tol",
-        "fork_from",
-        "save_every_seconds",
-        "keep",
-    ),
-    "hosts",
+    *("exp_name", "data_dir", "runs_dir", "jacobian_tol", "fork_from", "save_every_seconds"),
+    *("keep", "hosts"),
 )
 IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed", "fork_step")
-SHOWN = {  # of the last row: heading, and how it is written
+SHOWN = {  # columns of the last row: heading and format
     "train/loss": ("train loss", ".4f"),
     "test/error": ("test error", ".2%"),
     "test_average/error": ("test error, averaged weights", ".2%"),
@@ -48,30 +35,30 @@ SHOWN = {  # of the last row: heading, and how it is written
 
 
 class Run(NamedTuple):
-    """One run of the grid, and what became of it."""
+    """One run of the grid and its outcome."""
 
     setting: str
     config: Config
     folder: Path
-    outcome: str  # "finished", or what stopped it
+    outcome: str  # "finished", or why it diverged
 
 
 def grid_type() -> type:
-    """The flags of a run, those that may vary as lists, under the same words."""
+    """The flags of a run with the same descriptions; those that may vary are lists."""
     import docstring_parser
     import tyro
 
-    words = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
+    help_of = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
     fields: list[Any] = []
     for field in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(field.default):  # a group, with words of its own
+        if dataclasses.is_dataclass(field.default):  # a group of flags, which describes itself
             fields.append((field.name, field.type, field.default))
             continue
-        told = tyro.conf.arg(help=words[field.name])
         many = not (field.name in FIXED or isinstance(field.default, bool))
         kind: Any = tuple[field.type, ...] if many else field.type  # type: ignore[valid-type]
         default = (field.default,) if many else field.default
-        fields.append((field.name, Annotated[kind, told], default))
+        described = Annotated[kind, tyro.conf.arg(help=help_of[field.name])]
+        fields.append((field.name, described, default))
     paired = tyro.conf.arg(
         help="Walk lists of equal length together, in place of crossing them; seeds are crossed."
     )
@@ -89,19 +76,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(grid: Any) -> Path:
     """Runs what is missing of the grid; returns the folder of table and figures."""
     hosts.join(grid.hosts)
+    devices.set_up_deep(deterministic=grid.deterministic)
     settings = expand(grid)
-    for config in itertools.chain.from_iterable(settings.values()):
-        deep_parts.validate(config)
-    for configs in settings.values():
-        deep_parts.assemble(configs[0])  # missing data, too large a batch: before hours of training
-    everything = [field.name for field in dataclasses.fields(grid)]
+    check(settings)
+    everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
     place = (grid.runs_dir, "sweep_deep", grid.exp_name)
     folder = records.run_folder(*place)
-    hosts.on_first(lambda: records.open_run(*place, grid, may_change=everything))  # it may grow
+    hosts.on_first(lambda: records.open_run(*place, grid, may_change=everything))
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     runs = []
     for number, (setting, config) in enumerate(flat, 1):
-        print(f"run {number} of {len(flat)}: {deep_flags.run_name(config)}")
+        print(f"run {number} of {len(flat)}: {flags.run_name(config)}")
         runs.append(once(setting, config))
     hosts.leave_the_rest_to_first()
     report(folder, grid.exp_name, runs)
@@ -109,15 +94,15 @@ def run(grid: Any) -> Path:
 
 
 def expand(grid: Any) -> dict[str, list[Config]]:
-    """Of each setting, in words, its runs: one per seed."""
+    """Label of each setting -> its runs, one per seed."""
     values = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Config)}
     varied = {
         k: v for k, v in values.items() if isinstance(v, tuple) and len(v) > 1 and k != "seed"
     }
     lengths = {f"--{name}": len(each) for name, each in varied.items()}
     if grid.paired and len(set(lengths.values())) > 1:
-        told = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"--paired walks lists together, which have to be of one length ({told}).")
+        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
+        raise ValueError(f"--paired needs lists of equal length, given are {listed}.")
     points = (
         zip(*varied.values(), strict=True) if grid.paired else itertools.product(*varied.values())
     )
@@ -125,33 +110,46 @@ def expand(grid: Any) -> dict[str, list[Config]]:
     settings = {}
     for point in points if varied else [()]:
         chosen = dict(zip(varied, point, strict=True))
-        words = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "one setting"
+        label = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "one setting"
         suffix = "".join(f"-{k}{v}" for k, v in chosen.items() if k not in IN_NAME)
         config = Config(**single | chosen | {"exp_name": grid.exp_name + suffix.replace("/", "_")})
-        settings[words] = [
+        settings[label] = [
             dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(grid.seed)
         ]
     return settings
 
 
+def check(settings: Mapping[str, Sequence[Config]]) -> None:
+    """Raises ValueError for what one of the runs would be refused for, before the first of them."""
+    taken: dict[str, str] = {}
+    for label, configs in settings.items():
+        for config in configs:
+            setup.validate(config)
+            name = flags.run_name(config)
+            if (other := taken.setdefault(name, label)) != label:
+                raise ValueError(
+                    f"({other}) and ({label}) would share the folder {name}; give them sweeps of "
+                    "their own with --exp_name."
+                )
+    for configs in settings.values():
+        setup.resolve(configs[0])  # missing data, too large a batch
+
+
 def once(setting: str, config: Config) -> Run:
     """Trains to the end, unless that is done; what diverged before is not tried again."""
-    folder = records.run_folder(*deep_flags.place_of(config))
-    gone = folder / "diverged.json"
-    if gone.exists():
-        reason = records.read_json(gone).get("reason")
-        if not isinstance(reason, str):
-            raise ValueError(f"{gone} gives no reason; remove that file and run again.")
-        reason = cli.in_a_line(reason)
+    folder = records.run_folder(*flags.place_of(config))
+    diverged = folder / "diverged.json"
+    if diverged.exists():
+        reason = cli.in_a_line(str(records.read_json(diverged).get("reason")))
         print(f"{folder} has diverged before ({reason}); remove it to try again.")
         return Run(setting, config, folder, reason)
     try:
-        classifiers.run(config)
+        training.run(setup.resolve(config))
     except FloatingPointError as error:
-        told = str(error)
-        print(error)
-        hosts.on_first(lambda: records.write_json(gone, {"reason": told}))
-        return Run(setting, config, folder, str(error))
+        reason = str(error)
+        print(reason)
+        hosts.on_first(lambda: records.write_json(diverged, {"reason": reason}))
+        return Run(setting, config, folder, reason)
     return Run(setting, config, folder, "finished")
 
 
@@ -195,11 +193,11 @@ def show(folder: Path, title: str, by_setting: Mapping[str, Sequence[Run]]) -> N
     for heading in ("setting", "seeds", "quantity", "value"):
         table.add_column(heading)
     for setting, some in by_setting.items():
-        gone = len(some) - len(rows[setting])
-        seeds = f"{len(rows[setting])}" + (f" ({gone} diverged)" if gone else "")
-        for place, (name, (words, form)) in enumerate((SHOWN | blocks).items()):
-            told = ("", "") if place else (setting, seeds)
-            table.add_row(*told, words, summary(rows[setting], name, form))
+        diverged = len(some) - len(rows[setting])
+        seeds = f"{len(rows[setting])}" + (f" ({diverged} diverged)" if diverged else "")
+        for place, (name, (heading, form)) in enumerate((SHOWN | blocks).items()):
+            first = ("", "") if place else (setting, seeds)
+            table.add_row(*first, heading, summary(rows[setting], name, form))
         table.add_section()
     terminal.show(table, folder)
 

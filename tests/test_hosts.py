@@ -177,7 +177,7 @@ def test_two_processes_sweep_as_one(pair, tmp_path):
 def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
     """JAX aborts them itself, in the middle of its own call."""
     program = (
-        "from experiments import hosts; hosts.JOIN_SECONDS = 3; "
+        "from experiments.launch import hosts; hosts.JOIN_SECONDS = 3; "
         f"hosts.join(hosts.Hosts(True, 'localhost:{free_port()}', 2, 0))"
     )
     with (tmp_path / "log").open("w+") as log:

@@ -4,7 +4,6 @@ Here 300 malformed blocks, 120 malformed words beside a saved state and 60 malfo
 """
 
 import functools
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -12,8 +11,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from experiments import diag_nets, phase_diagram
-from experiments.deep import training as classifiers
-from experiments.launch import cli
 from experiments.storage import npz
 from experiments.toy import chunks, ensemble
 from sgd_sparse_jax import train
@@ -148,27 +145,3 @@ def test_a_map_that_is_not_this_runs_is_refused(tmp_path):
         npz.save_dataset(tmp_path, odd)
         with pytest.raises(ValueError, match=r"arrays\.npz isn't what .*; remove .* and run again"):
             phase_diagram.found(config, tmp_path)
-
-
-odd_values = st.sampled_from(
-    [
-        *(None, 1, "x", [], {}, [1], [1, "{}"], [1, "x"], ["1", "{}"], [1, {}], [1, "{}", 2], True),
-        *({"steps": odd} for odd in ("3", 3, None, 10**400, [1], True)),
-        *({"step": 3}, 1e400, [True, "{}"], [0, ""], [2, '{"a": 1, "a": 2}']),
-    ]
-)
-
-
-@settings(max_examples=120)
-@given(st.fixed_dictionaries({}, optional={"window": odd_values, "rows": odd_values}))
-def test_what_lies_beside_a_state_is_a_window_and_rows_or_is_refused(tmp_path, beside):
-    """120 of them."""
-    try:
-        window, known = classifiers.known_of(beside, tmp_path)
-    except ValueError as error:
-        assert f"{tmp_path / 'checkpoints'} is damaged" in cli.told(error)
-        assert "move that state's folder out of it" in cli.told(error)
-    else:
-        assert window == train.Window(**beside.get("window", {}))
-        assert all(type(value) in (int, float) for value in window)
-        assert known is None or known.rows == 0 or json.loads(known.newest) == {}

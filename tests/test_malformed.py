@@ -21,7 +21,7 @@ from traps import (
 )
 
 from experiments import resnet_cifar, sweep_deep
-from experiments.deep import curves
+from experiments.deep import config as flags, curves
 from experiments.storage import records, values
 
 PATIENT = settings(
@@ -260,7 +260,7 @@ def test_what_is_drawn_and_printed_is_numbers_or_is_refused(tmp_path, content):
 def test_what_a_run_diverged_of_is_told_or_is_refused(tmp_path, content):
     """100 files; what they say never moves the terminal's cursor."""
     config = replace(sweep_deep.Config(), runs_dir=str(tmp_path))
-    folder = records.run_folder(*sweep_deep.classifiers.place_of(config))
+    folder = records.run_folder(*flags.place_of(config))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "diverged.json").write_bytes(content)
     got = answer(lambda: sweep_deep.once("one", config), folder / "diverged.json")

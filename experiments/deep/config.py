@@ -131,28 +131,34 @@ def place_of(config: Config) -> tuple[str, str, str]:
 
 
 def run_name(config: Config) -> str:
-    """Runs of one experiment that differ in what the paper varies get folders of their own."""
-    return (
+    """Name of the run's folder: the settings that the paper varies, and the fork's first step."""
+    name = (
         f"{config.exp_name}-{config.dataset}-{config.model}-w{config.model_width}"
-        f"-lr{config.lr_init:g}-{config.lr_schedule}-seed{config.seed}"
-        + f"-fork{config.fork_step}"
-        * bool(config.fork_from)
+        f"-lr{exact(config.lr_init)}-{config.lr_schedule}-seed{config.seed}"
     )
+    return f"{name}-fork{config.fork_step}" if config.fork_from else name
 
 
-def colour(config: Config) -> str:
-    """The data set that a grey-scale variant comes from."""
+def exact(value: float) -> str:
+    """`value` in six digits where they are all it has, else in as many as tell it from others."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def base_dataset(config: Config) -> str:
+    """The data set that a grey-scale variant is made of."""
     return config.dataset.removesuffix("_gs")
 
 
-def assert_possible(config: Config) -> None:
-    """Raises ValueError, in the words of the flags, for values that can't be, whatever the data."""
+def check(config: Config) -> None:
+    """Raises ValueError for flags that no data set or network could meet."""
     ranges.check(config)
+    devices = jax.device_count()
     for name in ("batch_size", "batch_size_eval"):
-        if getattr(config, name) % jax.device_count():
+        if getattr(config, name) % devices:
             raise ValueError(
-                f"--{name} is {getattr(config, name)}, which can't be split over "
-                f"{jax.device_count()} devices; choose a multiple of {jax.device_count()}."
+                f"--{name} is {getattr(config, name)}, which can't be split over {devices} "
+                f"devices; choose a multiple of {devices}."
             )
     if config.dataset not in data.IMAGE_SETS:
         known = ", ".join(sorted(data.IMAGE_SETS))
@@ -167,8 +173,6 @@ def assert_possible(config: Config) -> None:
     if bool(config.fork_from) != bool(config.fork_step):
         raise ValueError("--fork_from RUN and --fork_step K go together.")
     if config.fork_from and config.model_path:
-        raise ValueError("--fork_from and --model_path both say where to begin; choose one.")
+        raise ValueError("--fork_from and --model_path both set the initial weights; choose one.")
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError(
-            "--tensorboard needs the package tensorboardX: pip install it, or leave the flag out."
-        )
+        raise ValueError("--tensorboard needs the package tensorboardX: install it.")

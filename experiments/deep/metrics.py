@@ -1,4 +1,4 @@
-"""What is measured along the run of a classifier: one row of numbers per evaluation."""
+"""What is measured along the run of a classifier: a row of numbers per evaluation."""
 
 import time
 from collections.abc import Callable
@@ -10,65 +10,63 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep.config import Config
-from experiments.deep.setup import Parts
+from experiments.deep.setup import Plan
 from sgd_sparse_jax import measure, models, train
 from sgd_sparse_jax.types import Fetch, TrainState
 
 
 def evaluation(
-    config: Config, parts: Parts, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
+    plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
 ) -> Callable[[TrainState], dict[str, Any]]:
     """State -> a row: loss, error and sparsity on training images, loss and error on test images.
 
-    Each image passes the network once per set of weights, current and averaged; the averaged ones'
-    BatchNorm moments come from `bn_images` training images, after all epochs from all.
+    Each image passes the network once per set of weights, current and averaged. The BatchNorm
+    moments of the averaged weights are estimated on `bn_images` training images, after all epochs
+    on all of them.
     """
-    key = jr.split(jr.key(config.seed), 3)[2]  # the others initialize and train
+    key, network = plan.eval_key, plan.network
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
-    placed = {"batch": config.batch_size_eval, "shard": train.split_examples(mesh)}
+    placed = {"batch": plan.eval_batch, "shard": train.split_examples(mesh)}
     on_train = measure.make_evaluation(
-        parts.network,
+        network,
         train.cross_entropy,
         fetch,
         sample=lambda block, phi: measure.sample_units(block_keys[block], phi),
         distinct=lambda phi: measure.feature_sparsity(phi)[1],
         **placed,
     )
-    on_test = measure.make_evaluation(parts.network, train.cross_entropy, fetch_test, **placed)
-    forgetful = parts.model.clone(layers=parts.model.layers._replace(norm_momentum=0.0))
+    on_test = measure.make_evaluation(network, train.cross_entropy, fetch_test, **placed)
+    forgetful = plan.model.clone(layers=plan.model.layers._replace(norm_momentum=0.0))
     moments = measure.make_moments(models.from_linen(forgetful), fetch, **placed)
-    norms = parameter_and_gradient_norm(config, parts, fetch, train.split_examples(mesh))
-    n, n_test = len(parts.images.labels), len(parts.test_images.labels)
+    norms = parameter_and_gradient_norm(plan, mesh, fetch)
+    n, n_test = len(plan.images.labels), len(plan.test_images.labels)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         started = time.perf_counter()
-        bn_images = n if int(state.step) == parts.total_steps else min(config.bn_images, n)
+        bn_images = n if int(state.step) == plan.total_steps else plan.bn_images
         stats = moments(key, state.average, state.stats, bn_images)
-        on = {
-            "train": on_train(key, state.params, state.stats, min(config.sparsity_images, n)),
+        parts = {
+            "train": on_train(key, state.params, state.stats, plan.sparsity_images),
             "test": on_test(key, state.params, state.stats, n_test),
             "test_average": on_test(key, state.average, stats, n_test),
         }
-        row = {
-            f"{where}/{name}": value for where, part in on.items() for name, value in part.items()
-        } | jax.tree.map(float, norms(state))
-        if config.jacobian_examples:
-            row["jacobian_rank"] = jacobian_rank(config, parts, state)
+        row = {f"{of}/{name}": value for of, part in parts.items() for name, value in part.items()}
+        row |= jax.tree.map(float, norms(state))
+        if plan.config.jacobian_examples:
+            row["jacobian_rank"] = jacobian_rank(plan, state)
         return row | {"eval_seconds": time.perf_counter() - started}
 
     return evaluate
 
 
-def parameter_and_gradient_norm(
-    config: Config, parts: Parts, fetch: Fetch, shard: Callable
-) -> Callable:
+def parameter_and_gradient_norm(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> Callable:
     """State -> |p| and |∇L| on the first `batch_size` training images, normalized as a batch."""
-    objective = train.make_objective(parts.network, train.cross_entropy)
+    objective = train.make_objective(plan.network, train.cross_entropy)
+    shard = train.split_examples(mesh)
 
     @jax.jit
     def norms(state: TrainState) -> dict[str, jax.Array]:
-        batch = fetch(jr.key(0), shard(jnp.arange(config.batch_size)))
+        batch = fetch(jr.key(0), shard(jnp.arange(plan.config.batch_size)))
         grads = jax.grad(lambda p: objective(p, state.stats, batch)[0])(state.params)
         return {
             "param_norm": optax.tree.norm(state.params),
@@ -78,20 +76,20 @@ def parameter_and_gradient_norm(
     return norms
 
 
-def jacobian_rank(config: Config, parts: Parts, state: TrainState) -> int:
+def jacobian_rank(plan: Plan, state: TrainState) -> int:
     """Rank of the Jacobian of all logits on the first `jacobian_examples` training images.
 
     In float64: its squared singular values, the eigenvalues of J J^T, span tol^2 = 1e-8.
     """
-    images = np.asarray(parts.images.images[: config.jacobian_examples])
+    images = np.asarray(plan.images.images[: plan.config.jacobian_examples])
     x = images / 255.0 if images.dtype == np.uint8 else images.astype(np.float64)
     host = jax.device_get((state.params, state.stats))
     with jax.enable_x64(True):
         wide = lambda leaf: jnp.asarray(leaf, float if leaf.dtype == np.float32 else leaf.dtype)
         params, stats = jax.tree.map(wide, host)
-        layers = parts.model.layers._replace(dtype=jnp.float64)
-        network = models.from_linen(parts.model.clone(layers=layers))
+        layers = plan.model.layers._replace(dtype=jnp.float64)
+        network = models.from_linen(plan.model.clone(layers=layers))
         predict = lambda params, x: network.apply(params, stats, x).out
         gram = measure.tangent_kernel(predict, params, jnp.asarray(x))
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
-    return int((values > config.jacobian_tol * values[0]).sum())
+    return int((values > plan.config.jacobian_tol * values[0]).sum())

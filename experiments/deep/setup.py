@@ -1,8 +1,10 @@
-"""What the run of an image classifier is made of: data, network, schedules, compiled steps."""
+"""The plan of a run: what follows from its flags and its data, resolved once."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -11,95 +13,189 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep.config import Config, assert_possible, colour
+from experiments.deep import config as flags
+from experiments.deep.config import MAY_CHANGE, Config
+from experiments.launch import devices, hosts
+from experiments.storage import records
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax.types import Batch, Network, Params, Stats
+from sgd_sparse_jax.types import (
+    Batch,
+    Fetch,
+    Network,
+    Noise,
+    Params,
+    PRNGKey,
+    Sampler,
+    Segment,
+    Stats,
+    TrainState,
+)
 
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
-
 UNFLIPPED = ("svhn",)
 
 
-class Schedules(NamedTuple):
-    """Functions of the step."""
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run, ready to start. Sizes that depend on the data are resolved here, and only here."""
 
-    step_size: optax.Schedule
-    label_noise: optax.Schedule
-
-
-class Parts(NamedTuple):
-    """What a run is made of, once the data are at hand."""
-
+    config: Config  # recorded in config.json; read later only for values that stand for themselves
+    folder: Path
+    about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
+    images: data.Images  # the training set, cut to its share and with its wrong labels
+    test_images: data.Images
+    augment: Callable | None
     model: nn.Module
     network: Network
-    schedules: Schedules
-    images: data.Images
-    test_images: data.Images
-    weights: tuple[Params, Stats] | None  # to start from
-    num_steps: int  # of this call
-    total_steps: int  # of all epochs
+    weights: tuple[Params, Stats] | None  # to start from, in place of drawn ones
+    step_size: optax.Schedule
+    tx: optax.GradientTransformation
+    noise: Noise | None
+    sampler: Sampler
+    init_key: PRNGKey
+    train_key: PRNGKey
+    eval_key: PRNGKey
     steps_per_epoch: int
-    eval_every: int
+    total_steps: int  # of all epochs
+    num_steps: int  # of this command
+    evaluations: frozenset[int]  # steps
+    kept: frozenset[int]  # steps whose states stay under models/
+    steps_per_call: int
+    eval_batch: int
+    bn_images: int
+    sparsity_images: int
+
+    @property
+    def title(self) -> str:
+        """Title of the run's figures."""
+        return (
+            f"{self.config.dataset}, {self.config.model} of width {self.config.model_width}, "
+            f"η₀ = {self.config.lr_init:g}, {self.config.lr_schedule}"
+        )
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Steps at which training pauses."""
+        return self.evaluations | self.kept
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError, in the words of the flags, for what can't be run; touches nothing."""
-    assert_possible(config)
-    network(config, classes=2)
-    schedules_of(config, steps_per_epoch=1)
+    """Raises ValueError for flags that can't be met, whatever the data; touches nothing."""
+    flags.check(config)
+    build(config, classes=2)
+    schedules(config, steps_per_epoch=1)
 
 
-def assemble(config: Config) -> Parts:
-    """Opens the data and checks the flags against them."""
+def resolve(config: Config) -> Plan:
+    """The plan of a run. Joins other hosts, sets up devices and opens the data; writes nothing.
+
+    Raises ValueError or OSError, which names the flag, for what can't be run.
+    """
+    hosts.join(config.hosts)
+    devices.set_up_deep(deterministic=config.deterministic)
+    validate(config)
+    folder = records.run_folder(*flags.place_of(config))
+    for name, path in (("runs_dir or --exp_name", folder), ("fork_from", config.fork_from)):
+        try:
+            train.checkpoint_path(path)
+        except ValueError as error:
+            raise ValueError(f"--{name}: {error}") from error
+    with hosts.together(folder):
+        return _resolve(config, folder)
+
+
+def _resolve(config: Config, folder: Path) -> Plan:
     whole, test = (
         data.load_images(config.dataset, split, data_dir=config.data_dir or None)
         for split in ("train", "test")
     )
-    classes = len(whole.class_names)
-    n = data.share_of(len(whole.images), config.frac_train, "--frac_train")
+    images = training_set(config, whole)
     n_test = len(test.images) if config.n_final_eval == -1 else config.n_final_eval
+    n, classes = len(images.labels), len(images.class_names)
     steps_per_epoch = n // config.batch_size
-    if steps_per_epoch == 0:
-        part = f" ({config.frac_train:g} of them: --frac_train)" if config.frac_train < 1 else ""
+    if not steps_per_epoch:
         raise ValueError(
             f"--batch_size is {config.batch_size}, more than the {n} training images of "
-            f"{config.dataset}{part}; choose {n} or less."
+            f"{config.dataset} (--frac_train {config.frac_train:g}); choose {n} or less."
         )
-    bn_images = min(config.bn_images, n)
-    if bn_images < config.batch_size_eval:
+    total_steps = config.epochs * steps_per_epoch
+    num_steps = min(config.max_steps or total_steps, total_steps)
+    is_new = train.latest_step(folder / "checkpoints") is None
+    if config.fork_step >= num_steps:
         raise ValueError(
-            f"--batch_size_eval is {config.batch_size_eval}, more than the {bn_images} training "
-            "images that re-estimate BatchNorm moments; lower it, or raise --bn_images."
+            f"--fork_step is {config.fork_step}, but the run ends at step {num_steps}; raise "
+            "--epochs or --max_steps."
         )
+    if config.fork_from and is_new:
+        try:
+            train.state_folder(config.fork_from, config.fork_step)
+        except ValueError as error:
+            raise ValueError(f"--fork_from: {error}") from error
+    model = build(config, classes)
+    step_size, label_noise = schedules(config, steps_per_epoch)
+    init_key, train_key = jr.split(jr.key(config.seed))
+    eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
+    keep_every = config.save_model_each_k_epochs * steps_per_epoch
+    bn_images = min(config.bn_images, n)
+    eval_batch = min(config.batch_size_eval, bn_images - bn_images % jax.device_count())
+    if not eval_batch:
+        raise ValueError(
+            f"--bn_images is {config.bn_images}; choose {jax.device_count()} or more, an image for "
+            "each device."
+        )
+    return Plan(
+        config=config,
+        folder=folder,
+        about=about(config, whole, test),
+        images=images,
+        test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
+        augment=augmentation(config),
+        model=model,
+        network=models.from_linen(model),
+        weights=weights(config, model, whole.images.shape[1:]) if is_new else None,
+        step_size=step_size,
+        tx=optimizer(config, step_size),
+        noise=data.uniform_label_noise(label_noise, classes) if config.sgd_p_label_noise else None,
+        sampler=train.reshuffled_epochs(n, config.batch_size),
+        init_key=init_key,
+        train_key=train_key,
+        eval_key=jr.split(jr.key(config.seed), 3)[2],
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        num_steps=num_steps,
+        evaluations=frozenset({*range(0, num_steps, eval_every), num_steps}),
+        kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
+        # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
+        steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
+        eval_batch=eval_batch,
+        bn_images=bn_images,
+        sparsity_images=min(config.sparsity_images, n),
+    )
+
+
+def training_set(config: Config, whole: data.Images) -> data.Images:
+    """The first --frac_train of the training set, with --p_label_noise of its labels wrong."""
+    n = data.share_of(len(whole.images), config.frac_train, "--frac_train")
     labels = data.corrupt_labels(
         np.asarray(whole.labels[:n]),
         config.p_label_noise,
-        classes,
+        len(whole.class_names),
         config.seed,
         data.confusions(config.dataset) if config.noise_type == "asym" else None,
     )
-    total = config.epochs * steps_per_epoch
-    if config.fork_step >= min(config.max_steps or total, total):
-        raise ValueError(
-            f"--fork_step is {config.fork_step}, and the run ends at step "
-            f"{min(config.max_steps or total, total)}; raise --epochs or --max_steps."
-        )
-    model = network(config, classes)
-    return Parts(
-        model=model,
-        network=models.from_linen(model),
-        schedules=schedules_of(config, steps_per_epoch),
-        images=whole._replace(images=whole.images[:n], labels=labels),
-        test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
-        weights=weights_of(config, model, whole.images.shape[1:]),
-        num_steps=min(config.max_steps or total, total),
-        total_steps=total,
-        steps_per_epoch=steps_per_epoch,
-        eval_every=5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq,
-    )
+    return whole._replace(images=whole.images[:n], labels=labels)
 
 
-def network(config: Config, classes: int) -> nn.Module:
+def about(config: Config, images: data.Images, test_images: data.Images) -> dict[str, Any]:
+    """What makes this run, as JSON values: flags, and fingerprints of the whole data set."""
+    found = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    for split, part in (("train", images), ("test", test_images)):
+        fingerprint = data.fingerprint(part)
+        found |= {f"{split} data, {k}": v for k, v in fingerprint.items() if v != ""}
+    return found
+
+
+def build(config: Config, classes: int) -> nn.Module:
     """The model that the flags name."""
     return models.build(
         config.model,
@@ -111,8 +207,8 @@ def network(config: Config, classes: int) -> nn.Module:
     )
 
 
-def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
-    """Step size and label noise as functions of the step."""
+def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:
+    """Step size and share of redrawn labels, as functions of the step."""
     shape = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
     warmup = {"warmup_factor": config.warmup_factor, "warmup_exp": config.warmup_exp}
     try:
@@ -120,53 +216,51 @@ def schedules_of(config: Config, steps_per_epoch: int) -> Schedules:
     except ValueError as error:
         raise ValueError(f"--ln_schedule: {error}") from error
     step_size = train.released_schedule(config.lr_schedule, config.lr_init, **shape, **warmup)
-    return Schedules(step_size, label_noise)
+    return step_size, label_noise
 
 
-def weights_of(config: Config, model: nn.Module, shape: tuple[int, ...]):
-    """The parameters and moments that --model_path names; None without one."""
+def optimizer(config: Config, step_size: optax.Schedule) -> optax.GradientTransformation:
+    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too."""
+    penalty = optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity()
+    return optax.chain(penalty, optax.sgd(step_size, momentum=config.momentum or None))
+
+
+def weights(config: Config, model: nn.Module, shape: tuple[int, ...]) -> Any:
+    """The parameters and statistics that --model_path names; None without one."""
     if not config.model_path:
         return None
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    stats = dict(jax.eval_shape(model.init, jr.key(0), x))
+    params, stats = jax.eval_shape(models.from_linen(model).init, jr.key(0), x)
     try:
-        return train.load_weights(config.model_path, stats.pop("params"), stats)
+        return train.load_weights(config.model_path, params, stats)
     except ValueError as error:
         raise ValueError(f"--model_path: {error}") from error
 
 
-def optimizer(config: Config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too."""
-    penalty = optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity()
-    return optax.chain(penalty, optax.sgd(schedule, momentum=config.momentum or None))
+def augmentation(config: Config) -> Callable | None:
+    """Crops and flips where the released code has them."""
+    base = flags.base_dataset(config)
+    if config.no_data_augm or base in UNAUGMENTED:
+        return None
+    return partial(data.crop_and_flip, flip=base not in UNFLIPPED)
 
 
-def training(config: Config, parts: Parts, mesh: jax.sharding.Mesh, pixels: Batch):
-    """The compiled segment, the order of examples, and key -> fresh state."""
-    shape = parts.images.images.shape[1:]
-    tx = optimizer(config, parts.schedules.step_size)
-    objective = train.make_objective(parts.network, train.cross_entropy)
-    step = train.make_step(objective, tx, ema_decay=config.swa_tau)
-    noise = data.uniform_label_noise(parts.schedules.label_noise, len(parts.images.class_names))
-    segment = train.make_segment(
-        step,
-        fetch(pixels, shape, augmentation(config)),
-        shard=train.split_examples(mesh),
-        unroll=1,
-        noise=noise if config.sgd_p_label_noise else None,
-    )
-    sampler = train.reshuffled_epochs(len(parts.images.images), config.batch_size)
-    x = jnp.zeros((1, *shape), jnp.float32)
+def initial_state(plan: Plan, key: PRNGKey) -> TrainState:
+    """The state before step 0; can be traced."""
+    x = jnp.zeros((1, *plan.images.images.shape[1:]), jnp.float32)
+    state = train.init_state(key, plan.network, plan.tx, x, averaged=True)
+    if plan.weights is None:
+        return state
+    params, stats = plan.weights
+    return state._replace(params=params, stats=stats, average=params)
 
-    @jax.jit
-    def fresh(key):
-        state = train.init_state(key, parts.network, tx, x, averaged=True)
-        if parts.weights is None:
-            return state
-        params, stats = parts.weights
-        return state._replace(params=params, stats=stats, average=params)
 
-    return segment, sampler, fresh
+def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> Segment:
+    """The compiled loop over training steps."""
+    objective = train.make_objective(plan.network, train.cross_entropy)
+    step = train.make_step(objective, plan.tx, ema_decay=plan.config.swa_tau)
+    shard = train.split_examples(mesh)
+    return train.make_segment(step, fetch, shard, unroll=1, noise=plan.noise)
 
 
 def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
@@ -179,19 +273,12 @@ def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
     return Batch(*train.replicate(arrays, mesh))
 
 
-def fetch(pixels: Batch, shape: tuple[int, ...], augment: Callable | None = None):
+def make_fetch(pixels: Batch, shape: tuple[int, ...], augment: Callable | None = None) -> Fetch:
     """Gathers images of `shape` from a data set on the device; bytes become floats in [0, 1]."""
 
-    def gather(key, idx):
+    def fetch(key, idx):
         x = pixels.x[idx].reshape(-1, *shape)
         x = augment(key, x) if augment else x
         return Batch(x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x, pixels.y[idx])
 
-    return gather
-
-
-def augmentation(config: Config) -> Callable | None:
-    """Crops and flips where the released code has them."""
-    if config.no_data_augm or colour(config) in UNAUGMENTED:
-        return None
-    return partial(data.crop_and_flip, flip=colour(config) not in UNFLIPPED)
+    return fetch

@@ -1,208 +1,211 @@
-"""A run that trains an image classifier: the way through it, from its folder to its last row."""
+"""The run of an image classifier, from its folder to its last row."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import logging
+import operator
+import time
+from collections.abc import Callable, Iterator
+from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-import jax.random as jr
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from experiments.deep import metrics as gauges
+from experiments.deep import metrics, setup
 from experiments.deep.config import MAY_CHANGE, Config, place_of
-from experiments.deep.setup import Parts, assemble, fetch, placed, training, validate
+from experiments.deep.setup import Plan
 from experiments.figures import progress
-from experiments.launch import devices, hosts
+from experiments.launch import hosts, lock
 from experiments.launch.signals import Asked, Stopped, deferred
-from experiments.storage import records, values
+from experiments.storage import records
 from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
 
+log = logging.getLogger(__name__)
 TIMES = ("step_seconds", "eval_seconds", "images_per_second")
+CALLS = 8  # several hosts agree on interruptions once in so many calls: that waits for the device
 
 
-def run(config: Config) -> Path:
-    """Trains, or goes on training, in the run's folder; returns the folder."""
-    hosts.join(config.hosts)
-    devices.set_up_deep(deterministic=config.deterministic)
-    validate(config)
-    folder = records.run_folder(*place_of(config))
-    with hosts.together(folder), deferred() as asked:
+class Since(NamedTuple):
+    """Training since the last row; a state saved between two rows has it in its progress."""
+
+    loss_sum: float = 0.0
+    steps: int = 0
+    seconds: float = 0.0
+
+    def plus(self, window: train.Window) -> "Since":
+        """One loss after the other: where a run was cut doesn't change a bit of the sum."""
+        return Since(
+            reduce(operator.add, window.losses.tolist(), self.loss_sum),
+            self.steps + len(window.losses),
+            self.seconds + window.seconds,
+        )
+
+
+class Interrupts:
+    """Whether to save, by the clock, or to stop, by a signal; the same answer on all hosts."""
+
+    def __init__(self, save_every_seconds: float, signal: Asked):
+        self.every, self.signal = save_every_seconds, signal
+        self.saved_at, self.calls = time.monotonic(), 0
+        self.saves = self.stops = False
+
+    def __call__(self, step: int) -> bool:
+        """Asked after each compiled call."""
+        self.calls += 1
+        if jax.process_count() > 1 and self.calls % CALLS:
+            return False
+        self.stops = hosts.any_of(bool(self.signal))
+        self.saves = self.stops or hosts.any_of(time.monotonic() - self.saved_at >= self.every)
+        return self.saves
+
+    def saved(self) -> None:
+        """Starts the clock again."""
+        self.saved_at, self.saves = time.monotonic(), False
+
+
+def run(plan: Plan) -> None:
+    """Trains from the newest saved state, or from the beginning, to the last step of the plan.
+
+    Raises Stopped, with the state saved, after a signal; FloatingPointError where training diverges
+    and OSError where the folder can't be written, with the states before saved.
+    """
+    folder, config = plan.folder, plan.config
+    with hosts.together(folder), alone_in(folder), deferred() as signal:
         saved = train.latest_step(folder / "checkpoints")
-        parts = assemble(config)
-        if saved is not None and saved > parts.num_steps:
+        if saved is not None and saved > plan.num_steps:
             raise ValueError(
-                f"--max_steps is {parts.num_steps}, but {folder} is at step {saved} already; give "
+                f"--max_steps is {plan.num_steps}, but {folder} is at step {saved} already; choose "
                 f"{saved} or more, or another --exp_name."
             )
-        if config.fork_from and saved is None:
-            train.state_folder(config.fork_from, config.fork_step)
-        with jax.debug_nans(config.debug), failures_named(config, folder):
-            hosts.on_first(
-                lambda: records.open_run(*place_of(config), config, may_change=MAY_CHANGE)
-            )
-            if saved == parts.num_steps and is_whole(folder, parts.num_steps):
-                print(f"{folder} is at its last step, {saved}, already.")
-            else:
-                go_on(config, parts, folder, asked)
-    return folder
-
-
-def is_whole(folder: Path, step: int) -> bool:
-    """Whether a finished run has its last state undamaged, and the row that belongs to it."""
-    beside = train.progress_of(folder / "checkpoints", step)
-    return beside is not None and hosts.agreed(
-        known_of(beside, folder)[1] in (None, records.written(folder))
-    )
-
-
-def known_of(
-    beside: Mapping[str, Any], folder: Path
-) -> tuple[train.Window, records.Written | None]:
-    """The window that a state was saved in, and the rows there were; None where it has no rows.
-
-    Raises ValueError where what is saved beside it isn't that.
-    """
-    window, rows = beside.get("window", {}), beside.get("rows") or None
-    try:
-        if not all(map(values.is_number, window.values())):
-            raise ValueError("no numbers")
-        known = None if rows is None else records.Written(*rows)
-        if known and type(known.rows) is not int:
-            raise ValueError("no number of rows")
-        if known and known.rows:
-            values.from_bytes(known.newest.encode())
-        return train.Window(**window), known
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"What lies beside the newest state in {folder / 'checkpoints'} is damaged ({error}); "
-            "move that state's folder out of it and run again."
-        ) from error
+        place = place_of(config)
+        hosts.on_first(lambda: records.open_run(*place, config, may_change=MAY_CHANGE))
+        states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
+        with jax.debug_nans(config.debug), states as checkpoints:
+            state, known = starting_state(plan, checkpoints)
+            if hosts.is_first():
+                complete_rows(plan, int(state.step), known.get("row"))
+            if int(state.step) == plan.num_steps:
+                print(f"{folder} is at its last step, {plan.num_steps}, already.")
+                return
+            interrupts = Interrupts(config.save_every_seconds, signal)
+            try:
+                train_on(plan, checkpoints, state, known, interrupts)
+            except FloatingPointError as error:
+                where = f"--lr_init is {config.lr_init:g}, the run is {folder}"
+                raise FloatingPointError(f"{error} ({where})") from error
+        if hosts.is_first():
+            records.finish_manifest(folder, steps=plan.num_steps)
 
 
 @contextlib.contextmanager
-def failures_named(config: Config, folder: Path) -> Iterator[None]:
-    """What stops a run while it trains says where the run is, how far it came, and the cure."""
-    try:
+def alone_in(folder: Path) -> Iterator[None]:
+    """Holds the run's folder, on process 0; the others stop where that fails."""
+    with contextlib.ExitStack() as held:
+        hosts.on_first(lambda: held.enter_context(lock.holding(folder)))
         yield
-    except FloatingPointError as error:
-        cure = f"--lr_init is {config.lr_init:g}, the run is {folder}"
-        raise FloatingPointError(f"{error} ({cure})") from error
-    except OSError as error:
-        if error.errno is None:  # it has its cure in its words
-            raise
-        saved = train.latest_step(folder / "checkpoints")
-        since = "has no saved state yet" if saved is None else f"is saved up to step {saved}"
-        told = f"{error.strerror or error}; the run {folder} {since}; the same command goes on"
-        raise OSError(error.errno, told, error.filename) from error
 
 
-def go_on(config: Config, parts: Parts, folder: Path, asked: Asked) -> None:
-    """Trains from the newest saved state, or from the beginning, to the last step.
+def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, Any]]:
+    """The newest saved state and its progress; else a new state, which is saved at once.
 
-    Raises Stopped, with the state saved, where a signal has `asked` for it.
+    So a folder that can't hold a state is found out before anything is trained, and a fork needs
+    its parent at its first start only.
     """
     mesh = train.data_mesh()
-    init_key, fit_key = jr.split(jr.key(config.seed))
-    pixels, test_pixels = placed(parts.images, mesh), placed(parts.test_images, mesh)
-    fetches = [fetch(each, parts.images.images.shape[1:]) for each in (pixels, test_pixels)]
-    segment, sampler, fresh = training(config, parts, mesh, pixels)
-    about = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
-    pauses = hosts.Pauses(config.save_every_seconds, asked)
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(
-            train.open_checkpoints(folder / "checkpoints", keep=config.keep)
-        )
-        kept = config.save_model_each_k_epochs and stack.enter_context(
-            train.open_checkpoints(folder / "models", keep=None)
-        )
-        fresh_state = train.replicate(fresh(init_key), mesh)
-        state, beside = starting_state(config, checkpoints, fresh_state, about)
-        window, known = known_of(beside, folder)
-        on_row, on_call = stack.enter_context(
-            recording(config, parts, folder, int(state.step), known)
-        )
+    init = jax.jit(partial(setup.initial_state, plan))
+    place = NamedSharding(mesh, PartitionSpec())
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        jax.eval_shape(init, plan.init_key),
+    )
+    if (found := train.restore(checkpoints, like, plan.about)) is not None:
+        return found
+    state = train.replicate(init(plan.init_key), mesh)
+    if plan.config.fork_from:
+        state = train.fork(plan.config.fork_from, plan.config.fork_step, state)
+    train.save(checkpoints, state, plan.about)
+    return state, {}
 
-        def save(state: TrainState, window: train.Window) -> None:
-            rows = records.written(folder) if hosts.is_first() else ()
-            beside = {"window": window._asdict(), "rows": list(rows)}
-            train.save(checkpoints, state, about, beside)
-            pauses.saved()
 
-        ended = train.fit(
-            fit_key,
+def complete_rows(plan: Plan, step: int, newest: dict[str, Any] | None) -> None:
+    """Drops rows after `step`, which are computed again, and restores the newest if it was cut."""
+    last = -1 if step == plan.config.fork_step else step  # the first state is evaluated again
+    rows = [row["step"] for row in records.read_rows(plan.folder)]
+    if any(at > last for at in rows):
+        records.drop_rows_after(plan.folder, last)
+    if newest and newest["step"] not in rows:
+        records.append_row(plan.folder, newest)
+
+
+def train_on(
+    plan: Plan, checkpoints: Any, state: TrainState, known: dict[str, Any], interrupts: Interrupts
+) -> None:
+    """Trains to the end; evaluates, saves and stops between windows."""
+    mesh, shape, start = train.data_mesh(), plan.images.images.shape[1:], int(state.step)
+    pixels, test_pixels = (setup.placed(each, mesh) for each in (plan.images, plan.test_images))
+    segment = setup.make_segment(plan, mesh, setup.make_fetch(pixels, shape, plan.augment))
+    fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
+    evaluate = metrics.evaluation(plan, mesh, *fetches)
+    row, since = known.get("row", {}), Since(**known.get("window", {}))
+    with recording(plan, start) as (on_row, on_call), kept_states(plan) as keep:
+        if start == plan.config.fork_step:
+            row = complete(plan, start, since, evaluate(state))
+            on_row(row)
+        for window in train.windows(
+            plan.train_key,
             state,
-            sampler,
+            plan.sampler,
             segment,
-            num_steps=parts.num_steps,
-            eval_every=parts.eval_every,
-            evaluate=gauges.evaluation(config, parts, mesh, *fetches),
-            on_row=on_row,
-            save=save,
-            keep_every=config.save_model_each_k_epochs * parts.steps_per_epoch,
-            keep=lambda state: keep(kept, state, about),
-            steps_per_call=steps_per_call(config),
+            plan.stops,
+            steps_per_call=plan.steps_per_call,
+            interrupt=interrupts,
             on_call=on_call,
-            pause=pauses,
-            start=config.fork_step,
-            window=window,
-        )
-        at = int(ended.step)
-    if at < parts.num_steps:
-        raise Stopped(
-            f"{asked.name or 'Another host'}: stopped at step {at} of {parts.num_steps}; {folder} "
-            "has all of it, and the same command goes on."
-        )
-    if hosts.is_first():
-        records.finish_manifest(folder, steps=parts.num_steps)
-
-
-def starting_state(
-    config: Config, checkpoints: Any, fresh: TrainState, about: Mapping[str, Any]
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest state of this run, else that of the run it forks from, else `fresh`."""
-    if config.fork_from and not checkpoints.all_steps():
-        state = train.fork(config.fork_from, config.fork_step, fresh)
-        train.save(checkpoints, state, about)  # the other run may go on and drop it
-        checkpoints.wait_until_finished()
-        return state, {}
-    state, beside = train.restore(checkpoints, fresh, about)
-    train.assert_room(checkpoints, state)  # now, and not at the first save
-    return state, beside
+        ):
+            state, step, since = window.state, window.step, since.plus(window)
+            if step in plan.evaluations:
+                row, since = complete(plan, step, since, evaluate(state)), Since()
+                on_row(row)
+            if step in plan.kept:
+                keep(state)
+            if step in plan.evaluations or interrupts.saves:
+                beside = {"window": since._asdict(), "row": row}
+                train.save(checkpoints, state, plan.about, beside)
+                interrupts.saved()
+            if interrupts.stops and step < plan.num_steps:
+                by = interrupts.signal.name or "Another host"
+                raise Stopped(
+                    f"{by}: stopped at step {step} of {plan.num_steps}, all of it saved in "
+                    f"{plan.folder}; the same command continues."
+                )
 
 
 @contextlib.contextmanager
 def recording(
-    config: Config, parts: Parts, folder: Path, done: int, known: records.Written | None
+    plan: Plan, start: int
 ) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[int], None]]]:
-    """Who hears of rows and of steps: files, bar and board of process 0; nobody elsewhere.
-
-    `known` are the rows that the state it begins with had.
-    """
+    """Callbacks for rows and for steps: files, progress bar and TensorBoard, on process 0 only."""
     if not hosts.is_first():
         yield lambda row: None, lambda step: None
         return
-    # The state a run begins with was saved, if at all, without its row: that row comes anew.
-    records.drop_rows_after(folder, done if done > config.fork_step else -1)
-    if known:
-        records.put_back(folder, known)
     records.start_manifest(
-        folder,
-        seed=config.seed,
+        plan.folder,
+        seed=plan.config.seed,
         devices=[f"{device.platform}:{device.device_kind}" for device in jax.devices()],
-        from_step=done,
+        from_step=start,
         processes=jax.process_count(),
-        **({"parent": parent_of(config)} if config.fork_from else {}),
+        **({"parent": parent(plan.config)} if plan.config.fork_from else {}),
     )
-    board = folder / "tensorboard" if config.tensorboard else None
-    live = progress.Live(done, parts.num_steps, config.batch_size, board)
+    warn_of_changes(plan.folder)
+    board = plan.folder / "tensorboard" if plan.config.tensorboard else None
+    live = progress.Live(start, plan.num_steps, plan.config.batch_size, board)
 
     def on_row(row: dict[str, Any]) -> None:
-        whole = completed(config, parts, row)
-        records.append_row(folder, whole)
-        live.on_row(whole)
+        records.append_row(plan.folder, row)
+        live.on_row(row)
 
     try:
         yield on_row, live.on_call
@@ -210,36 +213,51 @@ def recording(
         live.close()
 
 
-def parent_of(config: Config) -> dict[str, Any]:
-    """Which state of which run this one forks from, and the settings that differ: [its, ours]."""
+def warn_of_changes(folder: Path) -> None:
+    """Logs a line for the code and each package that differ from those of the start before."""
+    starts = records.read_json(folder / "manifest.json")["starts"]
+    versions = [start["versions"] | {"code": start["git"]} for start in starts]
+    old, new = versions[-2:][0], versions[-1]
+    for name, version in new.items():
+        if old.get(name, version) != version:
+            log.warning("%s: %s was %s and is now %s.", folder, name, old[name], version)
+
+
+def parent(config: Config) -> dict[str, Any]:
+    """The state this run forks from, and the settings that differ: [the parent's, this run's]."""
     path = Path(config.fork_from).expanduser().absolute() / "config.json"
-    its = records.read_json(path) if path.exists() else {}
-    new = (*MAY_CHANGE, "exp_name", "fork_from", "fork_step")
-    ours = {k: v for k, v in dataclasses.asdict(config).items() if k not in new}
-    changed = {k: [its[k], v] for k, v in ours.items() if k in its and its[k] != v}
+    old = records.read_json(path) if path.exists() else {}
+    own = (*MAY_CHANGE, "exp_name", "fork_from", "fork_step")
+    new = {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
+    changed = {k: [old[k], v] for k, v in new.items() if k in old and old[k] != v}
     return {"run": str(path.parent), "step": config.fork_step, "changed": changed}
 
 
-def steps_per_call(config: Config) -> int:
-    """Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868)."""
-    return config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25)
+@contextlib.contextmanager
+def kept_states(plan: Plan) -> Iterator[Callable[[TrainState], None]]:
+    """A callback that saves a state under models/, unless a start before this one has."""
+    if not plan.kept:
+        yield lambda state: None
+        return
+    with train.open_checkpoints(plan.folder / "models", keep=None) as states:
+
+        def keep(state: TrainState) -> None:
+            if int(state.step) not in states.all_steps():
+                train.save(states, state, plan.about)
+
+        yield keep
 
 
-def keep(states: Any, state: TrainState, about: dict[str, Any]) -> None:
-    """Saves a state for good, unless a run that was cut has done so before."""
-    if int(state.step) not in states.all_steps():
-        train.save(states, state, about)
-
-
-def completed(config: Config, parts: Parts, row: dict[str, Any]) -> dict[str, Any]:
-    """A row with epoch, step size and speed; without times where two runs are to be the same."""
-    step = row["step"]
-    place = {
+def complete(plan: Plan, step: int, since: Since, values: dict[str, Any]) -> dict[str, Any]:
+    """A row: evaluated values with epoch, step size and speed; --deterministic omits times."""
+    row = {
         "step": step,
-        "epoch": step / parts.steps_per_epoch,
-        "lr": np.asarray(parts.schedules.step_size(step)),
+        "epoch": step / plan.steps_per_epoch,
+        "lr": float(np.asarray(plan.step_size(step))),
     }
-    if "step_seconds" in row:
-        place["images_per_second"] = config.batch_size / row["step_seconds"]
-    left_out = TIMES if config.deterministic else ()
-    return {name: value for name, value in (place | row).items() if name not in left_out}
+    if since.steps:
+        row["window_loss"] = since.loss_sum / since.steps
+        row["step_seconds"] = since.seconds / since.steps
+        row["images_per_second"] = plan.config.batch_size / row["step_seconds"]
+    omitted = TIMES if plan.config.deterministic else ()
+    return {name: value for name, value in (row | values).items() if name not in omitted}

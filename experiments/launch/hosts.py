@@ -6,25 +6,19 @@ import os
 import re
 import subprocess
 import sys
-import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.launch import cli
-from experiments.launch.signals import Asked, Stopped
+from experiments.launch.signals import Stopped
 from sgd_sparse_jax import train
-from sgd_sparse_jax.train import Pause
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is gone
 JOIN_SECONDS = 120
 TRACES_OF_THE_GONE = "(?i)gloo|nccl|connection|coordination|heartbeat|barrier"
-CALLS_LATE = 8  # after so many calls the wishes of all hosts have arrived without waiting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,35 +165,3 @@ def last_words(message: str, folder: Path | None = None) -> Iterator[Callable[[]
         yield said
     finally:
         said()
-
-
-class Pauses:
-    """Between calls: whether to save, by the clock, or to stop, by a signal; alike on all hosts."""
-
-    def __init__(self, save_every_seconds: float, asked: Asked):
-        self.every, self.asked = save_every_seconds, asked
-        self.saved_at = time.monotonic()
-        self.under_way: deque[jax.Array] = deque()
-        self.met = 0  # how many of the oldest of them a save has answered
-        over = NamedSharding(train.data_mesh(), PartitionSpec("data"))
-        self.place = lambda wish: jax.make_array_from_process_local_data(
-            over, np.full(jax.local_device_count(), wish, np.int32)
-        )
-        self.largest = jax.jit(jnp.max, out_shardings=NamedSharding(over.mesh, PartitionSpec()))
-
-    def __call__(self) -> Pause:
-        due = time.monotonic() - self.saved_at >= self.every
-        wish = Pause.STOP if self.asked else Pause.SAVE if due else Pause.NO
-        if jax.process_count() == 1:
-            return wish
-        self.under_way.append(self.largest(self.place(wish)))
-        if len(self.under_way) <= CALLS_LATE:
-            return Pause.NO
-        told = Pause(int(self.under_way.popleft()))
-        self.met, met = max(0, self.met - 1), self.met
-        return Pause.NO if told == Pause.SAVE and met else told
-
-    def saved(self) -> None:
-        """A state has been saved: of older wishes only those to stop are open."""
-        self.saved_at = time.monotonic()
-        self.met = len(self.under_way)

@@ -1,10 +1,7 @@
 """A TrainState on disk: the one module that knows orbax."""
 
 import contextlib
-import errno
 import logging
-import os
-import shutil
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
@@ -20,76 +17,89 @@ from sgd_sparse_jax.types import Params, Stats, TrainState
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-LISTED = 5  # arrays that differ, by name
-FAILURES = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
-ODD = 1_000_003  # so that no set bit is ever multiplied away
+ODD = 1_000_003  # a factor of the digest: an odd one never multiplies a set bit away
+
+
+class DamagedState(ValueError):
+    """A saved state that can't be read, or whose numbers are not those that were saved."""
 
 
 @contextlib.contextmanager
 def open_checkpoints(
-    directory: str | PathLike[str], *, keep: int | None = 2, ours: bool = True
+    directory: str | PathLike[str], *, keep: int | None = 2, read_only: bool = False
 ) -> "Iterator[ocp.CheckpointManager]":
-    """Keeps the newest `keep` states under `directory`, or all.
+    """A folder of saved states, for `save` and `restore`. Its end waits for saves under way.
 
-    Where the run is `ours`, what is left of saves that were cut goes first. Leaving the context
-    waits for saves under way; what went wrong in them is raised, with `save`s as an OSError.
+    Args:
+        directory: made if need be; what an interrupted save has left in it is removed.
+        keep: how many of the newest states stay; None for all.
+        read_only: nothing is made or removed.
+
+    Raises:
+        ValueError: the path can't be used, see `checkpoint_path`.
+        OSError: the folder can't be written, or a save failed in the background.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> state = TrainState(jnp.array(3), jnp.ones(2), {}, (), ())
+        >>> with tempfile.TemporaryDirectory() as folder, open_checkpoints(folder) as checkpoints:
+        ...     save(checkpoints, state, about={"width": 2})
+        ...     saved, progress = restore(checkpoints, state, about={"width": 2})
+        >>> int(saved.step), saved.params.tolist()
+        (3, [1.0, 1.0])
     """
-    folder = Path(directory).expanduser().absolute()
-    for log in ("absl", "asyncio"):  # for good: the threads outlive this context
-        logging.getLogger(log).addFilter(_is_news)
-    with _disk_errors(folder), _manager(folder, keep, ours) as checkpoints:
-        yield checkpoints
-
-
-def _manager(folder: Path, keep: int | None, ours: bool) -> "ocp.CheckpointManager":
     import orbax.checkpoint as ocp
 
+    folder = checkpoint_path(directory)
     options = ocp.CheckpointManagerOptions(
         max_to_keep=keep,
-        create=True,
-        cleanup_tmp_directories=ours,
+        create=not read_only,
+        cleanup_tmp_directories=not read_only,
+        lightweight_initialize=True,  # else one damaged description hides all states
         # Else, where a folder can't be made, threads that wait for it keep the process for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
+    with _as_os_error(folder):
+        handler = ocp.StandardCheckpointHandler()  # so that a saved tree can be described
+        checkpoints = ocp.CheckpointManager(folder, options=options, item_handlers=handler)
     try:
-        return ocp.CheckpointManager(
-            folder,
-            options=options,
-            item_handlers=ocp.StandardCheckpointHandler(),  # so that a saved tree can be described
-        )
-    except FAILURES as error:  # it reads all descriptions before one can be passed over
+        yield checkpoints
+    finally:
+        with _as_os_error(folder):
+            checkpoints.close()
+
+
+def checkpoint_path(directory: str | PathLike[str]) -> Path:
+    """The absolute path of a folder of states.
+
+    Raises ValueError for one that contains `[`, `]`, `*`, `?` or a backslash, which orbax would
+    save to but read as a pattern, or a folder that ends in a colon, as URLs do.
+    """
+    folder = Path(directory).expanduser().absolute()
+    if odd := [c for c in (*"[]*?\\", ":/") if c in str(folder)]:
         raise ValueError(
-            f"The states under {folder} can't be listed ({_in_a_line(error)}); move the damaged "
-            f"step's folder, in most cases the newest, {latest_step(folder)}, out of it."
-        ) from error
-
-
-def _is_news(record: logging.LogRecord) -> bool:
-    """Not what orbax logs, again and again, of a failure that it also raises or we come upon."""
-    told = record.getMessage()
-    again = record.exc_info or told.startswith("Failed to read Metadata")
-    return not (again and "orbax" in record.pathname + told)
+            f"Checkpoints can't be read again from {folder}: orbax doesn't take its {odd[0]} "
+            "literally; choose another path."
+        )
+    return folder
 
 
 @contextlib.contextmanager
-def _disk_errors(folder: Path) -> Iterator[None]:
-    """Errors of the file system are OSErrors about `folder`: TensorStore's are ValueErrors."""
+def _as_os_error(folder: Path) -> Iterator[None]:
+    """Each layer of a save has its own exceptions; a full disk alone raises three kinds."""
     try:
         yield
-    except ValueError as error:
-        found = [number for number in DISK_ERRORS if os.strerror(number) in str(error)]
-        if not found:
-            raise
-        raise OSError(found[0], os.strerror(found[0]), str(folder)) from error
-    except OSError as error:
-        if error.errno is None or error.filename is not None:
-            raise
-        raise OSError(error.errno, error.strerror, str(folder)) from error
+    except Exception as error:
+        newest = latest_step(folder)
+        saved = "no state is saved yet" if newest is None else f"step {newest} is saved"
+        raise OSError(
+            f"Saving to {folder} failed ({_in_a_line(error)}); {saved}. Free some space or make "
+            "the folder writable, then run the same command again."
+        ) from error
 
 
 def latest_step(directory: str | PathLike[str]) -> int | None:
-    """The newest step that `directory` holds a finished save of; None where there is none."""
+    """The newest step of which `directory` holds a finished save; None where there is none."""
     folder = Path(directory)
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return max((int(name) for name in names if name.isdigit()), default=None)
@@ -101,185 +111,120 @@ def save(
     about: Mapping[str, Any] | None = None,
     progress: Mapping[str, Any] | None = None,
 ) -> None:
-    """Files `state` under its own step, in the background; the state's buffers are copied first.
+    """Saves `state` under its own step, in the background; its buffers are copied first.
 
-    `about` (JSON values: the net, the batch size, ...) is what a state is only continued under,
-    `progress` (JSON values) what `restore` gives back with it. Raises OSError where the disk has no
-    room for it, with nothing begun.
+    The first state of a folder is read back before this returns.
+
+    Args:
+        checkpoints: what `open_checkpoints` yields.
+        state: the state; of several hosts, all call this.
+        about: JSON values that identify the run (network, batch size, ...), see `restore`.
+        progress: JSON values that `restore` returns with the state.
+
+    Raises:
+        OSError: this save or the one before failed.
+        ValueError: the folder holds this step, or a newer one.
     """
     import orbax.checkpoint as ocp
 
-    assert_room(checkpoints, state)
-    step = int(state.step)
-    beside = {
-        "about": dict(about or {}),
-        "digest": int(digest(state)),
-        "progress": dict(progress or {}),
-    }
-    args = ocp.args.StandardSave(state._asdict())
-    if not checkpoints.save(step, args=args, custom_metadata=beside):
+    step, is_first = int(state.step), not checkpoints.all_steps()
+    beside = {"about": about or {}, "digest": int(digest(state)), "progress": progress or {}}
+    with _as_os_error(Path(checkpoints.directory)):
+        args = ocp.args.StandardSave(state._asdict())
+        saves = checkpoints.save(step, args=args, custom_metadata=beside)
+        if saves and is_first:
+            checkpoints.wait_until_finished()
+            _read(checkpoints, step, state._asdict(), {})
+    if not saves:
         raise ValueError(
-            f"Step {step} isn't newer than what {checkpoints.directory} holds (step "
-            f"{checkpoints.latest_step()}); choose another folder."
+            f"Step {step} isn't newer than step {checkpoints.latest_step()} in "
+            f"{checkpoints.directory}; choose another folder."
         )
-
-
-def assert_room(checkpoints: "ocp.CheckpointManager", state: TrainState) -> None:
-    """Raises OSError (ENOSPC) where `state` does not fit onto the disk, in words of its size.
-
-    Orbax itself would stop half-way through a save, with a page of errors from its threads.
-    """
-    need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + 2**20  # descriptions, rounding
-    free = shutil.disk_usage(checkpoints.directory).free
-    if _of_process_0(free < need):
-        sizes = f"a state takes {need / 2**20:.1f} MiB, {free / 2**20:.1f} are free"
-        told = f"{sizes}; what is saved stays"
-        raise OSError(errno.ENOSPC, told, str(checkpoints.directory))
 
 
 def restore(
-    checkpoints: "ocp.CheckpointManager",
-    like: TrainState,
-    about: Mapping[str, Any] | None = None,
-) -> tuple[TrainState, dict[str, Any]]:
-    """The newest state that can be read, laid out on devices like `like`, and its `progress`.
+    checkpoints: "ocp.CheckpointManager", like: TrainState, about: Mapping[str, Any] | None = None
+) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state that can be read, and its progress; None where nothing is saved.
 
-    Where nothing is saved, `like` and {}. A damaged newer state is passed over and moved aside, and
-    the log says so. Raises ValueError where a state was saved under another `about`, where the
-    saved arrays have other names, shapes or dtypes than `like`, or where all states are damaged.
+    A newer state that is damaged is moved to `damaged-STEP`, with a warning.
+
+    Args:
+        checkpoints: what `open_checkpoints` yields.
+        like: a state, or `jax.ShapeDtypeStruct`s with shardings: the result is laid out like it.
+        about: what `save` was given; names that only one of both has are not compared.
+
+    Raises:
+        ValueError: the state was saved with another `about`, or has arrays of other names, shapes
+            or dtypes; or all states are damaged.
     """
-    import orbax.checkpoint as ocp
-
-    steps = sorted(checkpoints.all_steps(), reverse=True)
-    target = jax.tree.map(ocp.tree.to_shape_dtype_struct, like._asdict())
-    damaged: dict[int, str] = {}
-    for step in steps:
-        where = f"{checkpoints.directory}, step {step}"
+    damaged: dict[int, DamagedState] = {}
+    for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            saved, beside = _description(checkpoints, step)
-        except Exception as error:  # each layer of a saved state has its own exceptions
-            damaged[step] = _in_a_line(error)
-            continue
-        _assert_same_run(beside["about"], about or {}, where)
-        _assert_alike(saved, target, where)
-        try:
-            state = TrainState(**checkpoints.restore(step, args=ocp.args.StandardRestore(target)))
-            if int(digest(state)) != beside["digest"]:
-                raise ValueError("its numbers are not those that were saved")
-        except Exception as error:
-            damaged[step] = _in_a_line(error)
+            state, beside = _read(checkpoints, step, like._asdict(), about or {})
+        except DamagedState as error:
+            damaged[step] = error
             continue
         # Only now, with a good state at hand: else the run could not save these steps again.
         _move_aside(checkpoints, damaged, step)
-        return state, dict(beside.get("progress", {}))
-    if steps:
+        return TrainState(**state), beside["progress"]
+    if damaged:
         raise ValueError(
-            f"No state under {checkpoints.directory} can be read (steps {steps}; "
-            f"{damaged[steps[0]]}); remove that folder to start from the beginning."
+            f"No state can be read ({next(iter(damaged.values()))}); remove "
+            f"{checkpoints.directory} to start from the beginning."
         )
-    return like, {}
+    return None
 
 
 def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Params, Stats]:
-    """Parameters and moments of a saved state, laid out like `params` and `stats`.
+    """Parameters and statistics of a saved state, without its optimizer, average and step.
 
-    Those may be arrays or their shapes. `path` is a run's folder, its folder of states (the newest
-    counts), or one state. Optimizer, average and step are left behind. Raises ValueError where
-    nothing is saved there, where it can't be read, or where the arrays have other names, shapes or
-    dtypes.
+    Args:
+        path: a run's folder, its folder of states (the newest counts), or one state.
+        params: arrays or `jax.ShapeDtypeStruct`s that the saved ones must be like.
+        stats: the same.
+
+    Raises:
+        ValueError: nothing is saved there, it is damaged, or has other arrays.
     """
-    folder, step = _find_state(Path(path).expanduser().absolute())
-    like = {"params": params, "stats": stats}
-    state, _ = _read(folder, step, like)
-    put = lambda old, new: jax.device_put(np.asarray(old), new.sharding)
-    return jax.tree.map(put, state["params"], params), jax.tree.map(put, state["stats"], stats)
+    given = Path(path).expanduser().absolute()
+    step = int(given.name) if given.name.isdigit() and given.is_dir() else None
+    folder = given.parent if step is not None else given / "checkpoints"
+    if step is None and (step := latest_step(folder)) is None:
+        folder, step = given, latest_step(given)
+    if step is None:
+        raise ValueError(f"{given} holds no saved state: give the folder of a run or of a state.")
+    with open_checkpoints(folder, read_only=True) as checkpoints:
+        state, _ = _read(checkpoints, step, {"params": params, "stats": stats}, {})
+    return state["params"], state["stats"]
 
 
 def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
-    """The state that the run in `path` saved at `step`, to go on from in another way.
+    """The state that the run in `path` saved at `step`, to continue from with other settings.
 
     Of the optimizer's arrays those that `like` has too are taken (its step count, and momentum
-    where both have it), the others begin as in `like`. Raises ValueError where the run has no such
-    state, where it can't be read, or where the networks differ.
+    where both have it); the others stay as in `like`. Raises ValueError where there is no such
+    state, where it is damaged, or where the networks differ.
     """
-    network = ("params", "stats", "average")
-    folder = state_folder(path, step).parent
-    saved = _named_leaves(_read(folder, step, {k: getattr(like, k) for k in network})[0])
-    mine = _named_leaves(like)
+    network = {name: getattr(like, name) for name in ("params", "stats", "average")}
+    with open_checkpoints(state_folder(path, step).parent, read_only=True) as checkpoints:
+        saved = _named_leaves(_read(checkpoints, step, network, {})[0])
 
-    def taken(name: str) -> jax.Array:
-        old, new = saved.get(name), mine[name]
-        same = old is not None and _described(old) == _described(new)
-        return jax.device_put(old, new.sharding) if same else new
+    def taken(name: str, mine: jax.Array) -> jax.Array:
+        same = name in saved and _described(saved[name]) == _described(mine)
+        return jax.device_put(saved[name], mine.sharding) if same else mine
 
-    return jax.tree.unflatten(jax.tree.structure(like), [taken(name) for name in mine])
+    leaves = [taken(name, leaf) for name, leaf in _named_leaves(like).items()]
+    return jax.tree.unflatten(jax.tree.structure(like), leaves)
 
 
 def state_folder(path: str | PathLike[str], step: int) -> Path:
     """Where the run in `path` has its state of `step`; ValueError where it has none."""
-    run = Path(path).expanduser().absolute()
-    places = [run / name for name in ("checkpoints", "models")]
-    found = [place / str(step) for place in places if (place / str(step)).is_dir()]
-    if found:
-        return found[0]
-    names = {each.name for place in places if place.is_dir() for each in place.iterdir()}
-    known = ", ".join(map(str, sorted(int(name) for name in names if name.isdigit())))
-    raise ValueError(
-        f"{run} has no state of step {step}; it has those of steps {known or '(none)'}. A run "
-        "keeps more with --keep or --save_model_each_k_epochs."
-    )
-
-
-def progress_of(directory: str | PathLike[str], step: int) -> dict[str, Any] | None:
-    """What was saved beside a state, all of whose numbers are read too; None if any is damaged."""
-    try:
-        _, beside = _read(Path(directory).expanduser().absolute(), step, {})
-    except ValueError:
-        return None
-    return dict(beside.get("progress", {}))
-
-
-def _read(
-    folder: Path, step: int, like: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """All arrays of a saved state and what is beside it; parts named in `like` have to be alike."""
-    import orbax.checkpoint as ocp
-
-    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
-    everywhere = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
-    where = f"{folder}, step {step}"
-    with open_checkpoints(folder, keep=None, ours=False) as checkpoints:
-        try:
-            whole = checkpoints.item_metadata(step)
-            saved = {name: jax.tree.map(_described, whole[name]) for name in like}
-            place = lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-            target = jax.tree.map(place, dict(whole))
-        except Exception as error:  # each layer of a saved state has its own exceptions
-            raise ValueError(
-                f"{where}: no state that can be read ({_in_a_line(error)})."
-            ) from error
-        _assert_alike(saved, like, where)
-        try:
-            state = checkpoints.restore(step, args=ocp.args.StandardRestore(target))
-            beside = _beside(checkpoints, step)
-            if int(digest(TrainState(**state))) != beside.get("digest"):
-                raise ValueError("its numbers are not those that were saved")
-        except Exception as error:
-            raise ValueError(f"{where}: the state is damaged ({_in_a_line(error)}).") from error
-    return dict(state), beside
-
-
-def _find_state(path: Path) -> tuple[Path, int]:
-    """The folder of states and the step that `path` means."""
-    if path.name.isdigit() and path.is_dir():
-        return path.parent, int(path.name)
-    for folder in (path / "checkpoints", path):
-        if (step := latest_step(folder)) is not None:
-            return folder, step
-    raise ValueError(
-        f"{path} holds no saved state: give a run's folder, its checkpoints or models folder, or "
-        "one of the numbered folders in there."
-    )
+    run = checkpoint_path(path)
+    places = [run / name / str(step) for name in ("checkpoints", "models")]
+    if not any(place.is_dir() for place in places):
+        raise ValueError(f"There is no saved state {places[0]}, and no {places[1]}.")
+    return next(place for place in places if place.is_dir())
 
 
 @jax.jit
@@ -299,99 +244,99 @@ def digest(state: TrainState) -> jax.Array:
     return total
 
 
-def _description(checkpoints: "ocp.CheckpointManager", step: int) -> tuple[Any, Mapping[str, Any]]:
-    """Shapes and dtypes of a saved state, and what was saved beside it."""
-    saved = jax.tree.map(_described, checkpoints.item_metadata(step))
-    if saved is None:
-        raise FileNotFoundError("its description is missing")
-    return saved, _beside(checkpoints, step)
+def _read(
+    checkpoints: "ocp.CheckpointManager",
+    step: int,
+    like: Mapping[str, Any],
+    about: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A saved state as a dict, and what is saved beside it; the parts in `like` come like them."""
+    import orbax.checkpoint as ocp
+
+    where = f"{checkpoints.directory}, step {step}"
+    try:
+        saved = dict(checkpoints.item_metadata(step))
+        beside = dict(checkpoints.metadata(step).custom_metadata)
+        mine = {name: saved[name] for name in like}, dict(beside["about"])
+    except Exception as error:  # each layer of a saved state has its own exceptions
+        raise DamagedState(f"{where} is damaged: {_in_a_line(error)}") from error
+    _assert_alike(*mine, like, about, where)
+    try:
+        args = ocp.args.StandardRestore(_targets(saved, like))
+        state = checkpoints.restore(step, args=args)
+        if int(digest(TrainState(**state))) != beside["digest"]:
+            raise ValueError("its numbers are not those that were saved")
+    except Exception as error:
+        raise DamagedState(f"{where} is damaged: {_in_a_line(error)}") from error
+    return dict(state), beside
 
 
-def _beside(checkpoints: "ocp.CheckpointManager", step: int) -> dict[str, Any]:
-    beside = dict(checkpoints.metadata(step).custom_metadata or {})
-    parts = beside.get("about"), beside.get("progress", {})
-    if "digest" not in beside or not all(isinstance(part, Mapping) for part in parts):
-        raise ValueError("its description is missing or damaged")
-    return beside
+def _assert_alike(
+    saved: Any, saved_about: Mapping[str, Any], like: Any, about: Mapping[str, Any], where: str
+) -> None:
+    """Raises ValueError for another run's state. Orbax would cast another precision silently."""
+    both = [(name, saved_about[name], about[name]) for name in about if name in saved_about]
+    listed = [f"{name} {before!r} -> {now!r}" for name, before, now in both if before != now]
+    old, new = ({k: _described(v) for k, v in _named_leaves(t).items()} for t in (saved, like))
+    listed += [
+        f"{name} {old.get(name, 'missing')} -> {new.get(name, 'missing')}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if listed:
+        more = f", and {len(listed) - 5} more" if len(listed) > 5 else ""
+        raise ValueError(f"{where} is another run's ({', '.join(listed[:5])}{more}).")
 
 
-def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, str], to: int) -> None:
+def _targets(saved: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
+    """Where to restore arrays: as in `like`; what isn't in it goes where that is, or anywhere."""
+    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
+    place = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
+    for leaf in jax.tree.leaves(like):
+        place = getattr(leaf, "sharding", None) or place
+
+    def target(leaf: Any) -> jax.ShapeDtypeStruct:
+        own = getattr(leaf, "sharding", None)
+        own = own if isinstance(own, jax.sharding.Sharding) else place
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
+
+    return jax.tree.map(target, dict(saved) | dict(like))
+
+
+def _move_aside(
+    checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, DamagedState], to: int
+) -> None:
     if not damaged:
         return
     _all_here("all have read the damaged states")
     for step, reason in damaged.items() if jax.process_index() == 0 else ():
         old = Path(checkpoints.directory) / str(step)
-        new = next(
-            path
-            for count in range(1_000_000)
-            if not (path := old.with_name(f"damaged-{step}" + f"-{count}" * bool(count))).exists()
-        )
+        names = [f"damaged-{step}", *(f"damaged-{step}-{i}" for i in range(1, 100))]
+        new = next(path for name in names if not (path := old.with_name(name)).exists())
         old.rename(new)
-        logging.getLogger(__name__).warning(
-            "The state of step %d is damaged (%s) and now in %s; going back to step %d.",
-            *(step, reason, new, to),
-        )
-    _all_here("damaged states are out of the way")
+        logging.getLogger(__name__).warning("%s; moved to %s, back to step %d.", reason, new, to)
+    _all_here("damaged states are moved")
     checkpoints.reload()
 
 
-def _in_a_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
-
-
-def _described(leaf: Any) -> tuple[tuple[int, ...], str]:
-    return tuple(leaf.shape), str(leaf.dtype)
-
-
-def _named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their place, as `opt_state/1/count`, which is the same for tuples and lists."""
-    is_description = lambda v: isinstance(v, tuple) and len(v) == 2 and isinstance(v[1], str)
-    name_of = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
-    return {
-        "/".join(map(name_of, path)): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_description)
-    }
-
-
-def _of_process_0(value: Any) -> Any:
-    """What process 0 of several knows: all of them have to decide alike."""
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.broadcast_one_to_all(np.asarray(value))
-
-
 def _all_here(where: str) -> None:
-    """Waits for the other processes, where there are any."""
+    """Waits for the other processes, if there are any."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
         multihost_utils.sync_global_devices(where)
 
 
-def _assert_same_run(saved: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    both = [name for name in now if name in saved and saved[name] != now[name]]
-    if both:
-        changes = ", ".join(f"{name} {saved[name]!r} -> {now[name]!r}" for name in both)
-        raise ValueError(
-            f"The state saved in {where} is another run's ({changes}); use another folder."
-        )
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _assert_alike(saved: Any, target: Any, where: str) -> None:
-    """Orbax casts silently; a state of another net or precision is an error here."""
-    old, new = _named_leaves(saved), _named_leaves(jax.tree.map(_described, target))
-    different = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
-    if different:
-        show = lambda found: f"{found[1]}{list(found[0])}" if found else "missing"
-        listed = [
-            f"{name} is {show(old.get(name))} there and {show(new.get(name))} here"
-            for name in different[:LISTED]
-        ]
-        more = f"; {len(different) - LISTED} more" if len(different) > LISTED else ""
-        raise ValueError(
-            f"The state saved in {where} is another network's: {'; '.join(listed)}{more} "
-            f"({len(different)} of {len(old.keys() | new.keys())} arrays differ); use another "
-            "folder."
-        )
+def _described(leaf: Any) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _named_leaves(tree: Any) -> dict[str, Any]:
+    """Leaves by their place, as `opt_state/1/count`, which is the same for tuples and lists."""
+    name_of = lambda k: str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(map(name_of, path)): leaf for path, leaf in leaves}

@@ -1,0 +1,191 @@
+"""Laws of training in windows: neither cuts, calls nor observers change a run; NaN stops it."""
+
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+from sgd_sparse_jax import train
+from sgd_sparse_jax.train.windows import IN_FLIGHT
+from sgd_sparse_jax.types import Batch, TrainState
+
+X = jr.normal(jr.key(3), (64, 5))
+Y = jr.normal(jr.key(4), (64,))
+KEY = jr.key(1)
+ORDER = train.cyclic(64, 16)
+
+
+def objective(params, stats, batch):
+    """Least squares with a statistic that training updates."""
+    loss = train.half_squared(batch.x @ params, batch.y).mean()
+    return loss, {"mean": 0.9 * stats["mean"] + 0.1 * batch.x.mean(0)}
+
+
+TX = optax.sgd(0.05, 0.9)
+STEP = train.make_step(objective, TX, ema_decay=0.9)
+
+
+def fetch(key, idx):
+    return Batch(X[idx] + 0.1 * jr.normal(key, (len(idx), 5)), Y[idx])
+
+
+SEGMENT = train.make_segment(STEP, fetch, unroll=1)
+
+
+def fresh():
+    params = jnp.zeros(5)
+    stats = {"mean": jnp.zeros(5)}
+    return TrainState(jnp.array(0), params, stats, TX.init(params), params.copy())
+
+
+def run(state, stops, segment=SEGMENT, **options):
+    """Windows whose states outlive the next request."""
+    for window in train.windows(KEY, state, ORDER, segment, stops, **options):
+        yield window._replace(state=jax.device_get(window.state))
+
+
+def losses(windows):
+    return np.concatenate([window.losses for window in windows])
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """One window of ten steps."""
+    (window,) = run(fresh(), [10])
+    return window
+
+
+def assert_same(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_a_window_is_the_plain_loop_over_its_steps():
+    """Sampler and segment get the halves of the key: runs of older versions go on in order."""
+    order, noise = jr.split(KEY)
+    random = train.with_replacement(64, 16)
+    (window,) = train.windows(KEY, fresh(), random, SEGMENT, [10])
+    state, expected = jax.jit(SEGMENT)(noise, fresh(), random(order, 0, 10))
+    assert window.step == 10 and window.losses.dtype == np.float64
+    assert_close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12)
+    jax.tree.map(assert_close, (window.state, window.losses), (state, expected))
+
+
+@pytest.mark.parametrize(
+    ("stops", "options"),
+    [
+        ([4, 8, 10], {}),
+        ([10, 3, 3, 9, 0], {}),
+        ([10], {"interrupt": lambda step: step in (1, 7, 10)}),
+        ([4, 10], {"interrupt": lambda step: True}),
+    ],
+)
+def test_cuts_change_nothing(whole, stops, options):
+    windows = list(run(fresh(), stops, **options))
+    asked = options.get("interrupt", lambda step: False)
+    cuts = [step for step in range(1, 11) if step in stops or asked(step)]
+    assert [window.step for window in windows] == cuts
+    assert [len(window.losses) for window in windows] == np.diff([0, *cuts]).tolist()
+    assert_same(windows[-1].state, whole.state)
+    np.testing.assert_array_equal(losses(windows), whole.losses)
+
+
+@pytest.mark.parametrize("cut", [1, 4, 9])
+def test_a_run_continues_from_the_state_of_any_window(whole, cut):
+    first, *_ = run(fresh(), [cut, 10])
+    windows = list(run(jax.device_put(first.state), [2, 4, 10]))
+    assert [window.step for window in windows] == [stop for stop in (2, 4, 10) if stop > cut]
+    assert_same(windows[-1].state, whole.state)
+    np.testing.assert_array_equal(losses([first, *windows]), whole.losses)
+
+
+@pytest.mark.parametrize("steps_per_call", [2, 3, 11])
+def test_calls_of_many_steps_change_nothing_and_compile_two_programs(whole, steps_per_call):
+    traced, reached = [], []
+
+    def counted(key, state, indices):
+        traced.append(len(indices))
+        return SEGMENT(key, state, indices)
+
+    options = {"steps_per_call": steps_per_call, "on_call": reached.append}
+    windows = list(run(fresh(), [5, 7, 10], counted, **options))
+    np.testing.assert_allclose(losses(windows), whole.losses, rtol=1e-12)
+    assert len(traced) == len(set(traced)) <= 2 and set(traced) <= {1, steps_per_call}
+    assert reached == sorted(set(reached)) and {5, 7, 10} <= set(reached)
+
+
+def test_nothing_is_left_to_do_after_the_last_stop():
+    assert not list(run(fresh()._replace(step=jnp.array(7)), [3, 7]))
+
+
+def test_the_device_never_idles_and_is_a_few_calls_behind():
+    """A step counts as done when its callback has run, on which its loss depends."""
+    done = []
+
+    def slow(key, state, indices):
+        state, loss = SEGMENT(key, state, indices)
+        step = jax.pure_callback(lambda s: done.append(int(s)) or s, state.step, state.step)
+        return state._replace(step=step), loss + 0 * step
+
+    ahead = []
+    list(run(fresh(), [40], slow, on_call=lambda step: ahead.append(step - len(done))))
+    assert max(ahead) <= IN_FLIGHT + 1
+
+
+def poisoned(step, field=None):
+    """The segment, whose loss before `step`, or whose `field` after it, is NaN."""
+
+    def segment(key, state, indices):
+        bad = jnp.where(state.step == step, jnp.nan, 1)
+        state, loss = SEGMENT(key, state, indices)
+        if field is None:
+            return state, loss * bad
+        return state._replace(
+            **{field: jax.tree.map(lambda x: x * bad, getattr(state, field))}
+        ), loss
+
+    return segment
+
+
+@pytest.mark.parametrize("step", [0, 1, 6, 30])
+def test_a_loss_that_is_not_finite_stops_the_run_within_a_few_calls(step):
+    seen, reached = [], []
+    with pytest.raises(FloatingPointError) as stop:
+        for window in run(fresh(), [4, 100], poisoned(step), on_call=reached.append):
+            seen.append(window.step)
+    assert seen == [4] * (step >= 4) and reached[-1] <= max(step, 4) + IN_FLIGHT + 1
+    text = str(stop.value)
+    assert f"step {step} " in text and ("step size" in text) == (step > 0)
+    if step:
+        (expected,) = run(fresh(), [step])
+        assert f"{expected.losses[-1]:g}" in text
+
+
+@pytest.mark.parametrize("field", ["params", "stats", "opt_state", "average"])
+def test_a_state_that_is_not_finite_is_not_yielded(field):
+    """The loss is that before the step: all of a window's can be finite, and its state not."""
+    seen = []
+    with pytest.raises(FloatingPointError, match="state"):
+        for window in run(fresh(), [4, 8], poisoned(7, field)):
+            seen.append(window.step)
+    assert seen == [4]
+
+
+def test_steps_are_timed_without_compilation_and_without_the_caller():
+    def slow_to_trace(key, state, indices):
+        time.sleep(1)
+        return SEGMENT(key, state, indices)
+
+    for window in run(fresh(), [4, 8], slow_to_trace):
+        assert window.seconds < 0.9
+        time.sleep(1)
+
+
+def test_the_average_of_the_weights_is_its_closed_form():
+    steps = [jax.device_get(fresh()), *(window.state for window in run(fresh(), range(1, 5)))]
+    expected = functools.reduce(lambda a, s: 0.9 * a + 0.1 * s.params, steps[1:], steps[0].params)
+    np.testing.assert_allclose(steps[-1].average, expected, rtol=1e-12)
