@@ -6,7 +6,7 @@ from .augment import (
     random_flip as random_flip,
 )
 from .fingerprint import fingerprint as fingerprint
-from .images import IMAGE_SETS as IMAGE_SETS, Images as Images, ImageSet as ImageSet
+from .images import IMAGE_SETS as IMAGE_SETS, Images as Images
 from .label_noise import (
     confusions as confusions,
     corrupt_labels as corrupt_labels,

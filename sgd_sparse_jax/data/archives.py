@@ -78,22 +78,19 @@ def _download(archive: Archive, path: Path, *, otherwise: str) -> None:
         ) from error
 
 
-def _cifar(train: Sequence[str], test: Sequence[str], *, label_bytes: int) -> Read:
+def _cifar(paths, split):
     """Records of label bytes, the last of which counts, and 3 x 32 x 32 bytes of pixels."""
-
-    def read(paths, split):
-        contents = {}
-        with tarfile.open(paths[0]) as tar:  # read member by member: nothing is unpacked
-            for member in tar:
-                if member.isfile():
-                    file = cast(IO[bytes], tar.extractfile(member))
-                    contents[PurePosixPath(member.name).name] = file.read()
-        content = b"".join(contents[file] for file in (train if split == "train" else test))
-        records = np.frombuffer(content, np.uint8).reshape(-1, label_bytes + 3 * 32 * 32)
-        planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
-        return planes.transpose(0, 2, 3, 1), records[:, label_bytes - 1]
-
-    return read
+    contents = {}
+    with tarfile.open(paths[0]) as tar:  # read member by member: nothing is unpacked
+        for member in tar:
+            if member.name.endswith(".bin"):
+                contents[member.name] = cast(IO[bytes], tar.extractfile(member)).read()
+    files = sorted(file for file in contents if ("test" in file) == (split == "test"))
+    label_bytes = 2 if len(contents) == 2 else 1  # CIFAR-100 has coarse labels, too
+    records = np.frombuffer(b"".join(contents[file] for file in files), np.uint8)
+    records = records.reshape(-1, label_bytes + 3 * 32 * 32)
+    planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
+    return planes.transpose(0, 2, 3, 1), records[:, label_bytes - 1]
 
 
 def _idx(paths, split):
@@ -146,10 +143,9 @@ def _source(name: str, version: str, read: Read) -> Source:
     return Source(version, read, tuple(Archive(url, int(size), proof) for url, size, proof in rows))
 
 
-_BATCHES = [f"data_batch_{i}.bin" for i in range(1, 6)]
 SOURCES = {
-    "cifar10": _source("cifar10", "3.0.2", _cifar(_BATCHES, ["test_batch.bin"], label_bytes=1)),
-    "cifar100": _source("cifar100", "3.0.2", _cifar(["train.bin"], ["test.bin"], label_bytes=2)),
+    "cifar10": _source("cifar10", "3.0.2", _cifar),
+    "cifar100": _source("cifar100", "3.0.2", _cifar),
     "svhn": _source("svhn", "3.1.0", _svhn),
     "mnist": _source("mnist", "3.0.1", _idx),
     "fashion_mnist": _source("fashion_mnist", "3.0.1", _idx),

@@ -34,7 +34,7 @@ class ImageSet(NamedTuple):
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
-    tfds_name: str = ""  # where it differs from ours
+    tfds_name: str = ""  # where TFDS has another
 
 
 _NAMES = json.loads(Path(__file__).with_name("class_names.json").read_text("utf-8"))

@@ -59,10 +59,8 @@ def gaussian_label_noise(scale: optax.Schedule) -> Noise:
         `noise(key, step, batch) -> batch`, for `train.make_segment(noise=...)`.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax
-        >>> from sgd_sparse_jax import data, types
         >>> noise = gaussian_label_noise(optax.constant_schedule(0.1))
-        >>> noise(jax.random.key(0), 0, types.Batch(jnp.ones((4, 2)), jnp.zeros(4))).y.shape
+        >>> noise(jr.key(0), 0, Batch(jnp.ones((4, 2)), jnp.zeros(4))).y.shape
         (4,)
     """
 
@@ -80,10 +78,8 @@ def uniform_label_noise(share: optax.Schedule, classes: int) -> Noise:
     the labels wrong, as in the released code. Used as `gaussian_label_noise`.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from sgd_sparse_jax import data, types
         >>> noise = uniform_label_noise(lambda step: jnp.where(step < 5, 0.5, 0.0), 10)
-        >>> noise(jax.random.key(0), 5, types.Batch(jnp.ones((3, 2)), jnp.arange(3))).y.tolist()
+        >>> noise(jr.key(0), 5, Batch(jnp.ones((3, 2)), jnp.arange(3))).y.tolist()
         [0, 1, 2]
     """
 

@@ -101,6 +101,8 @@ def _labels(path: Path, n: int, classes: int) -> np.ndarray:
 def _array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
+    except FileNotFoundError as error:
+        raise _unfit(path, "is missing: train and test, images and labels go together") from error
     except OSError:
         raise
     except Exception as error:  # a damaged header fails in many ways
@@ -108,9 +110,9 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _unfit(path: Path, found: str) -> ValueError:
-    ours = path.parent.name == "decoded"
-    cure = f" Delete {path.parent}: the next call writes it again." if ours else ""
-    return ValueError(f"{path} {found}.{cure}")
+    derived = path.parent.name == "decoded"
+    hint = f" Delete {path.parent}: the next call writes it again." if derived else ""
+    return ValueError(f"{path} {found}.{hint}")
 
 
 def _decoded(name: str, split: str, root: Path) -> Images:
@@ -130,8 +132,8 @@ def _decoded(name: str, split: str, root: Path) -> Images:
     except OSError as error:
         reason = f"{folder} can't be written ({error.strerror or error})"
         if tfds_folder is None:
-            cure = "set data_dir or TFDS_DATA_DIR to a folder that can."
-            raise PermissionError(f"{reason}: {cure}") from error
+            hint = "set data_dir or TFDS_DATA_DIR to a folder that can."
+            raise PermissionError(f"{reason}: {hint}") from error
         logging.getLogger(__name__).warning("%s: each run decodes %s again.", reason, name)
         images, labels = prepared.read(tfds_folder, kind, split)
         return Images(images, labels, kind.class_names, f"{name} {tfds_folder.name}")
