@@ -58,7 +58,7 @@ def obtain(name: str, manual: Path, work: Path) -> list[Path]:
 
 
 def _download(archive: Archive, path: Path, *, otherwise: str) -> None:
-    import requests
+    import requests  # as TFDS: the same proxies and certificates apply
 
     size = f"{archive.size / 1e6:.0f} MB"
     logging.getLogger(__name__).warning("Downloading %s (%s) ...", archive.url, size)
@@ -95,6 +95,7 @@ def _cifar(paths, split):
 
 def _idx(paths, split):
     """MNIST's form: images behind a header of 16 bytes, labels behind one of 8."""
+    # Training images, training labels, test images, test labels.
     of_split = paths[:2] if split == "train" else paths[2:]
     images, labels = (gzip.decompress(path.read_bytes()) for path in of_split)
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)

@@ -42,5 +42,6 @@ def fingerprint(images: Images) -> dict[str, int | str]:
 
 
 def _sha256(array: np.ndarray) -> str:
+    # The same digest on every machine.
     little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
     return hashlib.sha256(little_endian.tobytes()).hexdigest()

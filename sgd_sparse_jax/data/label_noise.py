@@ -43,6 +43,7 @@ def share_of(n: int, share: float, name: str = "share") -> int:
         >>> share_of(50_000, 0.29), share_of(5, 0.5)
         (14500, 2)
     """
+    # str gives the shortest decimal number that is this float: the one that was written.
     count = int(Fraction(str(share)) * n) if 0 <= share <= 1 else 0
     if share and not count:
         raise ValueError(f"{name} is {share}: of {n} examples choose 0, or from {1 / n:g} to 1.")
@@ -114,6 +115,7 @@ def corrupt_labels(
         3
     """
     rng = np.random.default_rng(seed)
+    # A permutation's beginning: a larger share hits the examples of a smaller one, too.
     hit = rng.permutation(len(labels))[: share_of(len(labels), share, "share of wrong labels")]
     out = labels.copy()
     if confusions is None:

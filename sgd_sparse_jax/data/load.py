@@ -60,7 +60,7 @@ def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | Non
     path = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
     if re.match(r"[A-Za-z][\w+.-]+:/", path):  # it would become a local folder called gs:
         raise ValueError(f"data_dir is {path}; URLs can't be read, copy the data to a local disk.")
-    root = Path(os.path.expanduser(path)).absolute()
+    root = Path(os.path.expanduser(path)).absolute()  # links keep the user's names
     if any((root / name / f"{s}_{k}.npy").exists() for s in SPLITS for k in ("images", "labels")):
         return _open(root / name, split, STORED[name])
     return _decoded(name, split, root)
@@ -71,7 +71,7 @@ def _open(folder: Path, split: str, kind: ImageSet) -> Images:
     path = folder / f"{split}_images.npy"
     images, (h, w, c) = _array(path), kind.shape
     if images.shape[1:] == (c, h, w):
-        images = images.transpose(0, 2, 3, 1)
+        images = images.transpose(0, 2, 3, 1)  # a view: nothing is read yet
     if c == 1 and images.shape[1:] == (h, w):
         images = images[..., None]
     if images.dtype != np.uint8 or images.shape[1:] != kind.shape:
@@ -106,6 +106,7 @@ def _array(path: Path) -> np.ndarray:
     except OSError:
         raise
     except Exception as error:  # a damaged header fails in many ways
+        # NumPy's own message may quote the pixels that it took for a header.
         raise _unfit(path, "is truncated, pickled or no array") from error
 
 
@@ -146,6 +147,7 @@ def _note(folder: Path, tfds_folder: Path | None) -> dict | None:
         note = json.loads((folder / "decoded" / "source.json").read_text())
     except FileNotFoundError:
         return None
+    # An archive has no files here: its content never changes, and it may be removed.
     current = tfds_folder is None or not note["files"] or note == prepared.describe(tfds_folder)
     return note if current else None
 
@@ -173,7 +175,7 @@ def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
         try:
             if decoded.exists() and not _note(folder, tfds_folder):
                 decoded.rename(Path(work) / "old")
-            new.rename(decoded)
+            new.rename(decoded)  # a folder in one move: readers see all of it or nothing
         except OSError:
             if not _note(folder, tfds_folder):  # else another process was faster
                 raise

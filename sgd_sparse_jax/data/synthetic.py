@@ -80,7 +80,7 @@ def sparse_regression(
     """
     if not 1 <= support <= d:
         raise ValueError(f"support is {support}; choose one between 1 and d = {d}.")
-    rng = np.random.RandomState(seed)
+    rng = np.random.RandomState(seed)  # the order of the draws is the original's
     x, x_test, target = rng.randn(n, d), rng.randn(n_test, d), np.abs(rng.randn(d))
     target[support:] = 0.0
     target /= np.linalg.norm(target)
