@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 class Entry(NamedTuple):
-    """A figure: where its run wrote it, the command behind it, and what is to be seen."""
+    """A figure: where its run wrote it, the command behind it, and what it shows."""
 
     title: str
     command: str
@@ -58,7 +58,7 @@ ENTRIES = (
         "D3: a plane shows a path's shadow",
         "python -m experiments.loss_surface",
         f"{TOYS}/loss_surface/d3/figures/loss_surface_along.png",
-        "The training loss of a path beside that of its projection to the plane: where they part, "
+        "The training loss of a path next to that of its projection to the plane: where they part, "
         "the map above is not what the path sees.",
     ),
     Entry(
@@ -145,7 +145,7 @@ def main() -> None:
     lines = [
         "# Gallery",
         "",
-        "Every figure with the command that draws it, and what is to be seen. The runs are those "
+        "Every figure with the command that draws it, and what it shows. The runs are those "
         "of `python -m experiments.reproduce` (32 seeds) and of the commands shown.",
         "",
     ]

@@ -1,17 +1,17 @@
-"""Every toy number that the paper's code printed, beside ours over seeds, with a computed verdict.
+"""Every toy number that the paper's code printed next to our runs, with a computed verdict.
 
 python -m experiments.reproduce                    # 32 seeds: report.md and report.html
 python -m experiments.reproduce --seeds 128 --exp_name more
 """
 
 import contextlib
-import importlib
 import io
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -35,14 +35,14 @@ class Config:
     seeds: TwoOrMore = 32
     """Seeds of every setting (two-layer nets, most of which diverge: eight times as many)."""
     seed: Seed = 0
-    """Seed of the seeds."""
+    """Base seed."""
     spectra_records: Count = 40
-    """At how many records singular values are taken for every seed (for one seed at all)."""
+    """Number of records with singular values for every seed (for one seed: all records)."""
     frames: CountOrNone = 40
     """Frames of the animation; 0 for none."""
     workers: CountOrNone = 0
-    """Settings run side by side, each on one device; 0: one per core, or one after another where
-    there is an accelerator."""
+    """Settings run at the same time, each on one device; 0: one per core, or one after another on
+    an accelerator."""
     exp_name: str = "toys"
     """Name of the run's folder."""
     runs_dir: str = "runs"
@@ -53,17 +53,18 @@ class Task(NamedTuple):
     """One setting to run."""
 
     title: str
-    module: ModuleType
     settings: toy_flags.Config
 
     @property
+    def module(self) -> ModuleType:
+        """The experiment whose flags the settings are."""
+        return sys.modules[type(self.settings).__module__]
+
+    @property
     def command(self) -> str:
-        """What runs it alone."""
-        settings = self.settings
-        return (
-            f"python -m {self.module.__name__} --setting {settings.setting} "
-            f"--seeds {settings.seeds}"
-        )
+        """The command that runs this setting alone."""
+        flags = f"--setting {self.settings.setting} --seeds {self.settings.seeds}"
+        return f"python -m {self.module.__name__} {flags}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -76,7 +77,6 @@ def run(config: Config) -> list[Chapter]:
     """Runs all settings (finished ones are read) and writes the two reports."""
     ranges.check(config)
     folder = records.run_folder(config.runs_dir, "reproduce", config.exp_name)
-    folder.mkdir(parents=True, exist_ok=True)
     start = time.perf_counter()
     todo = tasks(config, str(folder))
     workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
@@ -96,50 +96,45 @@ def tasks(config: Config, runs_dir: str) -> list[Task]:
         "runs_dir": runs_dir,
     }
 
-    def task(title: str, module: ModuleType, setting: str, **changes: int) -> Task:
-        return Task(title, module, replace(module.SETTINGS[setting], **(common | changes)))
+    def task(title: str, settings: toy_flags.Config, **changes: int) -> Task:
+        return Task(title, replace(settings, **(common | changes)))
 
+    fc = fc_nets.SETTINGS
     return [
-        task("D1 · diagonal nets, SGD", diag_nets, "d1"),
-        task("D2 · diagonal nets, GD and SGD", diag_nets, "d2"),
-        task("D3 · over the loss", loss_surface, "d3", frames=config.frames),
-        task("F1 · 1-D regression", fc_nets, "1d"),
-        task("F2 · 1-D, over-regularized", fc_nets, "1d-overregularized"),
-        task("T1 · teacher-student, two layers", fc_nets, "two-layer", seeds=8 * config.seeds),
-        task("T3 · teacher-student, three layers", fc_nets, "three-layer"),
+        task("D1 · diagonal nets, SGD", diag_nets.SETTINGS["d1"]),
+        task("D2 · diagonal nets, GD and SGD", diag_nets.SETTINGS["d2"]),
+        task("D3 · over the loss", loss_surface.SETTINGS["d3"], frames=config.frames),
+        task("F1 · 1-D regression", fc["1d"]),
+        task("F2 · 1-D, over-regularized", fc["1d-overregularized"]),
+        task("T1 · teacher-student, two layers", fc["two-layer"], seeds=8 * config.seeds),
+        task("T3 · teacher-student, three layers", fc["three-layer"]),
     ]
 
 
 def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
-    """The chapters in order, `workers` at a time, each in a process with one device.
+    """The chapters in order, computed `workers` at a time in processes of one device each.
 
-    Compiling takes one core; side by side, two settings take little longer than one.
+    Compiling takes one core: two settings at once take little longer than one.
     """
+    chapters: list[Chapter] = []
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, spawn, devices.set_up_toys, (1,)) as pool:
-        waiting = {
-            pool.submit(_quiet_chapter, task.title, task.module.__name__, task.settings): task
-            for task in todo
-        }
         try:
-            for count, done in enumerate(as_completed(waiting), 1):
-                done.result()
-                terminal.show(f"{count} of {len(todo)}: {waiting[done].title}")
+            for chapter in pool.map(_quiet_chapter, todo):
+                chapters.append(chapter)
+                terminal.show(f"{len(chapters)} of {len(todo)}: {chapter.title}")
         except BrokenProcessPool as error:
             raise OSError(
                 "A worker was killed, perhaps for lack of memory; try --workers 1. "
                 "The same command reads what is finished."
             ) from error
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [done.result() for done in waiting]
+    return chapters
 
 
-def _quiet_chapter(title: str, module: str, settings: toy_flags.Config) -> Chapter:
-    """`chapter_of` in another process, where tables and bars of others would mix with its own."""
+def _quiet_chapter(task: Task) -> Chapter:
+    """`chapter_of` in a worker, whose tables would mix with those of the others."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return chapter_of(Task(title, importlib.import_module(module), settings))
+        return chapter_of(task)
 
 
 def chapter_of(task: Task) -> Chapter:

@@ -60,15 +60,15 @@ class Outline(HTMLParser):
 
 @settings(max_examples=60)
 @given(words)
-def test_the_page_has_the_same_elements_whatever_it_says(tmp_path, word):
+def test_the_page_has_the_same_elements_whatever_the_names(tmp_path, word):
     page = lambda word: report.rendered("html", 2, [chapter(tmp_path, word)], 1.0)
-    plain, said = Outline(page("word")), Outline(page(word))
-    assert said.tags == plain.tags and said.comments == []
+    plain, other = Outline(page("word")), Outline(page(word))
+    assert other.tags == plain.tags and other.comments == []
     names = lambda outline: [attribute[:2] for attribute in outline.attributes]
-    assert names(said) == names(plain)
+    assert names(other) == names(plain)
     as_it_was = " ".join(word.split())
-    assert [t for t in said.text if " ".join(t.split()) == as_it_was] or not as_it_was
-    sources = [value for _, name, value in said.attributes if name in ("src", "href")]
+    assert [t for t in other.text if " ".join(t.split()) == as_it_was] or not as_it_was
+    sources = [value for _, name, value in other.attributes if name in ("src", "href")]
     assert all(source.startswith("data:image/png;base64,") for source in sources)
 
 
@@ -89,12 +89,12 @@ def outline(markdown):
 @example(": #")
 @example("1. x")
 @given(words)
-def test_the_markdown_has_the_same_elements_whatever_it_says(tmp_path, word):
+def test_the_markdown_has_the_same_elements_whatever_the_names(tmp_path, word):
     word = " ".join(word.split()) or "x"
-    (plain, _), (said, texts) = (
+    (plain, _), (other, texts) = (
         outline(report.rendered("md", 2, [chapter(tmp_path, each)], 1.0)) for each in ("word", word)
     )
-    assert said == plain
+    assert other == plain
     assert texts.count(word) == 4 and COMMAND in texts  # title, two cells, evidence
 
 

@@ -98,7 +98,7 @@ def test_a_label_has_one_look_in_all_panels_and_the_legend_names_it_once(tmp_pat
     for ax, each in zip(axes, order, strict=True):
         assert [look(line) for line in ax.get_lines()] == [of[label] for label in each]
     boxes = [*(ax.get_tightbbox() for ax in axes), legend.get_window_extent()]
-    for i, box in enumerate(boxes):  # on the page, beside each other
+    for i, box in enumerate(boxes):  # on the page, and apart
         assert min(box.x0, box.y0) >= -1 and box.x1 <= fig.bbox.width + 1
         assert not any(box.overlaps(other) for other in boxes[:i])
 
@@ -215,7 +215,7 @@ def draw_all(folder):
         *plots.figure(folder / "new" / "a.b", [panel(LABELS, log_y=True)], title="cost: 5 $"),
         *plots.moves(folder / "moves", [plots.Moves("units", np.eye(2), z.T[:2], np.eye(2))]),
         *maps.figure(folder / "maps", [cells(z, log_z=True), cells(z, classes="abcde")]),
-        *animation.write(folder / "a.gif", cells(z, overlay=over), [2, 4, 6], ["one", "two", "3"]),
+        *animation.write(folder / "a.gif", cells(z, overlay=over), [2, 4, 6], ["Same"] * 3),
     ]
 
 
@@ -270,6 +270,7 @@ def test_the_users_settings_change_no_figure_and_are_left_as_they_were(tmp_path,
         before = dict(matplotlib.rcParams)
         paths = draw_all(tmp_path)
         assert dict(matplotlib.rcParams) == before
+    assert len(paths) == len(files)
     for path in paths:  # a PDF has the time in it
         name = str(path.relative_to(tmp_path))
         assert path.suffix == ".pdf" or path.read_bytes() == files[name], name
@@ -283,7 +284,7 @@ def test_figures_need_neither_the_users_backend_nor_the_users_file_of_settings(t
         "panel = plots.Panel('η', 'y', {'a': (x, x)})\n"
         f"assert len(plots.figure(pathlib.Path({str(tmp_path)!r}) / 'f', [panel])) == 2"
     )
-    odd = {"MPLBACKEND": "module://no_such_backend", "XDG_CONFIG_HOME": str(tmp_path)}
+    odd = {"MPLBACKEND": "no_such_backend", "XDG_CONFIG_HOME": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         env=os.environ | odd,

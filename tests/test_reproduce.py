@@ -1,12 +1,16 @@
 """Verdicts, and the two reports."""
 
+import base64
+import itertools
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 
 from experiments import diag_nets, fc_nets, loss_surface, reproduce
+from experiments.figures import report
 from experiments.figures.tables import Row
 from experiments.figures.verdicts import AGREES, DIFFERS, ORDERED, evidence, verdict
 from experiments.storage import records
@@ -16,145 +20,130 @@ def row(values, published, schedule="large", name="test_loss"):
     return Row(schedule, "test loss", name, ".2g", published, np.asarray(values, float), 0.0)
 
 
-def test_a_value_inside_the_range_agrees():
-    rows = [row(np.arange(1, 33), 16.0, "small"), row(np.arange(33, 65), 40.0)]
+SMALL = row(np.arange(1, 33), 16.0, "small")
+
+
+@pytest.mark.parametrize(
+    ("values", "published", "word"),
+    [
+        (np.arange(33, 65), 40.0, AGREES),
+        (np.arange(33, 65), 100.0, ORDERED),  # outside, and above the small one as published
+        (np.arange(33, 65), 0.5, DIFFERS),  # published below, our runs above
+        (np.arange(1, 33) + 0.5, 100.0, DIFFERS),  # the order is not clear
+    ],
+)
+def test_a_number_agrees_inside_our_range_or_else_in_a_clear_order(values, published, word):
+    rows = [SMALL, row(values, published)]
     found = verdict(rows[1], rows)
-    assert found.word == AGREES and found.inside and found.confidence > 0.99
-    assert found.reference == "small"
-
-
-def test_a_value_outside_agrees_in_order_only_where_the_order_is_claimed_and_clear():
-    rows = [row(np.arange(1, 33), 16.0, "small"), row(np.arange(33, 65), 100.0)]
-    assert verdict(rows[1], rows).word == ORDERED
-    against = [rows[0], row(np.arange(33, 65), 0.5)]  # published below, ours above
-    assert verdict(against[1], against).word == DIFFERS
-    unclear = [rows[0], row(np.arange(1, 33) + 0.5, 100.0)]
-    found = verdict(unclear[1], unclear)
-    assert found.word == DIFFERS and 0.05 < found.confidence < 0.95
+    assert (found.word, found.inside, found.reference) == (word, word == AGREES, "small")
+    assert 0 <= found.confidence <= 1 and (found.confidence >= 0.95) == (word in (AGREES, ORDERED))
 
 
 def test_published_digits_stand_for_all_that_rounds_to_them():
-    same = np.full(32, 0.168241)
-    assert verdict(row(same, 0.16824), [row(same, 0.16824)]).inside
-    assert not verdict(row(same, 0.16823), [row(same, 0.16823)]).inside
-
-
-def test_few_or_no_survivors_are_no_range():
+    for published, inside in ((0.16824, True), (0.16823, False)):
+        alone = row(np.full(32, 0.168241), published)
+        found = verdict(alone, [alone])
+        assert found.inside == inside and np.isnan(found.confidence)
     few = row([0.1, 0.2, 0.3], 0.2)
-    assert not verdict(few, [few]).inside
-    none = row([], 0.2)
-    found = verdict(none, [none])
-    assert found.word == DIFFERS
-    assert "all of our runs diverged" in evidence(none, found, [none])
-    assert verdict(row([1.0], None), []) is None
+    assert not verdict(few, [few]).inside and verdict(row([1.0], None), []) is None
 
 
-def test_the_evidence_names_range_share_and_look_alikes():
+def test_the_evidence_names_the_range_the_share_and_the_runs_most_alike():
     loss = row([1e-4, 0.2, 0.3, 1e-5] * 8, 0.27, name="train_loss")
-    other = Row(
-        "large", "nuclear norm", "nuclear", ".3g", 12.7, np.array([20.0, 14, 13, 21] * 8), 0
-    )
-    found = verdict(other, [loss, other])
+    norm = Row("large", "norm", "norm", ".3g", 12.7, np.array([20.0, 14, 13, 21] * 8), 0.0)
+    found = verdict(norm, [loss, norm])
     assert found.word == DIFFERS
-    sentence = evidence(other, found, [loss, other])
-    assert "0% of them below the published one" in sentence
-    assert "nearest to the published test loss (0.27) have 13, 13, 13" in sentence
+    sentence = evidence(norm, found, [loss, norm])
+    assert "published 12.7" in sentence and "13 to 21" in sentence and "0% of them" in sentence
+    assert "test loss (0.27) have 13, 13, 13" in sentence
+    none = row([], 0.2)
+    assert "diverged" in evidence(none, verdict(none, [none]), [none])
 
 
-class Outline(HTMLParser):
+def test_every_published_number_has_a_task():
+    tasks = reproduce.tasks(reproduce.Config(), "runs")
+    settings = {task.settings.setting: task.settings for task in tasks}
+    for module in (diag_nets, fc_nets, loss_surface):
+        for name in module.SETTINGS:
+            tables = module.PUBLISHED if module is loss_surface else module.PUBLISHED[name]
+            assert module.published(settings.pop(name)) == tables != {}
+    assert settings == {}
+
+
+class Page(HTMLParser):
+    """Table rows as lists of cells, list items, sources of images."""
+
     def __init__(self, text):
         super().__init__()
-        self.tags, self.sources, self.text = [], [], []
+        self.rows, self.items, self.sources, self.inside = [], [], [], ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
+        self.inside = tag
+        if tag == "tr":
+            self.rows.append([])
         self.sources += [value for name, value in attrs if name in ("src", "href")]
 
     def handle_data(self, data):
-        self.text.append(data)
+        if self.inside in ("th", "td"):
+            self.rows[-1].append(data)
+        elif self.inside == "li":
+            self.items.append(data)
+
+    def handle_endtag(self, tag):
+        self.inside = ""
 
 
-@pytest.fixture(scope="module")
-def reports(tmp_path_factory):
-    """All seven settings at a fiftieth of their steps; published numbers as if at all of them."""
-    patch = pytest.MonkeyPatch()
-    for module in (diag_nets, fc_nets, loss_surface):
-        short = {
-            name: replace(setting, num_steps=max(setting.num_steps // 50, 300))
-            for name, setting in module.SETTINGS.items()
-        }
-        patch.setattr(module, "SETTINGS", short)
-    runs_dir = tmp_path_factory.mktemp("runs")
-    config = reproduce.Config(
-        seeds=2, spectra_records=2, frames=0, workers=1, exp_name="<b>", runs_dir=str(runs_dir)
+def test_the_reports_hold_all_rows_sentences_and_figures(tmp_path):
+    (tmp_path / "a|b.png").write_bytes(b"\x89PNG, more or less")
+    rows = [SMALL, row(np.arange(33, 65), 0.5, "η = 1 | <2>"), row([1.0], None)]
+    found = [verdict(each, rows) for each in rows]
+    chapter = report.Chapter(
+        "D1", "python -m x", rows, found, [tmp_path / "a|b.png", tmp_path / "a.pdf"], ["a * b", "c"]
     )
-    chapters = reproduce.run(config)
-    patch.undo()
-    return chapters, runs_dir / "reproduce" / "<b>"
+    report.write(tmp_path, 32, [chapter, chapter], 12.3)
+    cells = [
+        list(report.HEADINGS),
+        ["small", "test loss", "16", "16 [2.5, 30]", "0%", found[0].word],
+        ["η = 1 | <2>", "test loss", "0.5", "48 [35, 62]", "0%", DIFFERS],
+    ]
+    page = Page((tmp_path / "report.html").read_text("utf-8"))
+    assert page.rows == 2 * cells and page.items == 2 * ["a * b", "c"]
+    uri = "data:image/png;base64," + base64.b64encode(b"\x89PNG, more or less").decode()
+    assert page.sources == [uri, uri]
+    tokens = MarkdownIt().enable("table").parse((tmp_path / "report.md").read_text("utf-8"))
+    texts = {kind: [] for kind in ("th", "td", "p")}
+    images = []
+    for before, token in itertools.pairwise(tokens):
+        if token.type == "inline" and before.tag in texts:
+            texts[before.tag].append("".join(part.content for part in token.children))
+            images += [part.attrs["src"] for part in token.children if part.type == "image"]
+    assert texts["th"] == 2 * cells[0] and texts["td"] == 2 * (cells[1] + cells[2])
+    assert texts["p"].count("a * b") == 2 and images == [uri, uri]
+    verdicts = records.read_json(tmp_path / "verdicts.json")
+    assert verdicts["score"] == report.score([chapter, chapter])
+    assert [each["word"] for each in verdicts["rows"]] == 2 * [found[0].word, DIFFERS]
+    assert verdicts["rows"][1]["p50"] == 48.5 and verdicts["rows"][1]["published"] == 0.5
 
 
 @pytest.mark.slow
-def test_the_reports_hold_every_row_and_figure_and_nothing_from_outside(reports):
-    chapters, folder = reports
-    published = [v for chapter in chapters for v in chapter.verdicts if v]
-    numbers = sum(
-        value is not None
-        for table in (*diag_nets.PUBLISHED.values(), *fc_nets.PUBLISHED.values())
-        for values in table.values()
-        for value in values
-    )
-    assert len(published) == numbers + len(loss_surface.PUBLISHED["test_loss"])
-    text = (folder / "report.html").read_text()
-    outline = Outline(text)
-    assert outline.tags.count("tr") == len(published) + len(chapters)
-    assert all(source.startswith("data:image/") for source in outline.sources)
-    figures = [p for c in chapters for p in c.figures if p.suffix in (".png", ".gif")]
-    assert len(outline.sources) == len(figures)
-    markdown = (folder / "report.md").read_text()
-    assert markdown.count("](data:image/") == len(figures) and "http" not in markdown
-    verdicts = records.read_json(folder / "verdicts.json")
-    assert len(verdicts["rows"]) == len(published)
-    words = {v.word for v in published}
-    assert words <= {AGREES, ORDERED, DIFFERS}
-    differing = sum(v.word == DIFFERS for v in published)
-    assert sum(len(chapter.evidence) for chapter in chapters) >= differing
-
-
-@pytest.mark.slow
-def test_side_by_side_in_processes_is_one_after_another(tmp_path):
+def test_in_processes_or_one_after_another_the_chapters_are_the_same(tmp_path):
     def tasks(name):
-        settings = replace(
-            diag_nets.SETTINGS["d1"],
-            seeds=2,
-            num_steps=300,
-            spectra_records=2,
-            runs_dir=str(tmp_path / name),
-        )
-        three = replace(fc_nets.SETTINGS["three-layer"], seeds=2, num_steps=300, spectra_records=2)
-        three = replace(three, runs_dir=str(tmp_path / name))
-        return [
-            reproduce.Task("D1", diag_nets, settings),
-            reproduce.Task("T3", fc_nets, three),
-        ]
+        short = {
+            "seeds": 2,
+            "num_steps": 300,
+            "spectra_records": 2,
+            "runs_dir": str(tmp_path / name),
+        }
+        settings = diag_nets.SETTINGS["d1"], fc_nets.SETTINGS["three-layer"]
+        return [reproduce.Task(each.setting, replace(each, **short)) for each in settings]
 
     here = [reproduce.chapter_of(task) for task in tasks("here")]
     there = reproduce.in_processes(tasks("there"), workers=2)
-    assert [chapter.title for chapter in there] == ["D1", "T3"]
     for mine, other in zip(here, there, strict=True):
-        assert [row.name for row in mine.rows] == [row.name for row in other.rows]
-        for ours, theirs in zip(mine.rows, other.rows, strict=True):
-            np.testing.assert_allclose(ours.values, theirs.values, rtol=1e-9)
-
-
-@pytest.mark.slow
-def test_what_a_worker_cannot_run_is_said(tmp_path):
-    wrong = replace(diag_nets.SETTINGS["d1"], seeds=0, runs_dir=str(tmp_path))
-    with pytest.raises(ValueError, match="--seeds is 0"):
-        reproduce.in_processes([reproduce.Task("D1", diag_nets, wrong)], workers=2)
-
-
-def test_bad_settings_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="--seeds is 1"):
-        reproduce.run(reproduce.Config(seeds=1, runs_dir=str(tmp_path)))
-    assert list(tmp_path.iterdir()) == []
+        assert (mine.title, len(mine.figures)) == (other.title, len(other.figures))
+        for row, same in zip(mine.rows, other.rows, strict=True):
+            np.testing.assert_allclose(row.values, same.values, rtol=1e-9)
+    wrong = reproduce.Task("D1", replace(diag_nets.SETTINGS["d1"], seeds=0, runs_dir=str(tmp_path)))
+    with pytest.raises(ValueError, match="--seeds"):
+        reproduce.in_processes([wrong], workers=2)

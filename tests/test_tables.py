@@ -1,15 +1,19 @@
-"""Our numbers beside the published ones."""
+"""Our numbers next to the published ones, on any terminal."""
 
-from pathlib import Path
+import io
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import xarray
 
-from experiments.figures import tables
+from experiments.figures import tables, terminal
 from experiments.storage import records
 
 QUANTITIES = {"test_loss": ("test loss", ".2g"), "rank": ("rank", ".0f"), "absent": ("x", ".0f")}
+PUBLISHED = {"test_loss": (3.5, 0.07)}
 
 
 @pytest.fixture
@@ -28,49 +32,88 @@ def dataset():
     )
 
 
-def test_rows_are_the_last_records_of_the_runs_that_are_left(dataset):
-    rows = tables.rows(dataset, QUANTITIES, {"test_loss": (3.5, 0.07)})
-    assert [(row.schedule, row.name) for row in rows] == [
-        ("small", "test_loss"),
-        ("small", "rank"),
-        ("large", "test_loss"),
-        ("large", "rank"),
+def test_rows_are_the_last_records_of_the_runs_that_did_not_diverge(dataset, tmp_path):
+    rows = tables.rows(dataset, QUANTITIES, PUBLISHED)
+    found = [(row.schedule, row.name, row.published, row.values.tolist()) for row in rows]
+    assert found == [
+        ("small", "test_loss", 3.5, [3, 9, 15]),
+        ("small", "rank", None, [20, 80, 140]),
+        ("large", "test_loss", 0.07, [6, 12]),
+        ("large", "rank", None, [50, 110]),
     ]
-    small, _, large, rank = rows
-    assert small.values.tolist() == [3, 9, 15] and small.published == 3.5
-    assert large.values.tolist() == [6, 12] and large.share_diverged == pytest.approx(1 / 3)
-    assert rank.values.tolist() == [50, 110] and rank.published is None
-    assert small.percentile(50) == 9
+    assert [row.share_diverged for row in rows] == pytest.approx([0, 0, 1 / 3, 1 / 3])
+    tables.write(tmp_path, rows)
+    entry = records.read_json(tmp_path / "summary.json")["rows"][2]
+    assert (entry["schedule"], entry["published"], entry["values"]) == ("large", 0.07, 2)
+    assert [entry[f"p{level}"] for level in (1, 50, 99)] == pytest.approx([6.06, 9, 11.94])
 
 
-def test_no_survivor_is_shown_as_a_dash(dataset, capsys):
-    dataset["train_loss"][:, 1, 2] = np.nan
-    rows = tables.rows(dataset, QUANTITIES, {})
-    assert np.isnan(rows[2].percentile(50)) and rows[2].show(rows[2].percentile(5)) == "–"
-    tables.show(Path("folder"), rows, title="Title")
-    assert "– [–, –]" in capsys.readouterr().out
-
-
-def test_the_terminal_shows_both_numbers(dataset, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    tables.show(
-        Path("folder"), tables.rows(dataset, QUANTITIES, {"test_loss": (3.5, 0.07)}), title="Title"
-    )
-    out = capsys.readouterr().out
-    assert "Title" in out and "0.07" in out and "9 [3.6, 14]" in out and "33%" in out
-
-
-def test_the_summary_is_read_as_it_was_written(dataset, tmp_path):
-    tables.write(tmp_path, tables.rows(dataset, QUANTITIES, {"test_loss": (3.5, 0.07)}))
-    rows = records.read_json(tmp_path / "summary.json")["rows"]
-    assert rows[2]["schedule"] == "large" and rows[2]["values"] == 2 and rows[2]["p50"] == 9
-    assert rows[2]["published"] == 0.07
-
-
-def test_curves_are_by_schedule_and_divergence_is_drawn_where_there_is_some(dataset):
+def test_curves_are_by_schedule_and_divergence_is_drawn_if_there_is_any(dataset):
     x, y = tables.lines(dataset["test_loss"])["large"]
     assert x.tolist() == [0, 5, 9] and y[:, 0].tolist() == [4, 10, 16]
     (panel,) = tables.diverged_panel(dataset, {})
-    shares = panel.lines["large"][1]
-    np.testing.assert_allclose(shares, [[0, 0, 100 / 3]])
+    np.testing.assert_allclose(panel.lines["large"][1], [[0, 0, 100 / 3]])
     assert tables.diverged_panel(dataset.isel(schedule=[0]), {}) == []
+
+
+@pytest.mark.parametrize("columns", ["0", "1", "120"])
+def test_the_table_has_both_numbers_whatever_the_width(
+    dataset, tmp_path, capsys, monkeypatch, columns
+):
+    monkeypatch.setenv("COLUMNS", columns)
+    dataset["train_loss"][:, 0, 2] = np.nan
+    tables.show(tmp_path, tables.rows(dataset, QUANTITIES, PUBLISHED), title="Title")
+    out = capsys.readouterr().out
+    assert all(text in out for text in ("Title", "0.07", "9 [6.3, 12]", "33%", "100%"))
+    assert "– [–, –]" in out and str(tmp_path) in out
+
+
+def test_an_encoding_without_the_characters_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    terminal.show("‖u⊙v‖₀")
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "closed", "pipe"])
+def test_output_that_nobody_takes_ends_no_run(kind):
+    program = (
+        "import sys; from experiments.figures import progress, terminal\n"
+        "with progress.of_runs(2) as advance: advance(2)\n"
+        "terminal.show('a line', sys.path); terminal.show('another'); print('more')"
+    )
+    if kind == "pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
+    redirect = " >&-" if kind == "closed" else ""
+    command = ["sh", "-c", f'exec "$0" -c "$1"{redirect}', sys.executable, program]
+    run = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert run.returncode == 0
+    assert len(run.stderr.splitlines()) == (kind != "closed")
+
+
+@pytest.mark.slow
+def test_a_command_finishes_in_odd_surroundings(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: none\nno such key: 1\n")
+    odd = {
+        "MPLBACKEND": "module://matplotlib_inline.no_such_backend",
+        "MATPLOTLIBRC": str(tmp_path),
+        "PYTHONIOENCODING": "ascii",
+        "PYTHONWARNINGS": "error::UserWarning",
+        "LC_ALL": "C",
+        "TERM": "dumb",
+        "COLUMNS": "1",
+    }
+    flags = "--n 10 --d 12 --support 3 --seeds 2 --num_steps 300 --spectra_records 2 --exp_name ⊙"
+    command = [sys.executable, "-m", "experiments.diag_nets", *flags.split()]
+    run = subprocess.run(
+        [*command, "--runs_dir", str(tmp_path)], env=os.environ | odd, capture_output=True
+    )
+    assert (run.returncode, run.stderr) == (0, b"")
+    assert b"median [5 %, 95 %]" in run.stdout
+    folder = tmp_path / "diag_nets" / "⊙"
+    figures = {path.name for path in (folder / "figures").iterdir()}
+    assert figures == {"diag_nets_d1.png", "diag_nets_d1.pdf"}
+    assert (folder / "summary.json").exists()

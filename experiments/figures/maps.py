@@ -47,7 +47,7 @@ def figure(
 
 
 def draw(fig: Any, ax: Any, panel: Map) -> None:
-    """Draws one map, and beside it the colour bar or the names of its classes."""
+    """Draws one map, and next to it the colour bar or the names of its classes."""
     from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
     from matplotlib.ticker import LogLocator
 

@@ -1,60 +1,73 @@
-"""The live view of a run: a bar with its last numbers, and TensorBoard where asked for. No JAX."""
+"""The live view of a run: a bar with its last numbers, and TensorBoard if requested. No JAX."""
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.figures import terminal
+
+
+def bar() -> Any:
+    """A rich progress bar; in a file or a pipe it would be noise, and is not shown."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), "{task.description}", TimeRemainingColumn())
+    return Progress(*columns, disable=not Console().is_terminal)
+
+
+@contextlib.contextmanager
+def of_runs(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` runs; yields `advance(count)`."""
+    with bar() as shown:
+        task = shown.add_task("compiling, then running", total=total)
+        yield lambda count: shown.update(task, advance=count, description="runs")
+
 
 class Live:
-    """`on_call(step)` moves the bar, `on_row(row)` prints a row and files it; `close()` at the end.
+    """The view of a training run from step `done` to `total`; close it at the end.
 
     `board` is a folder for TensorBoard's files, or None.
     """
 
     def __init__(self, done: int, total: int, batch_size: int, board: Path | None = None):
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-        columns = (BarColumn(), MofNCompleteColumn(), "{task.description}", TimeRemainingColumn())
-        self.bar = Progress(*columns)
+        self.bar = bar()
         self.task = self.bar.add_task("compiling", total=total, completed=done)
         self.batch_size = batch_size
         self.since = done, time.perf_counter()
         self.numbers = ""
-        self.board = _writer(board) if board else None
+        self.board = None
+        if board:
+            from tensorboardX import SummaryWriter
+
+            self.board = SummaryWriter(str(board))
         self.bar.start()
 
     def close(self) -> None:
-        """Gives the terminal back, and ends TensorBoard's file."""
+        """Restores the terminal, and ends TensorBoard's file."""
         self.bar.stop()
         if self.board:
             self.board.close()
 
     def on_call(self, step: int) -> None:
-        """Steps up to `step` are under way."""
+        """Moves the bar to `step`."""
         start, at = self.since
         rate = (step - start) * self.batch_size / (time.perf_counter() - at)
-        self.bar.update(
-            self.task, completed=step, description=f"{rate:.0f} images/s {self.numbers}"
-        )
+        label = f"{rate:.0f} images/s {self.numbers}"
+        self.bar.update(self.task, completed=step, description=label)
 
     def on_row(self, row: dict[str, Any]) -> None:
-        """An evaluation is done."""
-        shares = " / ".join(
-            f"{value:.0%}" for name, value in row.items() if name.startswith("train/distinct/")
-        )
-        self.numbers = (
-            f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}, active {shares}"
-        )
-        self.bar.console.print(f"step {row['step']}: {self.numbers}")
+        """Prints an evaluation, and adds it to TensorBoard."""
+        head = "train/distinct/"
+        shares = " / ".join(f"{value:.0%}" for name, value in row.items() if name.startswith(head))
+        losses = f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}"
+        self.numbers = f"{losses}, active {shares}"
+        terminal.show(f"step {row['step']}: {self.numbers}")
         if self.board:
             for name, value in row.items():
                 if name not in ("step", "epoch"):
                     self.board.add_scalar(name, value, row["step"])
             self.board.flush()
         self.since = row["step"], time.perf_counter()  # evaluations are no training time
-
-
-def _writer(folder: Path) -> Any:
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(folder))

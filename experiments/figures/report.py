@@ -1,4 +1,4 @@
-"""The report of a reproduction: every published number and ours, as Markdown, HTML and JSON."""
+"""The report of a reproduction: published numbers and our runs, as Markdown, HTML and JSON."""
 
 import base64
 import re
@@ -11,7 +11,14 @@ from experiments.figures.verdicts import AGREES, ORDERED, Verdict
 from experiments.storage import records
 
 TITLE = "The paper's toy experiments, reproduced"
-HEADINGS = ("setting", "quantity", "published", "ours: median [5 %, 95 %]", "diverged", "verdict")
+HEADINGS = (
+    "setting",
+    "quantity",
+    "published",
+    "our median [5 %, 95 %]",
+    "diverged",
+    "verdict",
+)
 
 
 class Chapter(NamedTuple):
@@ -101,16 +108,7 @@ def table(chapter: Chapter) -> list[tuple[str, ...]]:
 def summary(chapters: Sequence[Chapter], seconds: float) -> dict[str, Any]:
     """The content of verdicts.json: the score, and every row with its verdict."""
     rows = [
-        {
-            "chapter": chapter.title,
-            "schedule": row.schedule,
-            "quantity": row.quantity,
-            "published": row.published,
-            "runs": len(row.values),
-            "share_diverged": row.share_diverged,
-            **row.percentiles(),
-            **found._asdict(),
-        }
+        {"chapter": chapter.title, "runs": len(row.values)} | row.entry() | found._asdict()
         for chapter in chapters
         for row, found in zip(chapter.rows, chapter.verdicts, strict=True)
         if found is not None

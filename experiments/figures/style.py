@@ -45,14 +45,12 @@ def drawing(
 def _matplotlib() -> Any:
     """Imports matplotlib without the user's settings: a bad one would end the import."""
     first = "matplotlib" not in sys.modules
-    ours = {"MPLBACKEND": "", "MATPLOTLIBRC": os.devnull}
-    users = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    users = {name: os.environ.get(name, "") for name in ("MPLBACKEND", "MATPLOTLIBRC")}
+    os.environ.update(MPLBACKEND="", MATPLOTLIBRC=os.devnull)
     try:
         import matplotlib
     finally:
-        for name, value in users.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        os.environ.update(users)
     if first and users["MPLBACKEND"]:  # a notebook that plots after us needs its backend
         with contextlib.suppress(ValueError):
             matplotlib.rcParams["backend"] = users["MPLBACKEND"]

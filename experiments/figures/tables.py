@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -37,9 +37,10 @@ class Row(NamedTuple):
         """Over the finite runs; NaN if there are none."""
         return float(np.percentile(self.values, level)) if len(self.values) else float("nan")
 
-    def percentiles(self) -> dict[str, float]:
-        """p1, p5, p50, p95 and p99."""
-        return {f"p{level}": self.percentile(level) for level in (1, 5, 50, 95, 99)}
+    def entry(self) -> dict[str, Any]:
+        """The row for JSON: the number of values and their percentiles in place of the values."""
+        levels = {f"p{level}": self.percentile(level) for level in (1, 5, 50, 95, 99)}
+        return self._asdict() | {"values": len(self.values)} | levels
 
     def show(self, value: float) -> str:
         """A value in the quantity's format; a dash for NaN."""
@@ -72,8 +73,7 @@ def rows(
 
 def write(folder: Path, rows: Sequence[Row]) -> None:
     """Writes summary.json: every row with its percentiles and the number of its values."""
-    entries = [row._asdict() | {"values": len(row.values)} | row.percentiles() for row in rows]
-    records.write_json(folder / "summary.json", {"rows": entries})
+    records.write_json(folder / "summary.json", {"rows": [row.entry() for row in rows]})
 
 
 def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:

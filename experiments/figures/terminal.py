@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-NARROWEST = 60  # columns; a table of fewer can't be read
+NARROWEST = 80  # columns; narrower tables are hard to read
 
 
 def show(*parts: Any) -> None:
@@ -26,5 +26,5 @@ def show(*parts: Any) -> None:
     except UnicodeError as error:
         logging.getLogger(__name__).warning("Standard output can't show the results (%s)", error)
     except OSError as error:
-        logging.getLogger(__name__).warning("Standard output is gone (%s)", error)
+        logging.getLogger(__name__).warning("Standard output fails (%s)", error)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -64,15 +64,20 @@ def evidence(row: Row, found: Verdict, rows: Sequence[Row]) -> str:
         return f"{where}; all of our runs diverged, as the original does on other machines."
     below = float(np.mean(row.values < published))
     parts = [
-        f"{where}; ours {row.show(row.percentile(1))} to {row.show(row.percentile(99))} (1-99 %) "
-        f"over {len(row.values)} runs, {below:.0%} of them below the published one, "
+        f"{where}; our runs {row.show(row.percentile(1))} to {row.show(row.percentile(99))} "
+        f"(1-99 % of {len(row.values)}), {below:.0%} of them below the published one, "
         f"{row.share_diverged:.0%} diverged"
     ]
     if np.isfinite(found.confidence):
         parts.append(
             f"the order to “{found.reference}” holds with confidence {found.confidence:.0%}"
         )
-    others = [r for r in rows if r.schedule == row.schedule and r is not row and r.published]
+    others = [
+        other
+        for other in rows
+        if other.schedule == row.schedule and other is not row and other.published
+        if len(other.values) == len(row.values)  # so that index i is the same run in both
+    ]
     if others:  # a chaotic run can't be repeated, so look at the runs that resemble it
         other = others[0]
         nearest = np.argsort(np.abs(np.log(other.values / other.published)))[:3]
