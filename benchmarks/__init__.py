@@ -1,1 +1,1 @@
-"""Measurements: each module times both sides in one run and writes a JSON beside its peers."""
+"""Measurements: each module times both sides in one run and writes its results as JSON."""

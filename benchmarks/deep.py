@@ -1,15 +1,15 @@
-"""Image classifiers: a training step, an epoch and an evaluation, ours and PyTorch's, in turn.
+"""Image classifiers: a training step, an epoch and an evaluation, in JAX and in PyTorch, in turn.
 
     python -m benchmarks.deep --nets resnet18_plain wrn28 densenet100_12 --batch_size 256 \\
         --precision bf16 --out benchmarks/results/deep.json
 
 Both sides: random 32 x 32 images as uint8 on the device, crops and flips, cross-entropy, SGD with
-momentum 0.9 and an L2 penalty of 5e-4, a moving average of the weights. Ours is what
-`experiments.resnet_cifar` runs. PyTorch's is channels-last, compiled where that works, and under
+momentum 0.9 and an L2 penalty of 5e-4, a moving average of the weights. JAX runs the program of
+`experiments.resnet_cifar`. PyTorch's is channels-last, compiled where that works, and under
 autocast at bf16. At fp32 both multiply in tf32 where JAX does by default: on recent NVIDIA GPUs.
 
 FLOP/s count convolutions and the last layer by formula (`peaks.step_flop`), alike for both sides;
-XLA's own count of the compiled step stands beside it. Drawing the order of examples is part of an
+XLA's own count of the compiled step is printed too. Drawing the order of examples is part of an
 epoch, not of a step. Two idle CPU cores take half a minute for `--nets resnet18_plain --width 8
 --batch_size 16 --rounds 1`.
 """
@@ -22,8 +22,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from sgd_sparse_jax.models import from_linen
-
 # Both frameworks live in one process: neither may take all of the device's memory.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
@@ -33,7 +31,7 @@ import numpy as np
 
 from benchmarks import peaks, timing
 from benchmarks.deep_plan import EVAL_BATCH, SHAPE, Config, Plan, command, complete, validate
-from benchmarks.deep_sides import Side, Training, memory_peak, our_side, torch_device, torch_sides
+from benchmarks.deep_sides import Side, Training, jax_side, memory_peak, torch_device, torch_sides
 from benchmarks.deep_table import show
 from experiments.launch import cli
 from sgd_sparse_jax import measure, train
@@ -87,26 +85,26 @@ def measure_ceilings(plan: Plan) -> dict[str, float | int]:
 def measure_net(name: str, plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Any]:
     """One network: steps of all sides in turn, then our epoch and our evaluation."""
     before = memory_peak()
-    ours = Training(name, plan)
+    training = Training(name, plan)
     print(f"-- {name}", flush=True)
-    sides = {f"ours, {k} per call": our_side(ours, k) for k in plan.calls}
+    sides = {f"JAX, {k} per call": jax_side(training, k) for k in plan.calls}
     peak = memory_peak()
     theirs, failed = torch_sides(name, plan)
-    flop = peaks.step_flop(ours.model, (plan.config.batch_size, *SHAPE))
+    flop = peaks.step_flop(training.model, (plan.config.batch_size, *SHAPE))
     rows = timed(sides | theirs, flop, plan, ceilings)
-    best = min(plan.calls, key=lambda k: rows[f"ours, {k} per call"]["ms_per_step"])
-    chosen = rows[f"ours, {best} per call"]
+    best = min(plan.calls, key=lambda k: rows[f"JAX, {k} per call"]["ms_per_step"])
+    chosen = rows[f"JAX, {best} per call"]
     return {
         "width": plan.config.width or "default",
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(ours.state.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(training.state.params)),
         "step_flop": flop,
         "sides": rows,
         "torch_failed": failed,
         # Known where this network raised it: a process has one high-water mark.
         "our_peak_bytes": peak if peak > before else None,
         "floors": floors(flop, rows, ceilings),
-        "evaluation": evaluation(ours),
-        "epoch": epoch(ours, best, chosen["ms_per_step"]),
+        "evaluation": evaluation(training),
+        "epoch": epoch(training, best, chosen["ms_per_step"]),
     }
 
 
@@ -135,8 +133,8 @@ def timed(
 def floors(
     flop: int, sides: Mapping[str, Mapping[str, Any]], ceilings: Mapping[str, float]
 ) -> dict[str, float | None]:
-    """What a step of ours can't be faster than: its operations, and the bytes XLA says it moves."""
-    row = sides.get("ours, 1 per call", {})
+    """Lower bounds of a step's time: its operations, and XLA's count of bytes, at peak rates."""
+    row = sides.get("JAX, 1 per call", {})
     moved, counted = row.get("xla_bytes"), row.get("xla_flop")
     devices = jax.device_count()  # XLA counts what one of them does
     return {
@@ -146,31 +144,32 @@ def floors(
     }
 
 
-def epoch(ours: Training, per_call: int, ms_per_step: float) -> dict[str, Any]:
-    """The second of two epochs through `train.windows`: order, losses fetched, states checked."""
-    stops = (ours.per_epoch, 2 * ours.per_epoch)
+def epoch(training: Training, per_call: int, ms_per_step: float) -> dict[str, Any]:
+    """The second of two epochs of `train.windows`: order drawn, losses fetched, states checked."""
+    stops = (training.per_epoch, 2 * training.per_epoch)
     run = train.windows(
-        jr.key(2), ours.start(), ours.sampler, ours.segment, stops, steps_per_call=per_call
+        *(jr.key(2), training.start(), training.sampler, training.segment, stops),
+        steps_per_call=per_call,
     )
     stamps = [time.perf_counter() for _ in run]
     seconds = stamps[1] - stamps[0]
     return {
         "seconds": seconds,
-        "steps": ours.per_epoch,
+        "steps": training.per_epoch,
         "steps_per_call": per_call,
-        "over_steps": seconds / (1e-3 * ms_per_step * ours.per_epoch),
+        "over_steps": seconds / (1e-3 * ms_per_step * training.per_epoch),
     }
 
 
-def evaluation(ours: Training) -> dict[str, Any]:
-    """One evaluation, without and with sparsity, beside its bare forward passes."""
-    key, n = jr.key(3), len(ours.plan.test_images.labels)
-    devices, shard = jax.device_count(), train.split_examples(ours.mesh)
+def evaluation(training: Training) -> dict[str, Any]:
+    """One evaluation, without and with sparsity, and its bare forward passes."""
+    key, n = jr.key(3), len(training.plan.test_images.labels)
+    devices, shard = jax.device_count(), train.split_examples(training.mesh)
     batch = math.ceil(min(EVAL_BATCH, n) / devices) * devices
-    fetch = ours.fetch_from(ours.plan.test_images, augmented=False)
+    fetch = training.fetch_from(training.plan.test_images, augmented=False)
     make = partial(
         measure.make_evaluation,
-        from_linen(ours.model),
+        training.network,
         train.cross_entropy,
         fetch,
         batch=batch,
@@ -183,18 +182,18 @@ def evaluation(ours: Training) -> dict[str, Any]:
 
     @jax.jit
     def forward(params, stats, idx):
-        logits, _ = ours.model.apply({"params": params, **stats}, fetch(key, shard(idx)).x)
-        return logits
+        return training.network.apply(params, stats, fetch(key, shard(idx)).x).out
 
-    state, rows = ours.state, [np.arange(k, k + batch) % n for k in range(0, n, batch)]
+    state, rows = training.state, [np.arange(k, k + batch) % n for k in range(0, n, batch)]
     passes = lambda: [forward(state.params, state.stats, idx.astype(np.int32)) for idx in rows]
-    gauges = {"evaluation": make(), "with_sparsity": sparsity}
+    evaluations = {"evaluation": make(), "with_sparsity": sparsity}
     sides = {"forward": lambda: jax.block_until_ready(passes())} | {
-        name: partial(gauge, key, state.params, state.stats, n) for name, gauge in gauges.items()
+        name: partial(evaluate, key, state.params, state.stats, n)
+        for name, evaluate in evaluations.items()
     }
-    seconds = timing.rounds(sides, ours.plan.config.rounds)
+    seconds = timing.rounds(sides, training.plan.config.rounds)
     middle = {name: statistics.median(values) for name, values in seconds.items()}
-    over = {f"{name}_over_forward": middle[name] / middle["forward"] for name in gauges}
+    over = {f"{name}_over_forward": middle[name] / middle["forward"] for name in evaluations}
     return {"images": n} | {f"{name}_s": value for name, value in middle.items()} | over
 
 

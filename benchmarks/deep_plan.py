@@ -1,4 +1,4 @@
-"""What `benchmarks.deep` is asked for, and what that means on the device at hand."""
+"""The flags of `benchmarks.deep`, and their defaults on the device at hand."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ LISTS = ("nets", "steps_per_call", "torch_modes")  # flags that take several val
 
 @dataclass(frozen=True)
 class Config:
-    """Times training steps, epochs and evaluations of image classifiers, ours and PyTorch's."""
+    """Times training steps, epochs and evaluations of image classifiers in JAX and PyTorch."""
 
     nets: tuple[str, ...] = TORCH_NETS
     """Networks by name; PyTorch's side knows these three."""
@@ -43,7 +43,7 @@ class Config:
     precision: Literal["bf16", "fp32"] = "bf16"
     """Of convolutions; parameters are float32 in both."""
     steps_per_call: tuple[int, ...] = (1, 5, 25)
-    """Steps in one compiled call of ours, each tried; on CPUs always 1."""
+    """Steps in one compiled call of JAX, each tried; on CPUs always 1."""
     torch_modes: tuple[str, ...] = ()
     """PyTorch's: eager, or a mode of torch.compile (none given: eager on CPUs, else default and
     reduce-overhead)."""
@@ -73,7 +73,7 @@ class Plan(NamedTuple):
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError, in the words of the flags, for what can't be run."""
+    """Raises ValueError, by the name of the flag, for what can't be run."""
     for field, least in {"batch_size": 1, "rounds": 1, "width": 0, "steps": 0}.items():
         if getattr(config, field) < least:
             raise ValueError(f"--{field} is {getattr(config, field)}; it must be {least} or more.")

@@ -1,4 +1,4 @@
-"""The sides of `benchmarks.deep`: our training of a network and PyTorch's, ready to be timed."""
+"""The sides of `benchmarks.deep`: training of a network in JAX and in PyTorch."""
 
 import math
 import time
@@ -24,7 +24,6 @@ from benchmarks.deep_plan import (
 )
 from experiments.deep import setup
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Fetch, TrainState
 
 
@@ -38,26 +37,24 @@ class Side(NamedTuple):
 
 
 class Training:
-    """Our training of one network, put together as `experiments.resnet_cifar` does."""
+    """Training of one network in JAX, put together as `experiments.resnet_cifar` does."""
 
     def __init__(self, name: str, plan: Plan):
         batch, width = plan.config.batch_size, plan.config.width or None
         self.plan, self.per_epoch = plan, len(plan.images.labels) // batch
         self.model = models.build(name, classes=CLASSES, width=width, dtype=plan.dtype)
+        self.network = models.from_linen(self.model)
         self.mesh = train.data_mesh()
         tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(STEP_SIZE, MOMENTUM))
-        step = train.make_step(
-            train.make_objective(from_linen(self.model), train.cross_entropy),
-            tx,
-            ema_decay=AVERAGE_DECAY,
-        )
+        objective = train.make_objective(self.network, train.cross_entropy)
+        step = train.make_step(objective, tx, ema_decay=AVERAGE_DECAY)
         fetch = self.fetch_from(plan.images, augmented=True)
         self.segment = train.make_segment(
             step, fetch, shard=train.split_examples(self.mesh), unroll=1
         )
         self.sampler = train.reshuffled_epochs(len(plan.images.labels), batch)
         x = jnp.zeros((1, *SHAPE), jnp.float32)
-        init = partial(train.init_state, network=from_linen(self.model), tx=tx, x=x, averaged=True)
+        init = partial(train.init_state, network=self.network, tx=tx, x=x, averaged=True)
         self.fresh = jax.jit(init)
         self.state = self.start()
 
@@ -76,27 +73,27 @@ def memory_peak() -> int:
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
-def our_side(ours: Training, per_call: int) -> Side:
+def jax_side(training: Training, per_call: int) -> Side:
     """Calls of `per_call` steps, compiled here; the order of examples is drawn beforehand."""
-    plan, key = ours.plan, jr.key(1)
+    plan, key = training.plan, jr.key(1)
     count = math.ceil(plan.steps / per_call)
-    draw = jax.jit(ours.sampler, static_argnums=2)
+    draw = jax.jit(training.sampler, static_argnums=2)
     calls = np.asarray(draw(key, 0, count * per_call)).reshape(count, per_call, -1)
-    advance = jax.jit(ours.segment, donate_argnums=1)
+    advance = jax.jit(training.segment, donate_argnums=1)
 
     def some(indices: np.ndarray) -> None:
         for rows in indices:
-            ours.state, _ = advance(key, ours.state, rows)
-        jax.block_until_ready(ours.state)
+            training.state, _ = advance(key, training.state, rows)
+        jax.block_until_ready(training.state)
 
     begin = time.perf_counter()
-    compiled = advance.lower(key, ours.state, calls[0]).compile()  # jit finds it again
+    compiled = advance.lower(key, training.state, calls[0]).compile()  # jit finds it again
     facts = {"compile_s": time.perf_counter() - begin}
     some(calls[:1])
     facts |= {"first_call_s": time.perf_counter() - begin}
     facts |= counted_by_xla(compiled, per_call)
     print(
-        f"ours, {per_call} per call: first call done after {facts['first_call_s']:.1f} s",
+        f"JAX, {per_call} per call: first call done after {facts['first_call_s']:.1f} s",
         flush=True,
     )
     return Side(lambda: some(calls), count * per_call, jax.device_count(), facts)

@@ -14,11 +14,11 @@ def show(name: str, results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     net, console = results["nets"][name], Console()
-    words = (name, f"{net['parameters']:,} parameters", f"batch {results['batch_size']}")
-    table = Table(title=", ".join((*words, results["precision"], results["device_kind"])))
+    title = (name, f"{net['parameters']:,} parameters", f"batch {results['batch_size']}")
+    table = Table(title=", ".join((*title, results["precision"], results["device_kind"])))
     table.caption = (
-        "peak: of matrix products; start: until the first call is done; GiB: ours as the compiler "
-        f"plans it, PyTorch's as allocated. Devices: {jax.device_count()} of ours, 1 of PyTorch's."
+        "peak: of matrix products; start: until the first call is done; GiB: in JAX as "
+        f"compiled, in PyTorch as allocated. Devices: JAX {jax.device_count()}, PyTorch 1."
     )
     table.add_column("side", no_wrap=True)
     headings = ("ms/step", "images/s", "TFLOP/s", "of peak", "start (s)", "GiB")
@@ -52,18 +52,20 @@ def remarks(net: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
         f"{known(floor['xla_step_gflop'], 'GFLOP by XLA')}; at least "
         f"{floor['operations_ms']:.4g} ms for its operations and "
         f"{known(floor['memory_ms'], 'ms for the bytes that our program accesses')}",
-        f"an epoch of ours: {whole['seconds']:.4g} s for {whole['steps']} steps, "
+        f"an epoch in JAX: {whole['seconds']:.4g} s for {whole['steps']} steps, "
         f"{whole['steps_per_call']} per call, {whole['over_steps']:.3f} of its steps alone",
-        f"an evaluation of ours on {seen['images']:,} images: {seen['evaluation_s']:.4g} s, "
+        f"an evaluation in JAX on {seen['images']:,} images: {seen['evaluation_s']:.4g} s, "
         f"{seen['evaluation_over_forward']:.3f} of its forward passes; with sparsity "
         f"{seen['with_sparsity_s']:.4g} s, {seen['with_sparsity_over_forward']:.3f} of them",
     ]
     if net["our_peak_bytes"]:
         peak = net["our_peak_bytes"] / GIB
-        lines.append(f"our allocator's peak: {peak:.2f} GiB, autotuning while compiling included")
+        lines.append(
+            f"peak of JAX's allocator: {peak:.2f} GiB, autotuning while compiling included"
+        )
     lines += [f"torch, {mode} failed: {why}" for mode, why in net["torch_failed"].items()]
     if results["no_torch"]:
-        lines.append(f"ours only: {results['no_torch']}")
+        lines.append(f"JAX only: {results['no_torch']}")
     elif not any(side.startswith("torch") for side in net["sides"]):
-        lines.append("ours only: PyTorch's side has no network of that name, or none that ran.")
+        lines.append("JAX only: PyTorch's side has no network of that name, or none that ran.")
     return lines

@@ -1,10 +1,10 @@
-"""What a run costs beside its steps: the bar and rows that tell of it, and the states it saves.
+"""The overhead of a run over its steps: progress bar and records, and saving of states.
 
     python -m benchmarks.overheads --batch_size 32 --out benchmarks/results/overheads.json
 
-Each side is the same steps through `train.windows`, in turn: bare; with the bar moved at every call
-and a row written; with a save after the first quarter, whose files are written beside the steps
-that follow. At the default cadence a run saves every 300 seconds, and at every evaluation.
+Each side runs the same steps, in turn: bare; with the bar moved at every call and records written;
+with a save after the first quarter, whose files are written during the steps that follow. By
+default a run saves every 300 seconds, and at every evaluation.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ class Config:
 
 
 class Sides:
-    """The three ways through the same steps; how long each save kept the loop is noted beside."""
+    """The same steps in three ways, and for how long each save blocks the loop."""
 
     def __init__(self, config: Config, folder: Path):
         plan = deep_plan.complete(
@@ -69,9 +69,9 @@ class Sides:
 
     def windows(self, *stops: int, **hooks: Any) -> Iterator[train.Window]:
         """The steps, with stops before their end."""
-        ours, every = self.training, self.steps_per_call
+        training, every = self.training, self.steps_per_call
         stops = (*stops, self.config.steps)
-        parts = (jr.key(2), ours.start(), ours.sampler, ours.segment, stops)
+        parts = (jr.key(2), training.start(), training.sampler, training.segment, stops)
         return train.windows(*parts, steps_per_call=every, **hooks)
 
     def bare(self) -> None:
@@ -79,7 +79,7 @@ class Sides:
         list(self.windows())
 
     def watched(self) -> None:
-        """With the bar and rows of `experiments.resnet_cifar`."""
+        """With the progress bar and records of `experiments.resnet_cifar`."""
         live = progress.Live(0, self.config.steps, self.config.batch_size)
         row = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
         try:
@@ -100,7 +100,7 @@ class Sides:
                     self.blocked.append(time.perf_counter() - begin)
 
     def alone(self) -> float:
-        """Seconds until a state is on disk, with nothing beside."""
+        """Seconds until a state is on disk, without steps meanwhile."""
         state = jax.block_until_ready(self.training.start())
         with self.checkpoints() as checkpoints:
             begin = time.perf_counter()
@@ -110,7 +110,7 @@ class Sides:
 
     @contextlib.contextmanager
     def checkpoints(self) -> Iterator[Any]:
-        """A place for states that goes at the end."""
+        """A temporary folder for states."""
         with (
             tempfile.TemporaryDirectory(dir=self.folder) as place,
             train.open_checkpoints(place) as checkpoints,
@@ -165,8 +165,8 @@ def run(config: Config) -> dict[str, Any]:
 
 def command(config: Config) -> str:
     """The command line that runs `config` again."""
-    words = [f"--{name} {value}" for name, value in vars(config).items() if value is not None]
-    return f"python -m benchmarks.overheads {' '.join(words)}"
+    flags = [f"--{name} {value}" for name, value in vars(config).items() if value is not None]
+    return f"python -m benchmarks.overheads {' '.join(flags)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured, and what a training step asks of it, counted."""
+"""The highest rates of a device, measured, and the operations of a training step, counted."""
 
 import math
 import statistics

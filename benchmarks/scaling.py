@@ -7,7 +7,7 @@ The step is that of `experiments.resnet_cifar` on 32 x 32 images: crops, flips, 
 penalty, averaged weights. It is compiled for several devices and never run: for CPUs, or for the
 TPUs of `--topology`, which need not be there (`pip install -e .[tpu]` brings their compiler; at a
 machine without TPUs its complaints about missing ones are harmless). Step times are estimates from
-published peaks and assumed utilisation: `estimate` says how. Two cores take two minutes.
+published peaks and assumed utilisation: see `estimate`. Two cores take two minutes.
 """
 
 import math
@@ -30,7 +30,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from benchmarks import deep_plan, peaks, timing
 from experiments.launch import cli
 from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Batch
 
 NETS = ("resnet18_plain", "resnet34", "wrn28", "vgg16", "densenet100_12")
@@ -158,14 +157,16 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def devices_of(config: Config) -> Sequence[Any]:
-    """CPUs of this machine, as many as asked for, or descriptions of TPUs."""
+    """CPUs of this machine, `--devices` of them, or descriptions of TPUs."""
     jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator would only be held
     if not config.topology:
         jax.config.update("jax_num_cpu_devices", config.devices)
         return jax.devices()
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks Google's cloud where it is
+    os.environ.setdefault(
+        "TPU_SKIP_MDS_QUERY", "1"
+    )  # else it queries Google's cloud for its location
     try:
         return topologies.get_topology_desc(config.topology, platform="tpu").devices
     except Exception as error:
@@ -249,11 +250,9 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
     tx = optax.chain(
         optax.add_decayed_weights(deep_plan.L2), optax.sgd(deep_plan.STEP_SIZE, deep_plan.MOMENTUM)
     )
-    step = train.make_step(
-        train.make_objective(from_linen(model), train.cross_entropy),
-        tx,
-        ema_decay=deep_plan.AVERAGE_DECAY,
-    )
+    network = models.from_linen(model)
+    objective = train.make_objective(network, train.cross_entropy)
+    step = train.make_step(objective, tx, ema_decay=deep_plan.AVERAGE_DECAY)
 
     def program(pixels, key, state, indices):
         def fetch(key, idx):
@@ -268,7 +267,7 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
         jax.tree.map, lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere)
     )
     x = jnp.zeros((1, *deep_plan.SHAPE), jnp.float32)
-    init = partial(train.init_state, network=from_linen(model), tx=tx, x=x, averaged=True)
+    init = partial(train.init_state, network=network, tx=tx, x=x, averaged=True)
     key = jax.eval_shape(lambda: jr.key(0))
     state = jax.eval_shape(init, key)
     one = deep_plan.SHAPE if config.images_as_maps else (math.prod(deep_plan.SHAPE),)
@@ -333,7 +332,7 @@ def show(results: Mapping[str, Any]) -> None:
     console, mega = Console(), 1e6
     counts = Table(title=f"one step of {results['batch_size']}, {results['compiled_for']}")
     headings = ("net", "parameters", "norm channels", "GFLOP/image", "state MB", "gradients MB")
-    headings += ("norms KB", "all-reduces", "sent MB", "temporary MB", "kept MB/image")
+    headings += ("norms KB", "all-reduces", "sent MB", "temporary MB", "saved MB/image")
     for heading in headings:
         counts.add_column(heading, justify="left" if heading == "net" else "right")
     guesses = Table(title="estimates: ms computing + gradients + waiting, and efficiency")

@@ -20,7 +20,7 @@ from experiments.toy import problems
 
 
 def main() -> None:
-    """Measures, prints, and writes JSON and a figure beside it."""
+    """Measures, prints, and writes JSON and a figure next to it."""
     args = timing.arguments(__doc__, most=4096, steps=2_000, points=8, repeats=3)
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     jax.config.update("jax_enable_x64", True)
@@ -28,7 +28,7 @@ def main() -> None:
     counts = [4**k for k in range(12) if 4**k <= args.most]
     seconds = timing.rounds(
         {
-            str(count): toys.our_side(toy, args.steps, count, toys.DIAGONAL_STEP_SIZE)
+            str(count): toys.jax_side(toy, args.steps, count, toys.DIAGONAL_STEP_SIZE)
             for count in counts
         },
         args.repeats,

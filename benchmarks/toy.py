@@ -1,18 +1,17 @@
-"""Toy networks: the loops of the field and ours, in turn (sizes of the paper, float64).
+"""Toy networks: the field's loops and this library's sweeps (sizes of the paper, float64).
 
     python -m benchmarks.toy --out benchmarks/results/toy.json
 
-Diagonal nets (D1): a NumPy loop over mini-batches, the shortest NumPy loop (which knows that
-b = 1), a numba loop over all cores, ours. Fully connected nets (F1, T1, T3): a PyTorch loop on one
-thread (more make it slower), ours. Jacobian ranks of D1's records: NumPy's SVD of [X*u, X*v], ours.
-Each round times every side once; numbers are medians over rounds, ratios are taken round by round.
+Diagonal networks (D1): a NumPy loop over mini-batches, the shortest NumPy loop (for b = 1 only), a
+numba loop over all cores, JAX. Fully connected networks (F1, T1, T3): a PyTorch loop on one thread
+(more threads are slower), JAX. Jacobian ranks of D1's records: NumPy's SVD of [X*u, X*v], JAX. Each
+round times every side once; numbers are medians over rounds, ratios are taken round by round.
 """
 
 import os
 
-from sgd_sparse_jax.train import make_objective
-
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # for ours; NumPy's own BLAS reads it as well
+# Before JAX and NumPy are imported: several XLA devices share the cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from sgd_sparse_jax import measure
 from sgd_sparse_jax.train import (
     Probe,
     init_state,
+    make_objective,
     make_segment,
     make_step,
     make_sweep,
@@ -41,7 +41,7 @@ INIT_SCALE = 0.1
 
 
 def numpy_side(toy: problems.Toy, steps: int, batch: int = 1):
-    """One run for any batch size, as the equations are; draws its batches like ours does."""
+    """One run for any batch size, as the equations are; drawing the batches is timed."""
     x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
 
     def side():
@@ -92,7 +92,7 @@ def numba_runs(x, y, order, step_size, init_scale):
 
 
 def numba_side(toy: problems.Toy, steps: int, runs: int):
-    """The same runs in a compiled loop over all cores; drawing the order isn't timed."""
+    """`runs` runs in a compiled loop over all cores; drawing the order isn't timed."""
     x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
     order = np.random.RandomState(1).randint(0, len(y), size=(runs, steps)).astype(np.int32)
     return lambda: numba_runs(x, y, order, DIAGONAL_STEP_SIZE, INIT_SCALE)
@@ -121,8 +121,8 @@ def torch_side(toy: problems.Toy, steps: int):
     return side
 
 
-def our_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
-    """The generic path: linen, autodiff, optax; draws its own order."""
+def jax_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
+    """`runs` seeds of one step size, as a user writes them; drawing the order is timed."""
     return sweep_side(toy, steps, runs, jnp.array([step_size]))
 
 
@@ -147,12 +147,12 @@ def diagonal_net_sides(steps: int, runs: int) -> dict:
     """Diagonal nets: (callable, steps x runs) by name."""
     toy = problems.PROBLEMS["diagonal"]()
     short = max(steps // 10, 1)  # the NumPy loops are long enough at a tenth
-    ours = lambda runs: our_side(toy, steps, runs, DIAGONAL_STEP_SIZE)
+    jax_runs = lambda runs: jax_side(toy, steps, runs, DIAGONAL_STEP_SIZE)
     return {
         "NumPy loop over mini-batches, one run": (numpy_side(toy, short), short),
         "NumPy loop for b = 1 only, one run": (numpy_single_side(toy, short), short),
-        "ours, one run": (ours(1), steps),
-        f"ours, {runs} runs": (ours(runs), steps * runs),
+        "JAX, one run": (jax_runs(1), steps),
+        f"JAX, {runs} runs": (jax_runs(runs), steps * runs),
         f"numba loop on all cores, {runs} runs": (numba_side(toy, steps, runs), steps * runs),
     }
 
@@ -161,11 +161,11 @@ def fully_connected_sides(name: str, steps: int, runs: int) -> dict:
     """Fully connected nets: (callable, steps x runs) by name."""
     toy = problems.PROBLEMS[name]()
     short = max(steps // 50, 1)
-    ours = lambda runs: our_side(toy, steps, runs, FC_STEP_SIZE)
+    jax_runs = lambda runs: jax_side(toy, steps, runs, FC_STEP_SIZE)
     return {
         "PyTorch loop, one run": (torch_side(toy, short), short),
-        "ours, one run": (ours(1), steps),
-        f"ours, {runs} runs": (ours(runs), steps * runs),
+        "JAX, one run": (jax_runs(1), steps),
+        f"JAX, {runs} runs": (jax_runs(runs), steps * runs),
     }
 
 
@@ -190,11 +190,11 @@ def rank_sides(count: int) -> dict:
     general = jax.jit(lambda uv: measure.numerical_rank(jnp.hstack([x * uv[0], x * uv[1]]), 1e-15))
     return {
         "NumPy's SVD of [X*u, X*v]": (numpy_ranks, few),
-        "ours, the same matrix": (
+        "JAX, the same matrix": (
             lambda: [general(pair).block_until_ready() for pair in points[:few]],
             few,
         ),
-        "ours, R diag(sqrt(u^2 + v^2))": (lambda: sweep(keys, points), count),
+        "JAX, R diag(sqrt(u^2 + v^2))": (lambda: sweep(keys, points), count),
     }
 
 

@@ -111,9 +111,9 @@ def test_a_tiny_run_without_torch_writes_positive_numbers_and_says_so(
     deep.main(["--nets", "one_block", "--precision", "fp32", *TINY, "--out", str(out)])
     results = json.loads(out.read_text())
     assert "PyTorch is not installed" in results["no_torch"]
-    assert "ours only: PyTorch is not installed" in capsys.readouterr().out
+    assert "JAX only: PyTorch is not installed" in capsys.readouterr().out
     net = results["nets"]["one_block"]
-    assert list(net["sides"]) == ["ours, 1 per call"]
+    assert list(net["sides"]) == ["JAX, 1 per call"]
     assert net["parameters"] == sum(map(math.prod, our_shapes("one_block", 2)))
     assert net["epoch"]["steps"] == 2
     assert all(math.isfinite(number) and number > 0 for number in numbers(results))
@@ -158,7 +158,7 @@ def test_both_sides_of_a_network_run_from_the_command_line(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     net = json.loads(out.read_text())["nets"]["resnet18_plain"]
-    assert list(net["sides"]) == ["ours, 1 per call", "torch, eager"]
+    assert list(net["sides"]) == ["JAX, 1 per call", "torch, eager"]
     assert not net["torch_failed"]
     assert run.stdout.count("torch, eager: first") == 1
     ours, theirs = net["sides"].values()
