@@ -146,12 +146,11 @@ def validate(config: Config, toy: problems.Toy) -> None:
     if not config.values or not config.step_sizes:
         raise ValueError("--values and --step_sizes need one value or more.")
     ranges.check(config)
+    for value in config.values:
+        ranges.declared(Config)[config.axis].check(f"--values of --axis {config.axis}", value)
     flag, values = "--batch_size", (config.batch_size,)
     if config.axis == "batch_size":
         flag, values = "--values of --axis batch_size", config.values
-    for value in config.values:
-        allowed = ranges.declared(Config)[config.axis]
-        ranges.check_value(f"--values of --axis {config.axis}", value, allowed)
     n = len(toy.train.y)
     for value in values:
         if value != int(value) or value > n:

@@ -7,7 +7,6 @@ python -m experiments.reproduce --seeds 128 --exp_name more
 import contextlib
 import io
 import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -79,7 +78,8 @@ def run(config: Config) -> list[Chapter]:
     folder = records.run_folder(config.runs_dir, "reproduce", config.exp_name)
     start = time.perf_counter()
     todo = tasks(config, str(folder))
-    workers = config.workers or (os.cpu_count() or 1 if jax.default_backend() == "cpu" else 1)
+    devices.start()
+    workers = config.workers or (devices.cores() if jax.default_backend() == "cpu" else 1)
     chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
     seconds = time.perf_counter() - start
     report.write(folder, config.seeds, chapters, seconds)

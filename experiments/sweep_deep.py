@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(grid: Any) -> Path:
     """Runs what is missing of the grid; returns the folder of table and figures."""
-    hosts.join(grid.hosts)
     devices.set_up_deep(deterministic=grid.deterministic)
+    hosts.join(grid.hosts)
     settings = expand(grid)
     check(settings)
     everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
@@ -140,7 +140,7 @@ def once(setting: str, config: Config) -> Run:
     folder = records.run_folder(*flags.place_of(config))
     diverged = folder / "diverged.json"
     if diverged.exists():
-        reason = cli.in_a_line(str(records.read_json(diverged).get("reason")))
+        reason = cli.one_line(str(records.read_json(diverged).get("reason")))
         print(f"{folder} has diverged before ({reason}); remove it to try again.")
         return Run(setting, config, folder, reason)
     try:

@@ -1,10 +1,13 @@
 """JAX at its strictest: silent broadcasting is an error, eight devices, both precisions at hand."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+os.environ["SGD_SPARSE_ALLOW_JAXLIB"] = "1"  # tests/test_backend.py says what is wrong with it
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")

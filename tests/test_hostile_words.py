@@ -121,7 +121,7 @@ def test_tables_on_the_terminal_print_names_as_they_are(monkeypatch, tmp_path, c
 @given(st.text(max_size=40) | words)
 @example("\u202eevil\u2028x\x9b2J\ud800")
 def test_an_error_is_one_line_that_moves_nothing_on_the_terminal(text):
-    told = cli.told(ValueError(text))
+    told = cli.describe(ValueError(text))
     assert told.isprintable() and told.encode("utf-8")
     assert told == text or not text or not text.isprintable() or " ".join(text.split()) != text
 

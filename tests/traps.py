@@ -33,7 +33,7 @@ def answer(call, path):
     try:
         return call()
     except (ValueError, OSError) as error:
-        told = cli.told(error)
+        told = cli.describe(error)
         assert str(path) in told and re.search(CURES, told), told
         assert told.isprintable() and len(told) < 2500, told
         return REFUSED

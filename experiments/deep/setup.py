@@ -87,12 +87,12 @@ def validate(config: Config) -> None:
 
 
 def resolve(config: Config) -> Plan:
-    """The plan of a run. Joins other hosts, sets up devices and opens the data; writes nothing.
+    """The plan of a run. Sets up devices, joins other hosts and opens the data; writes nothing.
 
     Raises ValueError or OSError, which names the flag, for what can't be run.
     """
-    hosts.join(config.hosts)
     devices.set_up_deep(deterministic=config.deterministic)
+    hosts.join(config.hosts)
     validate(config)
     folder = records.run_folder(*flags.place_of(config))
     for name, path in (("runs_dir or --exp_name", folder), ("fork_from", config.fork_from)):

@@ -19,7 +19,7 @@ from experiments.deep.config import MAY_CHANGE, Config, place_of
 from experiments.deep.setup import Plan
 from experiments.figures import progress
 from experiments.launch import hosts, lock
-from experiments.launch.signals import Asked, Stopped, deferred
+from experiments.launch.signals import Stopped, StopRequest, deferred
 from experiments.storage import records
 from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
@@ -48,13 +48,13 @@ class Since(NamedTuple):
 class Interrupts:
     """Whether to save, by the clock, or to stop, by a signal; the same answer on all hosts."""
 
-    def __init__(self, save_every_seconds: float, signal: Asked):
+    def __init__(self, save_every_seconds: float, signal: StopRequest):
         self.every, self.signal = save_every_seconds, signal
         self.saved_at, self.calls = time.monotonic(), 0
         self.saves = self.stops = False
 
     def __call__(self, step: int) -> bool:
-        """Asked after each compiled call."""
+        """Called after each compiled call."""
         self.calls += 1
         if jax.process_count() > 1 and self.calls % CALLS:
             return False

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from experiments.launch import cli
+from experiments.launch import cli, devices
 from experiments.launch.signals import Stopped
 from sgd_sparse_jax import train
 
@@ -46,6 +46,7 @@ def join(hosts: Hosts) -> None:
             "--coordinator, --num_processes and --process_id go together, with --distributed."
         )
     if not hosts.distributed or jax.distributed.is_initialized():
+        devices.start()
         return
     if any(told) and hosts.process_id >= hosts.num_processes:
         raise ValueError(
@@ -134,7 +135,7 @@ def together(folder: Path) -> Iterator[None]:
         except (Stopped, FloatingPointError):
             raise  # all processes end so, at the same step
         except BaseException as error:
-            text = cli.told(error)[:300]
+            text = cli.describe(error)[:300]
             gone = "another process is gone: " * bool(re.search(TRACES_OF_THE_GONE, text))
             step = train.latest_step(folder / "checkpoints")
             print(f"error: {me} stops: {gone}{text}; {cure} {step}", file=sys.stderr, flush=True)

@@ -14,11 +14,11 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, which is made if need be; of several hosts, process 0 does.
+    """Locks `folder`, which is made if need be; of several hosts, process 0 calls this.
 
-    Raises ValueError with the process that holds it. The kernel frees the lock however that process
-    ends, so a `.lock` file left behind locks nothing. Where the file system has no locks, a warning
-    is logged and nothing is locked: a lock made of a file's existence would outlive its process.
+    Raises ValueError that names the process that holds it. The kernel frees the lock when a process
+    ends, however it does: a `.lock` left behind means nothing. Where a file system has no locks a
+    warning is logged; one made of a file's existence would outlive a killed process.
     """
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     holder = folder / ".holder.json"
@@ -26,12 +26,14 @@ def holding(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise ValueError(
-            f"{folder} is in use by {_describe(holder)}; wait for its end or stop it, or choose "
-            "another --exp_name."
-        ) from None
+        process = "another process"
+        with contextlib.suppress(OSError, ValueError):  # it may be about to write the file
+            found = json.loads(holder.read_text())
+            process = "process {pid} on {host} since {started}".format(**found)
+        advice = "wait for its end or stop it, or choose another --exp_name"
+        raise ValueError(f"{folder} is in use by {process}; {advice}.") from None
     except OSError as error:
-        message = "%s can't be locked (%s): start nothing else in it meanwhile."
+        message = "%s can't be locked (%s): start no second process in it."
         logging.getLogger(__name__).warning(message, folder, error.strerror or error)
         yield
         return
@@ -41,14 +43,5 @@ def holding(folder: Path) -> Iterator[None]:
         holder.write_text(json.dumps(process))
         yield
     finally:
-        with contextlib.suppress(OSError):
-            holder.unlink()
+        holder.unlink(missing_ok=True)
         lock.release()
-
-
-def _describe(holder: Path) -> str:
-    try:
-        process = json.loads(holder.read_text())
-        return "process {pid} on {host} since {started}".format(**process)
-    except (OSError, ValueError, KeyError):  # between taking the lock and writing the file
-        return "another process"

@@ -1,23 +1,25 @@
-"""Signals that ask a run to stop: it ends at its next step, saved, and not in the middle of one."""
+"""Signals that request a run to stop: it stops after its current step, when its state is saved."""
 
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, goes on
+REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, continues the run
 
 
 class Stopped(Exception):
-    """The run was asked to stop, and has saved what it needs to go on."""
+    """A signal has stopped the run; what it needs to continue is saved."""
 
 
 @dataclass
-class Asked:
-    """Whether a signal has asked to stop, and which."""
+class StopRequest:
+    """The name of the signal that requested a stop; empty, and false, without one."""
 
     name: str = ""
 
@@ -27,38 +29,52 @@ class Asked:
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does."""
+    """Within, SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does.
+
+    Python prints and drops what is raised in finalizers and in callbacks of the garbage collector,
+    of which JAX has one: after a second of computing, an interruption is raised again.
+    """
 
     def interrupt(number: int, frame: object) -> None:
+        if number != signal.SIGVTALRM:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 1.0)
         raise KeyboardInterrupt
 
-    with _listening(interrupt):
-        yield
+    def hook(dropped: Any) -> None:
+        # Reads that orbax abandons after the first error of a damaged state end so, a page each.
+        late = str(dropped.exc_value) == "Event loop is closed"
+        if not late and not isinstance(dropped.exc_value, KeyboardInterrupt):
+            show(dropped)
+
+    show, sys.unraisablehook = sys.unraisablehook, hook
+    with _handling(interrupt, (*REQUESTS, signal.SIGVTALRM)):
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0.0)
+            sys.unraisablehook = show
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[Asked]:
-    """Within, SIGINT, SIGTERM and SIGUSR1 are noted and change nothing; a second one interrupts.
+def deferred() -> Iterator[StopRequest]:
+    """Within, the first SIGINT, SIGTERM or SIGUSR1 is recorded only; a second one interrupts."""
+    request = StopRequest()
 
-    Threads other than the main one can't listen: there signals do what they always did.
-    """
-    asked = Asked()
-
-    def note(number: int, frame: object) -> None:
-        if asked:
+    def record(number: int, frame: object) -> None:
+        if request:
             raise KeyboardInterrupt
-        asked.name = signal.Signals(number).name
-        told = f"\n{asked.name}: saves what is done, then stops; once more to stop now\n"
-        os.write(2, told.encode())  # not print: that may be what the signal interrupted
+        request.name = signal.Signals(number).name
+        message = f"\n{request.name}: saves what is done, then stops; once more to stop now\n"
+        os.write(2, message.encode())  # not print: that may be what the signal interrupted
 
-    with _listening(note):
-        yield asked
+    with _handling(record, REQUESTS):
+        yield request
 
 
 @contextlib.contextmanager
-def _listening(handler: Callable[[int, object], None]) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, handler) for number in ASKING} if main else {}
+def _handling(handler: Callable[[int, object], None], numbers: tuple[int, ...]) -> Iterator[None]:
+    main = threading.current_thread() is threading.main_thread()  # no other can handle signals
+    before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ import jax.random as jr
 import numpy as np
 
 from experiments.launch import hosts, lock
-from experiments.launch.signals import Asked, Stopped, deferred
+from experiments.launch.signals import Stopped, StopRequest, deferred
 from experiments.storage import npz, records
 from experiments.toy import chunks
 from experiments.toy.config import Config, labels, record_steps, spectra_steps, validate
@@ -218,7 +218,7 @@ def _misfit(found: Mapping[str, np.ndarray], due: Described, first: int, seeds: 
     )
 
 
-def stop_if_asked(asked: Asked, folder: Path) -> None:
+def stop_if_asked(asked: StopRequest, folder: Path) -> None:
     """Raises Stopped, on all hosts at once, where a signal has asked for it."""
     if hosts.any_of(bool(asked)):
         raise Stopped(

@@ -1,0 +1,94 @@
+"""The installed jaxlib computes what NumPy does, and a command sets JAX up as its flags say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jaxlib
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FORMS = {
+    "|M r|^2": lambda product, r: (product**2).sum(-1),
+    "max |M r|": lambda product, r: abs(product).max(-1),
+    "<M r, r>": lambda product, r: (product * r).sum(-1),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("width", "rows"), [(3, 40_000), (5, 16_385), (8, 33_000)])
+def test_a_compiled_vmap_over_many_rows_computes_what_numpy_does(width, rows, dtype):
+    """jaxlib 0.10.2 gets most of 40,000 rows of width 3 wrong (jax issue 39103)."""
+    rng = np.random.default_rng(0)
+    m, r = (rng.standard_normal((n, width)).astype(dtype) for n in (width, rows))
+    tolerance = 1e3 * np.finfo(dtype).eps
+    for name, form in FORMS.items():
+        got = jax.jit(jax.vmap(lambda row, form=form: form(m @ row, row)))(r)
+        wrong = ~np.isclose(got, form(r @ m.T, r), rtol=tolerance, atol=tolerance)
+        assert not wrong.any(), (
+            f"jaxlib {jaxlib.version.__version__} computes {name} wrong in {wrong.sum()} of {rows} "
+            f"rows ({dtype}, width {width}): install another, and exclude it in pyproject.toml."
+        )
+
+
+def python(*words, **env):
+    """A Python process in the repository's root; a variable that is None is removed."""
+    env = {name: value for name, value in (os.environ | env).items() if value is not None}
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_a_jaxlib_that_computes_wrong_numbers_is_refused_in_a_line(tmp_path):
+    (tmp_path / "jaxlib-0.10.2.dist-info").mkdir()
+    metadata = "Metadata-Version: 2.1\nName: jaxlib\nVersion: 0.10.2\n"
+    (tmp_path / "jaxlib-0.10.2.dist-info" / "METADATA").write_text(metadata)
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    done = python("-m", "experiments.fc_nets", **path, SGD_SPARSE_ALLOW_JAXLIB=None)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
+    for fact in ("0.10.2", "pip install", "SGD_SPARSE_ALLOW_JAXLIB"):
+        assert fact in done.stderr
+    assert python("-c", "import experiments", **path, SGD_SPARSE_ALLOW_JAXLIB="1").returncode == 0
+
+
+@pytest.mark.parametrize("command", ["resnet_cifar", "sweep_deep"])
+def test_deterministic_reaches_the_compiler_and_the_flags_of_the_user_stay(command, tmp_path):
+    """What XLA writes of a compilation in the process of a command that ended for lack of data."""
+    program = (
+        f"import jax\nfrom experiments import {command} as command\n"
+        f"try: command.main(['--deterministic', '--data_dir=.', '--runs_dir={tmp_path}'])\n"
+        "finally: jax.jit(lambda x: x + 1)(1)"
+    )
+    done = python("-c", program, XLA_FLAGS=f"--xla_dump_to={tmp_path / 'dump'}")
+    assert "cifar10" in done.stderr and "Traceback" not in done.stderr
+    (options, *_) = (tmp_path / "dump").glob("*.debug_options")
+    assert "xla_gpu_deterministic_ops: true" in options.read_text()
+
+
+@pytest.mark.parametrize(
+    ("env", "devices"),
+    [
+        ({"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_ENABLE_X64": "0"}, len(os.sched_getaffinity(0))),
+        ({"JAX_NUM_CPU_DEVICES": "3", "JAX_THREEFRY_PARTITIONABLE": "0"}, 3),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, 3),
+    ],
+)
+def test_toys_have_a_device_per_core_or_as_the_user_chose_and_always_the_same_numbers(env, devices):
+    program = (
+        "from experiments.launch import devices\ndevices.set_up_toys()\nimport jax\n"
+        "print(jax.device_count(), *jax.random.normal(jax.random.key(0), 3))"
+    )
+    done = python("-c", program, **{"XLA_FLAGS": None} | env)
+    count, *numbers = map(float, done.stdout.split())
+    assert count == devices
+    np.testing.assert_array_equal(numbers, jax.random.normal(jax.random.key(0), 3))
+
+
+def test_jax_that_can_not_start_is_one_line(tmp_path):
+    flags = ["--seeds=1", f"--runs_dir={tmp_path}"]
+    done = python("-m", "experiments.diag_nets", *flags, JAX_PLATFORMS="cuda")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert "JAX_PLATFORMS" in done.stderr and list(tmp_path.iterdir()) == []
