@@ -86,7 +86,7 @@ def run(grid: Any) -> Path:
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     runs = []
     for number, (setting, config) in enumerate(flat, 1):
-        print(f"run {number} of {len(flat)}: {flags.run_name(config)}")
+        terminal.show(f"run {number} of {len(flat)}: {flags.run_name(config)}")
         runs.append(once(setting, config))
     hosts.leave_the_rest_to_first()
     report(folder, grid.exp_name, runs)
@@ -141,13 +141,13 @@ def once(setting: str, config: Config) -> Run:
     diverged = folder / "diverged.json"
     if diverged.exists():
         reason = cli.one_line(str(records.read_json(diverged).get("reason")))
-        print(f"{folder} has diverged before ({reason}); remove it to try again.")
+        terminal.show(f"{folder} has diverged before ({reason}); remove it to try again.")
         return Run(setting, config, folder, reason)
     try:
         training.run(setup.resolve(config))
     except FloatingPointError as error:
         reason = str(error)
-        print(reason)
+        terminal.show(reason)
         hosts.on_first(lambda: records.write_json(diverged, {"reason": reason}))
         return Run(setting, config, folder, reason)
     return Run(setting, config, folder, "finished")

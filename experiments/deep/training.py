@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.deep import metrics, setup
 from experiments.deep.config import MAY_CHANGE, Config, place_of
 from experiments.deep.setup import Plan
-from experiments.figures import progress
+from experiments.figures import progress, terminal
 from experiments.launch import hosts, lock
 from experiments.launch.signals import Stopped, StopRequest, deferred
 from experiments.storage import records
@@ -89,7 +89,7 @@ def run(plan: Plan) -> None:
             if hosts.is_first():
                 complete_rows(plan, int(state.step), known.get("row"))
             if int(state.step) == plan.num_steps:
-                print(f"{folder} is at its last step, {plan.num_steps}, already.")
+                terminal.show(f"{folder} is at its last step, {plan.num_steps}, already.")
                 return
             interrupts = Interrupts(config.save_every_seconds, signal)
             try:
