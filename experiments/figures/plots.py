@@ -1,5 +1,6 @@
 """Curves over a common x, as medians and bands over runs; and points that moved. No JAX."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,8 +80,8 @@ def _draw(ax: Any, panel: Panel, looks: Mapping[str, Mapping[str, Any]]) -> None
         ax.set_ylim(panel.ylim)
     if panel.log_x:
         ax.set_xscale("symlog", linthresh=1)
-    if panel.log_y and any(np.any(_drawable(y, True) > 0) for _, y in panel.lines.values()):
-        ax.set_yscale("log")  # an axis without a positive value can't be logarithmic
+    if panel.log_y:
+        ax.set_yscale("log")
 
 
 def _drawable(y: Any, log: bool) -> np.ndarray:
@@ -91,12 +92,8 @@ def _drawable(y: Any, log: bool) -> np.ndarray:
 
 def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndarray:
     """Percentiles [levels, t] over the finite entries of each column of y [runs, t], else NaN."""
-    y = np.where(np.isfinite(y), y, np.nan)
-    out = np.full((len(levels), y.shape[1]), np.nan)
-    some = ~np.isnan(y).all(0)
-    if some.any():
-        out[:, some] = np.nanpercentile(y[:, some], levels, axis=0)
-    return out
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of empty columns
+        return np.nanpercentile(np.where(np.isfinite(y), y, np.nan), levels, axis=0)
 
 
 @style.drawing
