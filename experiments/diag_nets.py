@@ -1,7 +1,7 @@
 """Diagonal nets f(x) = <u * v, x>: large steps find sparser predictors (D1, D2 of the paper).
 
 python -m experiments.diag_nets                          # D1: four schedules, 32 seeds
-python -m experiments.diag_nets --setting d2             # gradient descent beside SGD
+python -m experiments.diag_nets --setting d2             # gradient descent and SGD
 python -m experiments.diag_nets --seeds 256 --exp_name many
 """
 
@@ -12,29 +12,19 @@ from typing import TYPE_CHECKING, Literal
 
 from experiments.figures import plots, tables
 from experiments.launch import cli, devices, hosts, ranges
-from experiments.launch.ranges import AboveMinusOne, Count, Finite, Positive, Seed, Share
-from experiments.toy import config as toy_flags, ensemble, problems
+from experiments.launch.ranges import Count, Finite, Seed
+from experiments.toy import config as toys, ensemble, problems
 
 if TYPE_CHECKING:
     import xarray
 
 
 @dataclass(frozen=True)
-class Config(toy_flags.Config):
-    """Sparse regression, n examples in d dimensions; defaults are those of the setting."""
+class Config(toys.Config):
+    """Sparse regression, n examples in d dimensions."""
 
     setting: Literal["d1", "d2"] = "d1"
     """d1: n=80, d=200, single-example SGD. d2: n=40, d=100, gradient descent and SGD."""
-    step_sizes: tuple[Positive, ...] = (0.25, 0.282, 0.282, 0.282)
-    """Step size at the start of each schedule."""
-    decay_times: tuple[Share, ...] = (1.0, 0.1, 0.3, 0.5)
-    """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[Positive, ...] = (1.0, 4.8, 3.4, 1.5)
-    """What each schedule divides its step size by."""
-    warmup_gains: tuple[AboveMinusOne, ...] = (0.0,) * 4
-    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[Count, ...] = (1,) * 4
-    """Examples per step, drawn with replacement; all of them is gradient descent."""
     n: Count = 80
     """Training examples."""
     d: Count = 200
@@ -48,7 +38,13 @@ class Config(toy_flags.Config):
 
 
 SETTINGS = {
-    "d1": Config(),
+    "d1": Config(
+        step_sizes=(0.25, 0.282, 0.282, 0.282),
+        decay_times=(1.0, 0.1, 0.3, 0.5),
+        decay_factors=(1.0, 4.8, 3.4, 1.5),
+        warmup_gains=(0.0,) * 4,
+        batch_sizes=(1,) * 4,
+    ),
     "d2": Config(
         setting="d2",
         n=40,
@@ -100,39 +96,40 @@ def run(config: Config) -> tables.Finding:
         data_seed=config.data_seed,
         alpha=config.alpha,
     )
-    folder, dataset = ensemble.results("diag_nets", config, toy)
+    plan = toys.resolve("diag_nets", config, toy)
+    dataset = ensemble.results(plan)
     hosts.leave_the_rest_to_first()
     rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(folder, rows)
-    tables.show(folder, rows, title=f"Diagonal nets, {config.seeds} seeds")
-    figures = draw(folder, config, toy, dataset)
-    return tables.Finding(folder, dataset, rows, figures)
+    tables.write(plan.folder, rows)
+    tables.show(plan.folder, rows, title=f"Diagonal nets, {config.seeds} seeds")
+    title = f"Diagonal nets, n = {config.n}, d = {config.d}: {config.seeds} seeds"
+    figures = draw(plan, dataset, title)
+    return tables.Finding(plan.folder, dataset, rows, figures)
 
 
 def published(config: Config) -> dict[str, tuple[float, ...]]:
-    """The paper's numbers, where all but the seeds is the paper's setting."""
-    asked = toy_flags.like(config, SETTINGS[config.setting])
-    return PUBLISHED[config.setting] if asked == SETTINGS[config.setting] else {}
+    """The paper's numbers, if the configuration is the paper's setting."""
+    setting = config.setting
+    return PUBLISHED[setting] if toys.like(config, SETTINGS[setting]) == SETTINGS[setting] else {}
 
 
-def draw(folder: Path, config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> list[Path]:
-    """Median and 5-95 % band over seeds of every record, decay times marked."""
-    marks = toy_flags.decay_marks(config, toy)
-    panel = lambda name, title, ylabel, log_y=False: plots.Panel(
-        title, ylabel, tables.lines(dataset[name]), log_y=log_y, marks=marks
-    )
+def draw(plan: toys.Plan, dataset: "xarray.Dataset", title: str) -> list[Path]:
+    """Median and 5-95 % band over seeds at every record, decay times marked."""
+
+    def panel(name: str, heading: str, ylabel: str, log_y: bool = False) -> plots.Panel:
+        curves = tables.lines(dataset[name])
+        return plots.Panel(heading, ylabel, curves, log_y=log_y, marks=plan.marks)
+
     panels = [
         panel("train_loss", "Training loss", "½ mean squared error", log_y=True),
         panel("test_loss", "Test loss", "½ mean squared error", log_y=True),
         panel("support", "Support of the predictor", "‖u⊙v‖₀ (entries)"),
         panel("rank", "Rank of the Jacobian", "rank"),
         panel("balancedness", "Imbalance of the layers", "‖u² − v²‖₁", log_y=True),
-        *tables.diverged_panel(dataset, marks),
+        *tables.diverged_panel(dataset, plan.marks),
     ]
-    title = f"Diagonal nets, n = {config.n}, d = {config.d}: {config.seeds} seeds"
-    return plots.figure(
-        folder / "figures" / f"diag_nets_{config.setting}", panels, columns=2, title=title
-    )
+    stem = plan.folder / "figures" / f"diag_nets_{plan.config.setting}"
+    return plots.figure(stem, panels, columns=2, title=title)
 
 
 if __name__ == "__main__":

@@ -7,45 +7,40 @@ python -m experiments.fc_nets --setting three-layer --seeds 128
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from experiments.figures import plots, tables
-from experiments.launch import cli, devices, hosts
-from experiments.launch.ranges import AboveMinusOne, Count, Positive, Share
-from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
+from experiments.launch import cli, devices, hosts, ranges
+from experiments.toy import config as toys, ensemble, problems, run as toy_runs
 
 if TYPE_CHECKING:
     import xarray
 
 
 @dataclass(frozen=True)
-class Config(toy_flags.Config):
-    """ReLU nets on toy data, single-example SGD; defaults are those of the setting."""
+class Config(toys.Config):
+    """ReLU nets on toy data, single-example SGD."""
 
     setting: Literal["1d", "1d-overregularized", "two-layer", "three-layer"] = "1d"
     """1d: 12 points, 100 units. two-layer, three-layer: teacher and student."""
-    step_sizes: tuple[Positive, ...] = (2e-4, 2e-4)
-    """Step size at the start of each schedule."""
-    decay_times: tuple[Share, ...] = (0.02, 0.5)
-    """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[Positive, ...] = (2.5, 3.0)
-    """What each schedule divides its step size by."""
-    warmup_gains: tuple[AboveMinusOne, ...] = (400 * 0.02 - 1, 400 * 0.5 - 1)
-    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[Count, ...] = (1, 1)
-    """Examples per step, drawn with replacement; all of them is gradient descent."""
-    num_steps: Count = 31_623
-    """Steps of each run."""
 
 
+ONE_D = Config(
+    step_sizes=(2e-4, 2e-4),
+    decay_times=(0.02, 0.5),
+    decay_factors=(2.5, 3.0),
+    warmup_gains=(400 * 0.02 - 1, 400 * 0.5 - 1),
+    batch_sizes=(1, 1),
+    num_steps=31_623,
+)
 SETTINGS = {
-    "1d": Config(),
-    "1d-overregularized": Config(
-        setting="1d-overregularized", warmup_gains=(500 * 0.02 - 1, 500 * 0.5 - 1)
+    "1d": ONE_D,
+    "1d-overregularized": replace(
+        ONE_D, setting="1d-overregularized", warmup_gains=(500 * 0.02 - 1, 500 * 0.5 - 1)
     ),
     "two-layer": Config(
         setting="two-layer",
@@ -119,6 +114,20 @@ QUANTITIES = {
 }
 
 
+# Variable -> title, label of the axis, whether that is logarithmic: drawn where the problem has it.
+PANELS = {
+    "train_loss": ("Training loss", "mean squared error", True),
+    "test_loss": ("Test loss", "mean squared error", True),
+    "rank": ("Rank of the Jacobian", "rank", False),
+    "sparsity_1": ("Feature sparsity, layer 1", "active entries (%)", False),
+    "sparsity_2": ("Feature sparsity, layer 2", "active entries (%)", False),
+    "effective_rank": ("Effective rank of features", "entropy (nats)", False),
+    "nuclear_norm": ("Nuclear norm of features", "Σ singular values", True),
+    "gradient_dimension": ("Gradient-matrix dimension", "units", False),
+    "flips_1": ("ReLUs flipped since the start, layer 1", "share (%)", False),
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     devices.set_up_toys()
@@ -128,97 +137,71 @@ def main(argv: Sequence[str] | None = None) -> None:
 def run(config: Config) -> tables.Finding:
     """Runs the ensemble into its folder, or reads it if finished; then prints and draws."""
     hosts.join(config.hosts)
+    ranges.check(config)
     problem = PROBLEM.get(config.setting, config.setting)
-    toy = problems.PROBLEMS[problem]()
-    folder, dataset = ensemble.results("fc_nets", config, toy)
+    plan = toys.resolve("fc_nets", config, problems.PROBLEMS[problem]())
+    dataset = ensemble.results(plan)
     hosts.leave_the_rest_to_first()
     rows = tables.rows(dataset, QUANTITIES[problem], published(config))
-    tables.write(folder, rows)
-    tables.show(folder, rows, title=f"{config.setting}, {config.seeds} seeds")
-    stem = folder / "figures" / f"fc_nets_{config.setting}"
-    figures = draw_curves(stem, config, toy, dataset)
+    tables.write(plan.folder, rows)
+    tables.show(plan.folder, rows, title=f"{config.setting}, {config.seeds} seeds")
+    figures = draw_curves(plan, dataset)
     if problem == "1d":
-        figures += draw_functions(stem.with_name(f"{stem.name}_functions"), config, toy, dataset)
+        figures += draw_functions(plan, dataset)
     if problem == "two-layer":
-        figures += draw_neurons(stem.with_name(f"{stem.name}_neurons"), toy, dataset)
-    return tables.Finding(folder, dataset, rows, figures)
+        figures += draw_neurons(plan, dataset)
+    return tables.Finding(plan.folder, dataset, rows, figures)
 
 
 def published(config: Config) -> dict[str, tuple[float | None, ...]]:
-    """The paper's numbers, where all but the seeds is the paper's setting."""
-    asked = toy_flags.like(config, SETTINGS[config.setting])
-    return PUBLISHED[config.setting] if asked == SETTINGS[config.setting] else {}
+    """The paper's numbers, if the configuration is the paper's setting."""
+    setting = config.setting
+    return PUBLISHED[setting] if toys.like(config, SETTINGS[setting]) == SETTINGS[setting] else {}
 
 
-def draw_curves(
-    stem: Path, config: Config, toy: problems.Toy, dataset: "xarray.Dataset"
-) -> list[Path]:
-    """Losses, Jacobian rank and feature sparsity of every record: median and 5-95 % band."""
-    marks = toy_flags.decay_marks(config, toy)
-
-    def panel(name: str, title: str, ylabel: str, log_y: bool = False, scale: float = 1.0):
-        curves = tables.lines(dataset[name] * scale)
-        return plots.Panel(title, ylabel, curves, log_y=log_y, marks=marks)
-
-    layers = [n.removeprefix("sparsity_") for n in map(str, dataset) if n.startswith("sparsity_")]
-    panels = [panel("train_loss", "Training loss", "mean squared error", log_y=True)]
-    if config.setting in ("two-layer", "three-layer"):
-        panels.append(panel("test_loss", "Test loss", "mean squared error", log_y=True))
-    panels.append(panel("rank", "Rank of the Jacobian", "rank"))
-    for layer in layers:
-        which = f", layer {layer}" if len(layers) > 1 else ""
-        panels.append(
-            panel(f"sparsity_{layer}", f"Feature sparsity{which}", "active entries (%)", scale=100)
-        )
-    if "effective_rank" in dataset:
-        panels.append(panel("effective_rank", "Effective rank of features", "entropy (nats)"))
-    if "nuclear_norm" in dataset:
-        panels.append(
-            panel("nuclear_norm", "Nuclear norm of features", "Σ singular values", log_y=True)
-        )
-    if "gradient_dimension" in dataset:
-        panels.append(panel("gradient_dimension", "Gradient-matrix dimension", "units"))
-    panels.append(
-        panel("flips_1", "ReLUs flipped since the start, layer 1", "share (%)", scale=100)
-    )
-    panels += tables.diverged_panel(dataset, marks)
-    return plots.figure(stem, panels, columns=2, title=f"{config.setting}: {config.seeds} seeds")
+def draw_curves(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
+    """Median and 5-95 % band over seeds at every record, decay times marked."""
+    panels, one_d = [], plan.config.setting.startswith("1d")
+    for name, (title, ylabel, log_y) in PANELS.items():
+        if name in dataset and not (one_d and name == "test_loss"):  # 1-D: tested where trained
+            curves = tables.lines(dataset[name] * (100 if "%" in ylabel else 1))
+            panels.append(plots.Panel(title, ylabel, curves, log_y=log_y, marks=plan.marks))
+    panels += tables.diverged_panel(dataset, plan.marks)
+    title = f"{plan.config.setting}: {plan.config.seeds} seeds"
+    return plots.figure(_stem(plan), panels, columns=2, title=title)
 
 
-def draw_functions(
-    stem: Path, config: Config, toy: problems.Toy, dataset: "xarray.Dataset"
-) -> list[Path]:
+def draw_functions(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
     """The predictor of one seed at six records, as in the paper's figure."""
-    snapshots, steps = dataset["shown_theta"].values, dataset["step"].values
+    toy, snapshots, steps = plan.toy, dataset["shown_theta"].values, plan.record_steps
     x, y = np.asarray(toy.train.x)[:, 0], np.asarray(toy.train.y)
     grid = np.linspace(x.min() - 0.05, x.max() + 0.05, 400)
-    shares = (0.003, 0.01, 0.05, 0.2, 0.5, 1.0)
     panels = []
-    for record in [int(np.searchsorted(steps, share * steps[-1])) for share in shares]:
-        lines = {}
-        for j, label in enumerate(dataset["schedule"].values):
-            params = toy_runs.parameters(toy, snapshots[j, record])
-            lines[str(label)] = (grid, np.asarray(toy.predict(params, grid[:, None])))
-        panels.append(
-            plots.Panel(
-                f"step {steps[record]:,}", "f(x)", lines, xlabel="x", points=(x, y), ylim=(-2.6, 3)
-            )
-        )
-    return plots.figure(stem, panels, columns=3, title=f"{config.setting}: predictor of one seed")
+    for share in (0.003, 0.01, 0.05, 0.2, 0.5, 1.0):
+        record = int(np.searchsorted(steps, share * steps[-1]))
+        of = lambda theta: np.asarray(toy.predict(toy_runs.parameters(toy, theta), grid[:, None]))
+        lines = {label: (grid, of(snapshots[j, record])) for j, label in enumerate(plan.labels)}
+        look = {"xlabel": "x", "points": (x, y), "ylim": (-2.6, 3)}
+        panels.append(plots.Panel(f"step {steps[record]:,}", "f(x)", lines, **look))
+    title = f"{plan.config.setting}: predictor of one seed"
+    return plots.figure(_stem(plan, "_functions"), panels, columns=3, title=title)
 
 
-def draw_neurons(stem: Path, toy: problems.Toy, dataset: "xarray.Dataset") -> list[Path]:
-    """Where each unit's incoming weights moved, for the first seed that no schedule lost."""
+def draw_neurons(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
+    """Where each unit's incoming weights moved, for the first seed that diverged nowhere."""
     seed = int(dataset["shown_seed"].values[0])
-    ends = dataset["theta"].values[seed]
     teacher = np.asarray(problems.data.CIRCLE_TEACHER[0].kernel).T
-    panels = []
-    for j, label in enumerate(dataset["schedule"].values):
-        kernels = [
-            np.asarray(toy_runs.parameters(toy, theta)["layer1"]["kernel"]).T for theta in ends[j]
-        ]
-        panels.append(plots.Moves(str(label), kernels[0], kernels[1], teacher))
-    return plots.moves(stem, panels, title=f"Incoming weights of each unit, seed {seed}")
+    kernel = lambda theta: np.asarray(toy_runs.parameters(plan.toy, theta)["layer1"]["kernel"]).T
+    panels = [
+        plots.Moves(label, kernel(start), kernel(end), teacher)
+        for label, (start, end) in zip(plan.labels, dataset["theta"].values[seed], strict=True)
+    ]
+    title = f"Incoming weights of each unit, seed {seed}"
+    return plots.moves(_stem(plan, "_neurons"), panels, title=title)
+
+
+def _stem(plan: toys.Plan, suffix: str = "") -> Path:
+    return plan.folder / "figures" / f"fc_nets_{plan.config.setting}{suffix}"
 
 
 if __name__ == "__main__":

@@ -18,16 +18,8 @@ import numpy as np
 
 from experiments.figures import animation, maps, plots, tables
 from experiments.launch import cli, devices, hosts, ranges
-from experiments.launch.ranges import (
-    AboveMinusOne,
-    Count,
-    CountOrNone,
-    Finite,
-    Positive,
-    Share,
-    TwoOrMore,
-)
-from experiments.toy import config as toy_flags, ensemble, problems, run as toy_runs
+from experiments.launch.ranges import CountOrNone, Finite, TwoOrMore
+from experiments.toy import config as toys, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import data, measure
 
 if TYPE_CHECKING:
@@ -35,25 +27,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Config(toy_flags.Config):
+class Config(toys.Config):
     """n=20, d=30, 3-sparse; three ways down: flow (GD with small steps), GD and SGD with large."""
 
     setting: Literal["d3"] = "d3"
-    """The paper's."""
-    step_sizes: tuple[Positive, ...] = (0.03, 3.0, 0.6)
-    """Step size of each way; the first is taken for the flow."""
-    decay_times: tuple[Share, ...] = (1.0, 0.5, 0.5)
-    """Share of the run after which each step size decays; 1 is never."""
-    decay_factors: tuple[Positive, ...] = (1.0, 3.0, 3.0)
-    """What each way divides its step size by."""
-    warmup_gains: tuple[AboveMinusOne, ...] = (0.0,) * 3
-    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    batch_sizes: tuple[Count, ...] = (20, 20, 1)
-    """Examples per step; all of them is gradient descent."""
-    num_steps: Count = 10_001
-    """Steps of each run."""
-    log_records: bool = True
-    """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
+    """The paper's; the first of its schedules is taken for the flow."""
     grid: TwoOrMore = 100
     """Points of the maps in each direction."""
     low: Finite = -0.5
@@ -64,7 +42,17 @@ class Config(toy_flags.Config):
     """Frames of the animation; 0 for none."""
 
 
-SETTINGS = {"d3": Config()}
+SETTINGS = {
+    "d3": Config(
+        step_sizes=(0.03, 3.0, 0.6),
+        decay_times=(1.0, 0.5, 0.5),
+        decay_factors=(1.0, 3.0, 3.0),
+        warmup_gains=(0.0,) * 3,
+        batch_sizes=(20, 20, 1),
+        num_steps=10_001,
+        log_records=True,
+    )
+}
 PUBLISHED = {"test_loss": (0.0149, 0.126, 4.0e-8)}
 QUANTITIES = {
     "test_loss": ("test loss", ".2g"),
@@ -103,24 +91,24 @@ def run(config: Config) -> tables.Finding:
         )
     if not config.low < config.high:
         raise ValueError(f"--low is {config.low}; it must be less than --high, {config.high}.")
-    toy = problems.PROBLEMS["diagonal-plane"]()
-    folder, dataset = ensemble.results("loss_surface", config, toy)
+    plan = toys.resolve("loss_surface", config, problems.PROBLEMS["diagonal-plane"]())
+    dataset = ensemble.results(plan)
     hosts.leave_the_rest_to_first()
     rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(folder, rows)
-    tables.show(folder, rows, title=f"Paths over the loss, {config.seeds} seeds")
-    surface = map_out(config, toy, dataset)
-    figures = draw(folder, surface) + draw_losses(folder, surface)
+    tables.write(plan.folder, rows)
+    tables.show(plan.folder, rows, title=f"Paths over the loss, {config.seeds} seeds")
+    surface = map_out(config, plan.toy, dataset)
+    figures = draw(plan.folder, surface) + draw_losses(plan.folder, surface)
     if config.frames:
-        figures += animate(folder, surface, config.frames)
-    return tables.Finding(folder, dataset, rows, figures)
+        figures += animate(plan.folder, surface, config.frames)
+    return tables.Finding(plan.folder, dataset, rows, figures)
 
 
 def published(config: Config) -> dict[str, tuple[float, ...]]:
-    """The paper's numbers, where all but the seeds is the paper's setting."""
+    """The paper's numbers, if the configuration is the paper's setting."""
     setting = SETTINGS[config.setting]
     drawn = {field: getattr(setting, field) for field in ("grid", "low", "high", "frames")}
-    return PUBLISHED if toy_flags.like(replace(config, **drawn), setting) == setting else {}
+    return PUBLISHED if toys.like(replace(config, **drawn), setting) == setting else {}
 
 
 def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Surface:
@@ -131,7 +119,6 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
     sparse, flow = {"u": root, "v": root}, unravel(snapshots[0, -1])
     plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)
     at = jnp.linspace(config.low, config.high, config.grid)
-    loss = lambda batch: jax.jit(lambda params: toy.mean_loss(params, batch))
 
     def folded(theta):
         """The same predictor with u >= 0, as at initialization: (u, v) and (-u, -v) are alike."""
@@ -141,25 +128,23 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
 
     place = jax.jit(jax.vmap(lambda theta: measure.coordinates(plane, folded(theta))))
     along = jax.jit(jax.vmap(lambda point: toy.mean_loss(measure.at(plane, point), toy.train)))
-    paths = {way: place(snapshots[j]) for j, way in enumerate(WAYS)}
-    points = {
-        "init": plane.origin,
-        "flow": flow,
-        "√θ*": sparse,
-    }
+    over = lambda batch: np.asarray(
+        measure.loss_map(jax.jit(lambda params: toy.mean_loss(params, batch)), plane, at, at)
+    )
+    paths = {way: np.asarray(place(snapshots[j])) for j, way in enumerate(WAYS)}
+    points = {"init": plane.origin, "flow": flow, "√θ*": sparse}
     seeds = dataset["shown_seed"].values.astype(int)
-    train = [dataset["train_loss"].values[seed, j] for j, seed in enumerate(seeds)]
     return Surface(
         at=np.asarray(at),
-        train=np.asarray(measure.loss_map(loss(toy.train), plane, at, at)),
-        test=np.asarray(measure.loss_map(loss(toy.test), plane, at, at)),
+        train=over(toy.train),
+        test=over(toy.test),
         points={
             name: tuple(np.asarray(measure.coordinates(plane, params)).tolist())
             for name, params in points.items()
         },
-        paths={way: np.asarray(path) for way, path in paths.items()},
+        paths=paths,
         steps=dataset["step"].values,
-        loss={way: train[j] for j, way in enumerate(WAYS)},
+        loss={way: dataset["train_loss"].values[seeds[j], j] for j, way in enumerate(WAYS)},
         loss_in_plane={way: np.asarray(along(path)) for way, path in paths.items()},
     )
 
@@ -174,7 +159,7 @@ def draw(folder: Path, surface: Surface) -> list[Path]:
 
 
 def draw_losses(folder: Path, surface: Surface) -> list[Path]:
-    """The loss of each path beside that of its projection to the plane."""
+    """The loss of each path, and that of its projection to the plane."""
     panels = [
         plots.Panel(
             way,

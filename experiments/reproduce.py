@@ -24,7 +24,7 @@ from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
 from experiments.launch.ranges import Count, CountOrNone, Seed, TwoOrMore
 from experiments.storage import records
-from experiments.toy import config as toy_flags
+from experiments.toy import config as toys
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Task(NamedTuple):
     """One setting to run."""
 
     title: str
-    settings: toy_flags.Config
+    settings: toys.Config
 
     @property
     def module(self) -> ModuleType:
@@ -96,7 +96,7 @@ def tasks(config: Config, runs_dir: str) -> list[Task]:
         "runs_dir": runs_dir,
     }
 
-    def task(title: str, settings: toy_flags.Config, **changes: int) -> Task:
+    def task(title: str, settings: toys.Config, **changes: int) -> Task:
         return Task(title, replace(settings, **(common | changes)))
 
     fc = fc_nets.SETTINGS

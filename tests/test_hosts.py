@@ -13,7 +13,7 @@ import pytest
 
 from experiments.launch import hosts
 from experiments.launch.hosts import Hosts
-from experiments.storage import npz, records
+from experiments.storage import arrays, records
 
 ROOT = Path(__file__).parents[1]
 DEEP = [
@@ -168,7 +168,7 @@ def test_two_processes_sweep_as_one(pair, tmp_path):
     assert ends([start(commands[0], tmp_path / "alone.log", 4)]) == [0]
     processes, logs = pair(commands[1])
     assert ends(processes) == [0, 0], [log.read_text() for log in logs]
-    one, two = (npz.load_dataset(tmp_path / "diag_nets" / name) for name in ("one", "two"))
+    one, two = (arrays.load_dataset(tmp_path / "diag_nets" / name) for name in ("one", "two"))
     for name in one.variables:
         if one[name].dtype.kind == "f":
             np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)

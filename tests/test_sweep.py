@@ -16,8 +16,10 @@ from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.train import (
     Probe,
     full_batch,
+    grid,
     half_squared,
     init_state,
+    labelled,
     make_objective,
     make_segment,
     make_step,
@@ -39,7 +41,7 @@ class Point(NamedTuple):
     decay: jax.Array
 
 
-POINTS = Point(jnp.array([0.02, 0.05, 0.1]), jnp.array([1.0, 2.0, 5.0]))
+POINTS = Point(jnp.array([0.02, 0.1, 50.0]), jnp.array([1.0, 2.0, 5.0]))  # the last diverges
 
 
 def loss_of(state):
@@ -57,9 +59,12 @@ def parts(tx, batch=1):
     )
 
 
-def run(key, point, at=range(0, NUM_STEPS, 7)):
+EVERY_7 = [Probe(loss_of, range(0, NUM_STEPS, 7))]
+
+
+def run(key, point, probes=EVERY_7):
     schedule = lambda step: point.step_size / jnp.where(step < 60, 1.0, point.decay)
-    return record_run(key, *parts(optax.sgd(schedule, 0.5)), [Probe(loss_of, at)], NUM_STEPS)
+    return record_run(key, *parts(optax.sgd(schedule, 0.5)), probes, NUM_STEPS)
 
 
 KEYS = jr.split(jr.key(1), 5)
@@ -76,59 +81,41 @@ def assert_equal(a, b, rtol=1e-12):
 
 def test_a_sweep_is_the_loop_over_its_runs(whole):
     one = jax.jit(run)
-    for i, j in ((0, 0), (4, 2), (2, 1)):
+    for i, j in ((0, 0), (4, 1), (2, 2)):
         alone = one(KEYS[i], jax.tree.map(lambda leaf, j=j: leaf[j], POINTS))
         assert_equal(jax.tree.map(lambda leaf, ij=(i, j): leaf[ij], whole), alone)
 
 
-def test_chunks_and_devices_change_nothing(whole):
+def test_chunks_devices_and_the_number_of_seeds_change_nothing(whole):
     one_device = jax.make_mesh((1,), ("runs",), (AxisType.Auto,), devices=jax.devices()[:1])
     done = []
-    chunked = sweep(run, KEYS, POINTS, chunk=4, mesh=one_device, on_chunk=done.append)
-    assert_equal(chunked, whole)
-    assert done == [4, 8, 12, 15]
+    few = sweep(run, KEYS[:3], POINTS, chunk=4, mesh=one_device, on_chunk=done.append)
+    assert_equal(few, jax.tree.map(lambda leaf: leaf[:3], whole))
+    assert done == [4, 8, 9]
 
 
-def test_a_seed_does_not_depend_on_how_many_there_are(whole):
-    few = sweep(run, KEYS[:2], POINTS)
-    assert_equal(few, jax.tree.map(lambda leaf: leaf[:2], whole))
+def test_seeds_and_points_are_different_runs_and_one_that_diverges_is_nan_alone(whole):
+    finals, losses = whole[0].params["u"], whole[1][0]
+    assert finals.shape == (5, 3, 12) and losses.shape == (5, 3, len(range(0, NUM_STEPS, 7)))
+    assert len(np.unique(finals[:, :2, 0].round(12))) == 10
+    assert np.isnan(losses[:, 2, -1]).all() and np.isfinite(losses[:, :2]).all()
 
 
-def test_seeds_and_points_are_different_runs(whole):
-    finals = whole[0].params["u"]
-    assert finals.shape == (5, 3, 12)
-    assert len(np.unique(finals[:, :, 0].round(12))) == 15
-
-
-def test_records_do_not_change_the_run(whole):
-    at = [0, 1, 2, 77, NUM_STEPS - 1]
-    key, point = KEYS[0], jax.tree.map(lambda leaf: leaf[1], POINTS)
-    state, (rows,) = jax.jit(lambda k, p: run(k, p, at))(key, point)
-    assert_equal(state, jax.tree.map(lambda leaf: leaf[0, 1], whole[0]))
-    np.testing.assert_allclose(rows[3], whole[1][0][0, 1, 11], rtol=1e-12)  # step 77 = 11 * 7
-
-
-def test_gauges_have_cadences_of_their_own():
-    often, rarely = [0, 3, 4, 100, 149], [4, 101]
-    gauges = [Probe(lambda s: s.step, often), Probe(lambda s: (s.step, loss_of(s)), rarely)]
-    run = jax.jit(lambda key: record_run(key, *parts(optax.sgd(0.1)), gauges, NUM_STEPS))
-    state, (first, (second, _)) = run(KEYS[0])
-    assert first.tolist() == often and second.tolist() == rarely and state.step == NUM_STEPS
-
-
-def test_an_expensive_gauge_is_computed_only_where_it_is_due():
+def test_records_do_not_change_the_run_and_each_probe_has_its_own_steps(whole):
     called = []
 
-    def gauge(state):
+    def expensive(state):
         jax.debug.callback(lambda step: called.append(int(step)), state.step)
-        return state.step
+        return state.step, loss_of(state)
 
-    gauges = [Probe(loss_of, range(0, 90, 9)), Probe(gauge, [9, 81])]
-    jax.block_until_ready(
-        jax.jit(lambda key: record_run(key, *parts(optax.sgd(0.1)), gauges, 90))(KEYS[0])
-    )
+    key, point = KEYS[0], jax.tree.map(lambda leaf: leaf[1], POINTS)
+    probes = [Probe(loss_of, [0, 1, 2, 77]), Probe(expensive, [4, 77, NUM_STEPS])]
+    state, (losses, (steps, same)) = jax.jit(lambda k, p: run(k, p, probes))(key, point)
     jax.effects_barrier()
-    assert called == [9, 81]
+    assert called == steps.tolist() == [4, 77, NUM_STEPS]
+    assert_equal(state, jax.tree.map(lambda leaf: leaf[0, 1], whole[0]))
+    np.testing.assert_allclose([losses[3], same[1]], whole[1][0][0, 1, 11], rtol=1e-12)  # 77 = 11*7
+    np.testing.assert_allclose(same[2], loss_of(state), rtol=1e-12)
 
 
 def test_cutting_a_run_changes_nothing():
@@ -141,17 +128,18 @@ def test_cutting_a_run_changes_nothing():
     assert_equal(jnp.concatenate([first, second]), losses)
 
 
-def test_a_run_can_start_from_a_saved_state():
-    sampler, segment, state = parts(optax.sgd(0.1, 0.9))
-    gauge = [Probe(loss_of, [0])]
-    half, _ = record_run(KEYS[0], sampler, segment, state, gauge, 70)
-    resumed, (rows,) = record_run(
-        KEYS[0], sampler, segment, half, [Probe(loss_of, [70, 80])], NUM_STEPS
+def test_a_saved_state_continues_and_records_from_its_step_on():
+    sampler, segment, start = parts(optax.sgd(0.1, 0.9))
+    half, none = record_run(KEYS[0], sampler, segment, start, [], 70)
+    assert half.step == 70 and none == ()
+    probed = lambda state, at: record_run(
+        KEYS[0], sampler, segment, state, [Probe(loss_of, at)], 90
     )
-    whole, (expected,) = record_run(
-        KEYS[0], sampler, segment, state, [Probe(loss_of, [70, 80])], NUM_STEPS
-    )
-    assert_equal((resumed, rows), (whole, expected))
+    compiled = jax.jit(lambda state: probed(state, [70, 80]))
+    assert_equal(compiled(half), compiled(start))
+    for wrong in ([0, 80], [69], [80, 70], [70, 70], [70, 91], [70.0, 80.0]):
+        with pytest.raises(ValueError, match=r"probes\[0\]\.at"):
+            probed(half, wrong)
 
 
 def test_sgd_is_the_numpy_loop():
@@ -181,59 +169,99 @@ def test_every_step_shrinks_balancedness_by_the_closed_form():
     assert got != balancedness(u, v)
 
 
-def test_a_diverged_run_is_a_row_of_nan_and_leaves_the_others_alone(whole):
-    wild = Point(jnp.array([0.02, 50.0]), jnp.array([1.0, 1.0]))
-    _, (rows,) = sweep(run, KEYS, wild)
-    assert np.isnan(rows[:, 1, -1]).all() and np.isfinite(rows[:, 0]).all()
-    assert_equal(rows[:, 0], whole[1][0][:, 0])
+def uniform(key, point):
+    return {"drawn": jr.uniform(key) * point, "point": point}
 
 
 def test_a_program_is_compiled_once():
     traced = []
-
-    def counted(key, point):
-        traced.append(1)
-        return jr.uniform(key) * point
-
-    sweeping = make_sweep(counted, chunk=1)
+    sweeping = make_sweep(lambda key, point: (traced.append(1), uniform(key, point))[1], chunk=1)
     first = sweeping(KEYS, jnp.arange(2.0))
     again = sweeping(KEYS, jnp.arange(2.0) * 3)
-    assert len(traced) == 1 and first.shape == (5, 2)
-    np.testing.assert_allclose(again, first * 3)
+    assert len(traced) == 1 and first["drawn"].shape == (5, 2)
+    np.testing.assert_allclose(again["drawn"], first["drawn"] * 3)
 
 
-def test_axes_that_do_not_fit_are_named():
-    with pytest.raises(ValueError, match=r"unequal length: .*step_size.*3.*decay.*2"):
-        sweep(run, KEYS, Point(jnp.ones(3), jnp.ones(2)))
-    with pytest.raises(ValueError, match="Nothing to run: 0 seeds x 3 points"):
-        sweep(run, KEYS[:0], POINTS)
-    with pytest.raises(ValueError, match="150 of a run of 150 steps"):
-        run(KEYS[0], jax.tree.map(lambda leaf: leaf[0], POINTS), at=[0, 150])
+class Killed(dict):
+    """A store whose process ends when it has stored two chunks."""
+
+    def __setitem__(self, name, arrays):
+        super().__setitem__(name, arrays)
+        if len(self) == 2:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_sweep_continues_behind_its_chunks_bit_for_bit():
+    points, store = jnp.arange(1.0, 7.0), Killed()
+    sweeping = make_sweep(uniform, chunk=1)  # 8 devices: 30 runs are 4 chunks
+    with pytest.raises(KeyboardInterrupt):
+        sweeping(KEYS, points, store=store)
+    first, second = list(store)
+    rest, done = dict(store), []
+    got = sweeping(KEYS, points, store=rest, on_chunk=done.append)
+    assert done == [8, 16, 24, 30] and list(rest)[:2] == [first, second] and len(rest) == 4
+    jax.tree.map(np.testing.assert_array_equal, got, sweeping(KEYS, points))
+    rest[first] = {name: array + 1 for name, array in rest[first].items()}  # it is read, not redone
+    again = sweeping(KEYS, points, store=rest)
+    np.testing.assert_array_equal(again["point"] - got["point"], np.arange(30).reshape(5, 6) < 8)
 
 
 @pytest.mark.parametrize(
-    ("keys", "words"),
+    "other",
     [
-        (jnp.zeros(3), r"keys has shape \(3,\) and dtype float64; give one key per seed"),
-        (jr.key(0), r"keys has shape \(\)"),
-        (jr.split(jr.key(0), 4).reshape(2, 2), r"keys has shape \(2, 2\)"),
+        {"points": jnp.array([1.0, 2.5])},
+        {"points": jnp.array([1, 2])},
+        {"points": jnp.array([1.0, 2.0, 3.0])},
+        {"keys": jr.split(jr.key(2), 5)},
+        {"keys": jr.split(jr.key(1, impl="rbg"), 5)},
+        {"keys": KEYS[:4]},
+        {"chunk": 2},
+        {"fingerprint": "steps=3"},
+        {"run": lambda key, point: jr.normal(key) * point},
     ],
 )
-def test_what_is_no_list_of_keys_is_named(keys, words):
-    with pytest.raises(ValueError, match=words):
-        sweep(lambda key, point: point, keys, jnp.ones(2))
+def test_chunks_of_another_sweep_are_not_its_own(other):
+    store, plain = {}, {"keys": KEYS, "points": jnp.array([1.0, 2.0]), "chunk": 1, "run": uniform}
+    sweep(**plain, store=store)
+    before = dict(store)
+    got = sweep(**(plain | other), store=store)
+    jax.tree.map(np.testing.assert_array_equal, got, sweep(**(plain | other)))
+    assert len(store) > len(before) and all(store[name] is before[name] for name in before)
 
 
-@pytest.mark.parametrize(
-    ("leaf", "words"),
-    [
-        (np.float64(0.1), r"points\['eta'\] has shape \(\) and dtype float64"),
-        (np.array(["a", "b"]), r"points\['eta'\] has shape \(2,\) and dtype <U1"),
-        (np.array([1j, 2.0]), r"points\['eta'\] .* dtype complex128; give an array of numbers"),
-        (np.array([0.1, np.nan]), r"points\['eta'\] of shape \(2,\) holds NaN at point 1"),
-    ],
-)
-def test_a_leaf_that_is_no_axis_is_named(leaf, words):
-    points = {"eta": leaf, "scale": np.ones(2)}
-    with pytest.raises(ValueError, match=words):
-        sweep(lambda key, point: point["scale"], jr.split(jr.key(0), 2), points)
+@pytest.mark.parametrize("keys", [jnp.zeros(3), jr.key(0), KEYS[:0], jr.PRNGKey(0)])
+def test_what_is_no_list_of_keys_is_refused(keys):
+    with pytest.raises(ValueError, match="keys"):
+        sweep(uniform, keys, jnp.ones(2))
+    assert sweep(uniform, jr.split(jr.key(0), 3), jnp.ones(2))["drawn"].shape == (3, 2)
+
+
+@pytest.mark.parametrize("leaf", [np.float64(0.1), jnp.ones(3), jnp.ones(0)])
+def test_a_leaf_without_one_entry_per_point_is_named(leaf):
+    with pytest.raises(ValueError, match=r"points\['eta'\]"):
+        sweep(lambda key, point: point["eta"], KEYS, {"eta": leaf, "scale": np.ones(2)})
+
+
+def test_a_label_names_the_run_it_came_from():
+    def run(key, point):
+        shift = jr.uniform(key)
+        curve = shift + point["step_size"] * jnp.arange(4) + 100 * point["scale"]
+        return {"final": curve[-1], "loss": curve}
+
+    axes = {"step_size": np.array([0.1, 0.2]), "scale": np.array([1.0, 2.0, 3.0])}
+    results = sweep(run, KEYS[:3], grid(**axes))
+    steps = {"records": {"loss": ["step"]}, "coords": {"step": [0, 10, 20, 30]}}
+    data = labelled(results, axes=axes, **steps)
+    assert data["loss"].dims == ("seed", "step_size", "scale", "step")
+    assert data["final"].dims == ("seed", "step_size", "scale")
+    for seed in range(3):
+        one = data.sel(seed=seed, step_size=0.2, scale=3.0)
+        expected = run(KEYS[seed], {"step_size": 0.2, "scale": 3.0})
+        np.testing.assert_allclose(one["final"], expected["final"], rtol=1e-12)
+        np.testing.assert_allclose(one["loss"].sel(step=20), expected["loss"][2], rtol=1e-12)
+    for axis in ([], 0.1, np.array([[0.1, 0.2]])):
+        with pytest.raises(ValueError, match="step_size"):
+            grid(step_size=axis, scale=[1.0])
+    for shape in ((2, 5), (2, 6, 7)):
+        with pytest.raises(ValueError, match="loss"):
+            labelled({"loss": np.zeros(shape)}, axes=axes)

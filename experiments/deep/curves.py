@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import plots
-from experiments.storage import records, values
+from experiments.storage import records
 
 NEEDED = (
     *("step", "epoch", "train/loss", "train/error", "test/loss", "test/error"),
@@ -22,11 +22,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         raise ValueError(f"{folder} has lost its metrics.jsonl; remove that folder and run again.")
     for number, row in enumerate(rows, 1):
         for name in (*NEEDED, *row):
-            if not values.is_number(row.get(name)):
-                told = values.shown(row[name]) if name in row else "missing"
+            if not isinstance(row.get(name), int | float):
                 raise ValueError(
-                    f"{folder / 'metrics.jsonl'}, line {number}: {name[:60]} is {told}, and has to "
-                    "be a number; remove that folder and run again."
+                    f"{folder / 'metrics.jsonl'}, line {number}: {name} is {row.get(name)!r} and "
+                    "not a number; remove that folder and run again."
                 )
     return rows
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a reader never sees one that was written by halves."""
+"""Files that are whole or absent: a reader never sees a part of one."""
 
 import contextlib
 import errno
@@ -6,37 +6,29 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
-SCRATCH = ".*-" + 32 * "[0-9a-f]"  # names that `replacing` gives; a killed process leaves such
+TEMPORARY = ".*-" + 32 * "[0-9a-f]"  # names of unfinished files, which a killed process leaves
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    with replacing(path) as file:
-        file.write(content)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` once all of it is on disk."""
-    scratch = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    """Replaces `path` once all of `content` is on disk, under a temporary name until then."""
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with named(path):
-            with scratch.open("wb") as file:
-                yield file
+            with temporary.open("wb") as file:
+                file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(scratch, path)
+            os.replace(temporary, path)
     finally:
-        with contextlib.suppress(OSError):  # what went wrong before that matters more
-            scratch.unlink()
+        with contextlib.suppress(OSError):  # the first error matters more
+            temporary.unlink()
 
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Errors of the file system say which file they are about: a full disk's don't."""
+    """Adds the path to errors of the file system: that of a full disk has none."""
     try:
         yield
     except OSError as error:

@@ -1,29 +1,26 @@
-"""The run folder: what was asked, what ran, and what was measured. Imports no JAX.
+"""The run folder: settings, provenance and metrics, as standard JSON. Imports no JAX.
 
-runs/EXPERIMENT/NAME/config.json      the flags, as values
+runs/EXPERIMENT/NAME/config.json      the flags
                      manifest.json    versions, devices, revision, one entry per start
-                     metrics.jsonl    a row of scalars per record, flushed as it is written
-                     arrays.npz       arrays, if any
-                     figures/  checkpoints/
-
-What is read is what was given, or an error that names the file; nothing in a file is executed.
+                     metrics.jsonl    a line of scalars per evaluation, flushed as it is written
+                     results.nc       arrays of a toy run (see `arrays`)
+                     figures/  checkpoints/  chunks/
 """
 
 import dataclasses
-import logging
+import json
 import math
 import os
 import platform
 import subprocess
 import sys
-import uuid
 from collections.abc import Collection, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any
 
-from experiments.storage import files, values
+from experiments.storage import files
 
 SHOWN = 10  # settings that differ, in a message
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-datasets", "numpy")
@@ -37,230 +34,154 @@ def open_run(
     *,
     may_change: Collection[str] = (),
 ) -> Path:
-    """The folder of a run, made if need be, with `config` (a dataclass) in its config.json.
+    """Creates the folder of a run if need be, with `config` (a dataclass) in its config.json.
 
-    Raises ValueError where the folder holds another configuration (fields in `may_change` aside),
-    and PermissionError where it can't be written: both before anything is computed.
+    Raises ValueError if it holds a run with other settings, those in `may_change` excepted. Removes
+    what a killed process left unfinished: temporary files, and half a line of metrics.jsonl.
     """
     folder = run_folder(runs_dir, experiment, name)
-    asked = dataclasses.asdict(config)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-        for place in (folder, folder / "chunks", folder / "figures"):
-            for left in place.glob(files.SCRATCH):  # by a process that was killed
-                left.unlink()
-    except OSError as error:
-        room = "free some space, or " if error.errno in files.FULL else ""
-        told = f"The run folder {folder} can't be written ({error.strerror}); {room}"
-        raise PermissionError(f"{told}choose another place with --runs_dir.") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    for place in (folder, folder / "chunks", folder / "figures"):
+        for unfinished in place.glob(files.TEMPORARY):
+            unfinished.unlink()
+    metrics = folder / "metrics.jsonl"
+    if metrics.exists() and not metrics.read_bytes().endswith(b"\n"):
+        drop_rows_after(folder, math.inf)
     path = folder / "config.json"
-    if path.exists():
-        changes = _changes(read_json(path), asked, may_change)
-        if changes:
-            raise ValueError(
-                f"{folder} holds a run with other settings ({', '.join(changes)}); "
-                "give this one a name of its own with --exp_name, or remove that folder."
-            )
-    write_json(path, asked)
+    requested = json.loads(_to_json(dataclasses.asdict(config)))
+    found = read_json(path) if path.exists() else requested
+    changed = [
+        f"{field} {_shown(found, field)} -> {_shown(requested, field)}"
+        for field in (requested | found)
+        if field not in may_change and found.get(field, ...) != requested.get(field, ...)
+    ]
+    if changed:
+        more = [f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
+        raise ValueError(
+            f"{folder} holds a run with other settings ({', '.join(changed[:SHOWN] + more)}); "
+            "give this one a name of its own with --exp_name, or remove that folder."
+        )
+    write_json(path, requested)
     return folder
 
 
 def run_folder(runs_dir: str | os.PathLike[str], experiment: str, name: str) -> Path:
-    """Where a run's folder is or will be; nothing is made, but a place that can't be is refused."""
-    if not name or name != Path(name).name or name in (".", ".."):
-        raise ValueError(f"The run's name is {name!r}; choose a plain file name (--exp_name).")
+    """The absolute path of a run's folder, which may not exist; ValueError where it can't."""
+    if "://" in str(runs_dir):
+        raise ValueError(
+            f"--runs_dir {runs_dir} is a URL, and runs are written to folders; give a folder, such "
+            "as one where that bucket is mounted."
+        )
+    if name in ("", ".", "..") or name != Path(name).name or len(os.fsencode(name)) > 255:
+        raise ValueError(
+            f"The run's name is {name[:255]!r}; choose a file name of up to 255 bytes (--exp_name)."
+        )
     try:
-        folder = Path(runs_dir).expanduser().absolute() / experiment / name
+        return Path(runs_dir).expanduser().absolute() / experiment / name
     except RuntimeError as error:
         raise ValueError(f"--runs_dir {runs_dir}: {error}") from error
-    above = next(path for path in (folder, *folder.parents) if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(
-            f"The run folder {folder} can't be written ({above} is not a folder that can); "
-            "choose another place with --runs_dir."
-        )
-    return folder
-
-
-def _changes(
-    before: Mapping[str, Any], asked: Mapping[str, Any], may_change: Collection[str]
-) -> list[str]:
-    """`seeds 3 -> 4`, one per field that differs."""
-
-    def show(config: Mapping[str, Any], field: str) -> str:
-        return values.shown(config[field]) if field in config else "absent"
-
-    def same(field: str) -> bool:
-        both = field in before and field in asked
-        return both and values.encode(before[field]) == values.encode(asked[field])
-
-    fields = [*asked, *sorted(before.keys() - asked.keys())]
-    changed = [field for field in fields if field not in may_change and not same(field)]
-    listed = [f"{field[:60]} {show(before, field)} -> {show(asked, field)}" for field in changed]
-    more = len(listed) - SHOWN
-    return [*listed[:SHOWN], f"{more} more"] if more > 0 else listed
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; ValueError names the file where it isn't one."""
+    """Reads a JSON object; ValueError names the file where it isn't one."""
     try:
-        return values.from_bytes(path.read_bytes())
-    except ValueError as error:
+        return dict(json.loads(path.read_bytes()))
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and run again.") from error
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """All or nothing: a reader sees the old file or the new one."""
-    files.write_bytes(path, (values.to_text(value, indent=2) + "\n").encode("utf-8"))
+    """Writes a JSON object, whole or not at all."""
+    files.write_bytes(path, f"{_to_json(value, indent=2)}\n".encode())
 
 
 def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more: Any) -> None:
-    """Adds this start to manifest.json: versions, devices, seed, revision, command, time."""
-    path = folder / "manifest.json"
-    starts = _starts(path) if path.exists() else []
-    starts.append(
-        {
-            "started": _now(),
-            "command": ["python", "-m", _module(), *sys.argv[1:]],
-            "seed": seed,
-            "devices": sorted(devices),
-            "python": platform.python_version(),
-            "platform": f"{platform.system()} {platform.machine()}",
-            "versions": {name: version for name in PACKAGES if (version := _version(name))},
-            "git": git_revision(),
-            **more,
-        }
-    )
-    write_json(path, {"starts": starts})
+    """Adds a start to manifest.json: time, command, seed, devices, versions, revision, `more`."""
+    start = {
+        "started": _now(),
+        "command": ["python", "-m", _module(), *sys.argv[1:]],
+        "seed": seed,
+        "devices": sorted(devices),
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "git": git_revision(),
+        **more,
+    }
+    write_json(folder / "manifest.json", {"starts": [*_starts(folder), start]})
 
 
 def finish_manifest(folder: Path, **more: Any) -> None:
-    """Adds the time and `more` to the last start: without it, that start did not finish."""
-    path = folder / "manifest.json"
-    starts = _starts(path)
-    if not starts:
-        raise ValueError(f"{path} holds no start that could finish; remove it and run again.")
-    starts[-1] |= {"finished": _now(), **more}
-    write_json(path, {"starts": starts})
+    """Adds the time and `more` to the last start: the run is finished."""
+    *before, last = _starts(folder)
+    write_json(folder / "manifest.json", {"starts": [*before, last | {"finished": _now()} | more]})
 
 
 def is_finished(folder: Path) -> bool:
-    """Whether the last start of the run came to its end."""
-    path = folder / "manifest.json"
-    return path.exists() and any("finished" in start for start in _starts(path)[-1:])
+    """Whether the last start of the run reached its end."""
+    return any("finished" in start for start in _starts(folder)[-1:])
 
 
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
-    """One line of metrics.jsonl, on disk when this returns; a cut line before it goes."""
+    """Adds a line to metrics.jsonl, on disk when this returns."""
     path = folder / "metrics.jsonl"
-    line = values.to_text(row) + "\n"
-    with files.named(path), path.open("a+b") as file:
-        _drop_cut_line(file)
-        file.write(line.encode("utf-8"))
+    with files.named(path), path.open("ab") as file:
+        file.write(f"{_to_json(row)}\n".encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """All whole rows of metrics.jsonl; a last line that a kill cut short is left out."""
+    """All lines of metrics.jsonl; one that a kill cut short at the end is left out."""
     return [row for _, row in _whole_lines(folder)]
 
 
-class Written(NamedTuple):
-    """How many rows metrics.jsonl has, and the newest as it stands there."""
-
-    rows: int
-    newest: str
-
-
-def written(folder: Path) -> Written:
-    """The rows of now; a last line that a kill cut short is left out."""
-    lines = [line for line, _ in _whole_lines(folder)]
-    return Written(len(lines), lines[-1].decode("utf-8") if lines else "")
-
-
-def put_back(folder: Path, known: Written) -> None:
-    """Appends the newest row where metrics.jsonl has lost it since it was `known`; the log says so.
-
-    Raises ValueError where more is lost.
-    """
-    lost = known.rows - written(folder).rows
-    if lost > 1:
-        raise ValueError(
-            f"{folder} has lost {lost} rows of its metrics.jsonl; remove that folder and run again."
-        )
-    if lost == 1:
-        row = values.from_bytes(known.newest.encode("utf-8"))
-        append_row(folder, row)
-        told = "%s had lost the row of step %s; it is back, from the saved state."
-        logging.getLogger(__name__).warning(told, folder / "metrics.jsonl", row.get("step"))
-
-
-def drop_rows_after(folder: Path, step: int) -> None:
-    """Keeps the rows with `row["step"] <= step`: a resumed run writes the others anew."""
+def drop_rows_after(folder: Path, step: float) -> None:
+    """Removes the lines with row["step"] > step, and a torn one: a resumed run writes them anew."""
     path = folder / "metrics.jsonl"
     if path.exists():
-        kept = [line for line, row in _whole_lines(folder) if _step(path, row) <= step]
-        files.write_bytes(path, b"".join(kept))
+        before = [line for line, row in _whole_lines(folder) if row["step"] <= step]
+        files.write_bytes(path, b"".join(before))
 
 
 def git_revision() -> str | None:
-    """The commit of the code that runs, `+` behind it where files differ; None outside git."""
-    here = Path(__file__).parent
+    """The commit of this code, with a `+` if files differ from it; None outside git."""
 
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
+    def git(*arguments: str) -> str:
+        command, here = ["git", *arguments], Path(__file__).parent
+        return subprocess.check_output(
+            command, cwd=here, stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        return git("rev-parse", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
     except (OSError, subprocess.SubprocessError):
         return None
 
 
-def _starts(path: Path) -> list[dict[str, Any]]:
-    starts = read_json(path).get("starts")
-    if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
-        raise ValueError(f"{path} lists no starts of a run; remove it and run again.")
-    return starts
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with Python's NaN and Infinity; arrays as lists, paths as strings."""
+    plain = lambda value: value.tolist() if hasattr(value, "tolist") else os.fspath(value)
+    return json.dumps(value, indent=indent, default=plain)
+
+
+def _shown(config: Mapping[str, Any], field: str) -> str:
+    return json.dumps(config[field])[:60] if field in config else "absent"
+
+
+def _starts(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "manifest.json"
+    return read_json(path)["starts"] if path.exists() else []
 
 
 def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
     path = folder / "metrics.jsonl"
-    if not path.exists():
-        return
-    *lines, _ = path.read_bytes().split(b"\n")  # behind the last end of line: nothing, or a cut row
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
-            row = values.from_bytes(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not a row of metrics ({error}); remove that line."
-            ) from error
-        yield line + b"\n", row
-
-
-def _step(path: Path, row: Mapping[str, Any]) -> float:
-    step = row.get("step")
-    if not values.is_number(step) or not math.isfinite(step):
-        told = f"holds a row without its step ({values.shown(row)})"
-        raise ValueError(f"{path} {told}; remove that line.")
-    return step
-
-
-def _drop_cut_line(file: IO[bytes]) -> None:
-    """Ends `file` behind its last whole line, where a kill cut the one that followed."""
-    if file.seek(0, os.SEEK_END) == 0:
-        return
-    file.seek(-1, os.SEEK_END)
-    if file.read() != b"\n":
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+            yield line + b"\n", dict(json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}, line {number} is no JSON ({error}); remove it.") from error
 
 
 def _now() -> str:

@@ -1,12 +1,15 @@
-"""The flags of an ensemble of toy runs, what they may be, and what follows from them alone."""
+"""The flags of an ensemble of toy runs, and the plan that they resolve to."""
 
-from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from experiments.launch import ranges
 from experiments.launch.hosts import ALONE, Hosts
 from experiments.launch.ranges import (
     AboveMinusOne,
@@ -18,12 +21,16 @@ from experiments.launch.ranges import (
     Seed,
     Share,
 )
+from experiments.storage import records
 from experiments.toy.problems import Toy
+from experiments.toy.run import Descent, Schedule
+
+PLACE = ("exp_name", "runs_dir", "hosts")  # flags that say where, and not what
 
 
 @dataclass(frozen=True)
 class Config:
-    """One entry of each tuple per schedule."""
+    """Flags of all ensembles; tuples have one entry per schedule."""
 
     setting: str = ""
     """Which of the paper's settings."""
@@ -32,7 +39,7 @@ class Config:
     seeds: Count = 32
     """Seeds per schedule: of the initialization (where it is random) and of SGD."""
     seed: Seed = 0
-    """Seed of the seeds: seed i of the ensemble is fold_in(key(seed), i)."""
+    """Base seed: seed i of the ensemble is fold_in(key(seed), i)."""
     step_sizes: tuple[Positive, ...] = ()
     """Step size at the start of each schedule."""
     decay_times: tuple[Share, ...] = ()
@@ -60,83 +67,130 @@ class Config:
     label_noise: NonNegative = 0.0
     """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
     average: Fraction = 0.0
-    """What is watched is the moving average of the weights with this memory; 0 for the weights."""
+    """Measure the moving average of the weights with this decay; 0: the weights themselves."""
     valley_steps: CountOrNone = 0
-    """What is watched is the valley floor: the weights after so many steps of GD of size 0.5."""
+    """Measure the valley floor: the weights after this many steps of GD of size 0.5; 0: off."""
     gd_jitter: Fraction = 1e-9
     """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
     log_records: bool = False
     """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
     spectra_records: Count = 40
-    """At how many of the records singular values are taken for every seed (for one seed at all)."""
+    """Number of records, the last among them, with singular values of every seed (of one seed: at
+    all records)."""
     runs_dir: str = "runs"
     """Where run folders go."""
     hosts: Hosts = ALONE
 
 
-def validate(config: Config, toy: Toy) -> None:
-    """Raises ValueError, in the words of the flags, for what can't be run."""
-    ranges.check(config)
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+class Group(NamedTuple):
+    """The schedules of one batch size, which share a program."""
+
+    batch_size: int
+    members: np.ndarray  # places of its schedules in the plan
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An ensemble, resolved from the flags once: what runs, what is recorded, and where it goes."""
+
+    config: Config
+    toy: Toy
+    place: tuple[str, str, str]  # runs_dir, experiment, name
+    folder: Path
+    fingerprint: str  # of the flags that the numbers depend on
+    record_steps: np.ndarray
+    spectra_steps: np.ndarray  # those of them at which every seed's singular values are taken
+    schedules: Schedule  # leaves [schedules]
+    groups: tuple[Group, ...]
+    labels: Sequence[str]  # one per schedule, all different
+    marks: Mapping[str, Sequence[float]]  # label -> steps at which its step size decays
+    descent: Descent
+
+
+def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
+    """The plan of an ensemble; ValueError for flags that don't fit each other or the problem."""
     per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
     lengths = {field: len(getattr(config, field)) for field in per_schedule}
     if len(set(lengths.values())) != 1 or not config.step_sizes:
         counts = ", ".join(f"--{field} {length}" for field, length in lengths.items())
         raise ValueError(f"Values per schedule: {counts}; give each schedule one of each.")
-    for value in config.batch_sizes:
-        if value > len(toy.train.y):
-            raise ValueError(
-                f"--batch_sizes is {value}, more than the {len(toy.train.y)} training examples."
-            )
-    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
-        raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
+    largest, examples = max(config.batch_sizes), len(toy.train.y)
+    if largest > examples:
+        raise ValueError(f"--batch_sizes is {largest}; there are {examples} training examples.")
+    place = (config.runs_dir, experiment, config.exp_name or config.setting)
+    at = record_steps(config.num_steps, config.log_records)
+    # A single record of singular values is that of the trained network, not of the initial one.
+    first, last = (0 if config.spectra_records > 1 else len(at) - 1), len(at) - 1
+    spread = np.rint(np.linspace(first, last, config.spectra_records)).astype(int)
+    labels = [label(config, j, examples) for j in range(len(config.step_sizes))]
+    labels = [f"{x} #{j + 1}" if labels.count(x) > 1 else x for j, x in enumerate(labels)]
+    decays = zip(labels, config.decay_times, config.decay_factors, strict=True)
+    return Plan(
+        config=config,
+        toy=toy,
+        place=place,
+        folder=records.run_folder(*place),
+        fingerprint=fingerprint(config),
+        record_steps=at,
+        spectra_steps=at[np.unique(spread)],
+        schedules=schedules(config),
+        groups=tuple(
+            Group(size, np.flatnonzero(np.equal(config.batch_sizes, size)))
+            for size in sorted(set(config.batch_sizes))
+        ),
+        labels=labels,
+        marks={name: [share * config.num_steps] for name, share, factor in decays if factor != 1},
+        descent=Descent(*(getattr(config, field) for field in Descent._fields)),
+    )
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+def fingerprint(config: Any) -> str:
+    """SHA-256 of the flags that numbers depend on, and of the version of JAX."""
+    flags = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PLACE}
+    return hashlib.sha256(f"{jax.__version__} {flags}".encode()).hexdigest()
 
 
 def like(config: ConfigT, setting: ConfigT) -> ConfigT:
-    """`config` but for what says how often, where and how closely it is watched."""
-    free = ("exp_name", "seeds", "seed", "spectra_records", "gd_jitter", "runs_dir", "hosts")
+    """`config` but for flags that say how often, where and how densely it is measured."""
+    free = (*PLACE, "seeds", "seed", "spectra_records", "gd_jitter")
     return replace(config, **{field: getattr(setting, field) for field in free})
 
 
-def record_steps(config: Config) -> np.ndarray:
+def record_steps(num_steps: int, logarithmic: bool) -> np.ndarray:
     """The first 100 steps, then points spread over the whole run (the reference's cadence).
 
-    With `log_records`: the first 500, then 200 spaced logarithmically.
+    `logarithmic`: the first 500, then 200 spaced logarithmically.
     """
-    if config.log_records:
-        spread = np.geomspace(1, config.num_steps - 1, 201).astype(int)
-        return np.unique(np.concatenate([np.arange(min(500, config.num_steps)), spread]))
-    intervals = 249 if config.num_steps > 50_000 else 150
-    spread = np.rint(np.arange(intervals) * config.num_steps / intervals).astype(int)
-    return np.unique(np.concatenate([np.arange(min(100, config.num_steps)), spread]))
+    if logarithmic:
+        spread = np.geomspace(1, num_steps - 1, 201).astype(int)
+        return np.union1d(np.arange(min(500, num_steps)), spread)
+    intervals = 249 if num_steps > 50_000 else 150
+    spread = np.rint(np.arange(intervals) * num_steps / intervals).astype(int)
+    return np.union1d(np.arange(min(100, num_steps)), spread)
 
 
-def spectra_steps(config: Config) -> np.ndarray:
-    """`spectra_records` of the record steps, the first and the last among them."""
-    at = record_steps(config)
-    return at[np.unique(np.rint(np.linspace(0, len(at) - 1, config.spectra_records)).astype(int))]
+def schedules(config: Config) -> Schedule:
+    """The points of the sweep, one per schedule."""
+    fill = lambda value: jnp.full(len(config.step_sizes), value)
+    return Schedule(
+        jnp.asarray(config.step_sizes),
+        jnp.asarray(config.warmup_gains),
+        fill(config.warmup_exponent),
+        jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
+        jnp.asarray(config.decay_factors),
+        fill(config.init_scale),
+    )
 
 
-def labels(config: Config, toy: Toy) -> list[str]:
-    """`η = 0.282, /3.4 at 30 %`, one per schedule."""
-    out = []
-    for j, size in enumerate(config.batch_sizes):
-        share, gain, factor = (
-            config.decay_times[j],
-            config.warmup_gains[j],
-            config.decay_factors[j],
-        )
-        kind = {1: "", len(toy.train.y): "GD, "}.get(size, f"b = {size}, ")
-        reached = config.step_sizes[j] * (1 + gain * share**config.warmup_exponent)
-        warm = f" → {reached:.2g}" if gain else ""
-        decay = f", /{factor:g} at {share:.0%}" if factor != 1 else ", constant"
-        out.append(f"{kind}η = {config.step_sizes[j]:g}{warm}{decay}")
-    return out
-
-
-def decay_marks(config: Config, toy: Toy) -> dict[str, list[float]]:
-    """Where each schedule's step size decays, for figures."""
-    decays = zip(labels(config, toy), config.decay_times, config.decay_factors, strict=True)
-    return {label: [share * config.num_steps] for label, share, factor in decays if factor != 1}
+def label(config: Config, j: int, examples: int) -> str:
+    """`η = 0.282, /3.4 at 30 %`, of schedule j."""
+    size, gain, factor = config.batch_sizes[j], config.warmup_gains[j], config.decay_factors[j]
+    share = config.decay_times[j]
+    kind = {1: "", examples: "GD, "}.get(size, f"b = {size}, ")
+    reached = config.step_sizes[j] * (1 + gain * share**config.warmup_exponent)
+    warm = f" → {reached:.2g}" if gain else ""
+    decay = f", /{factor:g} at {share:.0%}" if factor != 1 else ", constant"
+    return f"{kind}η = {config.step_sizes[j]:g}{warm}{decay}"

@@ -1,4 +1,4 @@
-"""One run of a toy problem as a function of its seed and its schedule: what a sweep maps over."""
+"""One run of a toy problem as a function of its key and its schedule: what a sweep maps over."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,14 +10,13 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from experiments.toy.config import Config
 from experiments.toy.problems import Toy
 from sgd_sparse_jax import data, measure, train
 from sgd_sparse_jax.types import Batch, Noise, Params, TrainState
 
 
 class Descent(NamedTuple):
-    """What is not plain SGD, and which weights are watched: fields of Config."""
+    """What is not plain SGD, and which weights are measured; the flags of the same names."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -40,19 +39,6 @@ class Schedule(NamedTuple):
     decay_step: jax.Array
     decay_factor: jax.Array
     init_scale: jax.Array
-
-
-def schedules(config: Config) -> Schedule:
-    """The sweep's points, one per schedule."""
-    fill = lambda value: jnp.full(len(config.step_sizes), value)
-    return Schedule(
-        jnp.asarray(config.step_sizes),
-        jnp.asarray(config.warmup_gains),
-        fill(config.warmup_exponent),
-        jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
-        jnp.asarray(config.decay_factors),
-        fill(config.init_scale),
-    )
 
 
 def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
@@ -101,7 +87,12 @@ def make_run(
     watched: bool = True,
     descent: Descent = PLAIN,
 ):
-    """(key, schedule) -> (rows at `at`, parameters [snapshots, p] at `snapshots_at`) of one run."""
+    """(key, schedule) -> (records at `at`, parameters [snapshots, p] at `snapshots_at`) of one run.
+
+    Every record has the losses, and those of `toy.watch` unless `watched` is False.
+    """
+    if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
+        raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
     n = len(toy.train.y)
     everything = batch_size == n
 
@@ -123,14 +114,14 @@ def make_run(
             gradient=ascent(descent),
         )
 
-        def seen(state: TrainState) -> Params:
+        def measured(state: TrainState) -> Params:
             if descent.valley_steps:
                 loss = lambda params: toy.mean_loss(params, toy.train)
                 return measure.valley_floor(loss, state.params, num_steps=descent.valley_steps)
             return state.average if descent.average else state.params
 
-        def row(state: TrainState) -> dict:
-            params = seen(state)
+        def record(state: TrainState) -> dict:
+            params = measured(state)
             losses = {
                 "train_loss": toy.mean_loss(params, toy.train),
                 "test_loss": toy.mean_loss(params, toy.test),
@@ -140,18 +131,18 @@ def make_run(
         def fetch(key, idx) -> Batch:
             return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
 
-        _, rows = train.record_run(
+        _, records = train.record_run(
             running,
             train.full_batch(n) if everything else train.with_replacement(n, batch_size),
             train.make_segment(step, fetch, noise=label_noise(schedule, toy, descent)),
             state,
             [
-                train.Probe(row, at),
-                train.Probe(lambda state: ravel_pytree(seen(state))[0], snapshots_at),
+                train.Probe(record, at),
+                train.Probe(lambda state: ravel_pytree(measured(state))[0], snapshots_at),
             ],
             num_steps,
         )
-        return rows
+        return records
 
     return run
 

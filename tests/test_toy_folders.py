@@ -1,0 +1,146 @@
+"""Run folders of toys as users leave and find them: interrupted, damaged, of other settings."""
+
+import json
+import os
+import shutil
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from experiments import diag_nets
+from experiments.launch import cli
+from experiments.launch.signals import Stopped
+from experiments.storage import arrays, records
+from experiments.toy import config as toys, ensemble, problems
+
+TOY = problems.diagonal(n=12, d=16, support=2)
+CONFIG = replace(  # 8 devices take 128 seeds at once: two chunks
+    diag_nets.SETTINGS["d1"], seeds=130, num_steps=200, n=12, d=16, support=2, spectra_records=2
+)
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
+
+def run(runs_dir, **changes):
+    """Its folder and its data."""
+    config = replace(CONFIG, runs_dir=str(runs_dir), **changes)
+    plan = toys.resolve("diag_nets", config, TOY)
+    return plan.folder, ensemble.results(plan)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compiled_once):
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, compiled_once):
+    """A run that got SIGTERM in its first chunk."""
+    runs_dir = tmp_path_factory.mktemp("stopped")
+    folder = runs_dir / "diag_nets" / "d1"
+
+    def terminate():
+        while not (folder / "manifest.json").exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    with pytest.raises(Stopped):
+        run(runs_dir)
+    thread.join()
+    assert len(list((folder / "chunks").iterdir())) == 1 and not records.is_finished(folder)
+    return runs_dir
+
+
+@pytest.fixture
+def runs_dir(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "runs")
+
+
+def chunk_of(runs_dir):
+    (path,) = (runs_dir / "diag_nets" / "d1" / "chunks").glob("*.npz")
+    return path
+
+
+def test_a_run_that_was_stopped_continues_to_the_same_numbers(whole, runs_dir, caplog):
+    folder = runs_dir / "diag_nets" / "d1"
+    scratch = [folder / "chunks" / f".x.npz-{32 * 'a'}", folder / f".config.json-{32 * '0'}"]
+    for path in (*scratch, folder / "chunks" / "batch1-0.npz"):  # of a kill, of another version
+        path.write_bytes(b"half")
+    assert run(runs_dir)[1].identical(whole[1]) and not caplog.records
+    assert not (folder / "chunks").exists() and not any(path.exists() for path in scratch)
+    assert records.is_finished(folder)
+
+
+def test_a_finished_chunk_is_not_computed_again(whole, runs_dir):
+    chunk = arrays.read_npz(chunk_of(runs_dir))
+    arrays.write_npz(chunk_of(runs_dir), chunk | {"step/support": chunk["step/support"] + 1})
+    more = run(runs_dir)[1]["support"] - whole[1]["support"]
+    np.testing.assert_array_equal(more.max(("schedule", "step")), np.arange(130) < 128)
+
+
+@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: x[:-40] + 40 * b"x"])
+def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, damage, caplog):
+    path = chunk_of(runs_dir)
+    path.write_bytes(damage(path.read_bytes()))
+    assert run(runs_dir)[1].identical(whole[1])
+    assert [path.name in record.getMessage() for record in caplog.records] == [True]
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"step_sizes": (0.2, 0.282, 0.282, 0.282)}])
+def test_chunks_of_other_settings_are_not_taken(runs_dir, change):
+    """As where somebody copies a folder to start from, and edits its config.json."""
+    path = runs_dir / "diag_nets" / "d1" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    plan = toys.resolve("diag_nets", replace(CONFIG, runs_dir=str(runs_dir), **change), TOY)
+    assert ensemble.results(plan).identical(ensemble.simulate(plan))
+
+
+def test_a_finished_run_is_read_again(whole, capsys):
+    folder, dataset = whole
+    before = {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")}
+    (folder / "chunks").mkdir()  # as a kill between the last two steps leaves it
+    assert run(folder.parents[1])[1].identical(dataset)
+    assert not (folder / "chunks").exists() and str(folder) in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")} == before
+
+
+def test_other_settings_under_the_same_name_are_refused_by_flag(whole):
+    with pytest.raises(ValueError, match="seed 0 -> 1") as refused:
+        run(whole[0].parents[1], seed=1)
+    assert str(whole[0]) in str(refused.value) and "spectra_records" not in str(refused.value)
+    assert run(whole[0].parents[1], seed=1, exp_name="two")[0].name == "two"
+
+
+@pytest.mark.parametrize("left", ["cut", "empty", "arrays.npz"])
+def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path, left):
+    """Cut short, or a folder of the version that wrote arrays.npz."""
+    folder = shutil.copytree(whole[0], tmp_path / "diag_nets" / "d1")
+    content = (folder / "results.nc").read_bytes()
+    (folder / "results.nc").write_bytes(content[: len(content) // 2] if left == "cut" else b"")
+    if left == "arrays.npz":
+        (folder / "results.nc").rename(folder / "arrays.npz")
+    with pytest.raises(ValueError, match=r"results\.nc") as refused:
+        run(tmp_path)
+    line = cli.describe(refused.value)
+    assert str(folder) in line and "--exp_name" in line and line.isprintable() and len(line) < 500
+    if left == "cut":  # what the message advises
+        assert run(tmp_path, exp_name="again")[1].identical(whole[1])
+        shutil.rmtree(folder)
+        assert run(tmp_path)[1].identical(whole[1])
+
+
+def test_a_read_only_place_is_refused_before_anything_is_computed(tmp_path):
+    tmp_path.chmod(0o500)
+    user = os.geteuid()
+    try:
+        os.seteuid(user or 65534)  # root may write anywhere
+        with pytest.raises(OSError) as refused:
+            run(tmp_path)
+    finally:
+        os.seteuid(user)
+    assert str(tmp_path) in cli.describe(refused.value) and not list(tmp_path.iterdir())
