@@ -16,23 +16,9 @@ import numpy as np
 import optax
 import pytest
 
-from sgd_sparse_jax import measure
+from sgd_sparse_jax import measure, train
 from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen
-from sgd_sparse_jax.train import (
-    Probe,
-    full_batch,
-    half_squared,
-    init_state,
-    make_objective,
-    make_segment,
-    make_step,
-    piecewise_decay,
-    power_warmup,
-    record_run,
-    recorded,
-    squared,
-)
 from sgd_sparse_jax.types import Batch
 
 FOLDER = Path(__file__).parent / "golden"
@@ -42,7 +28,6 @@ MOVED = (
     "The run no longer matches the original code. If the dynamics were meant to change, say in "
     "the pull request which equation changed, and record tests/golden again."
 )
-DIAGONAL = from_linen(DiagonalNet(0.1))
 NETWORKS = {  # and the threshold of their feature sparsity
     "regression_1d_decay02": (from_linen(MLP((100,), biases=(True, False))), 0.999),
     "two_layer_decay00": (from_linen(MLP((20,), biases=False)), 0.99),
@@ -57,49 +42,50 @@ class Run(NamedTuple):
     params: dict  # likewise
 
 
-def trained(network, loss, tx, sampler, train: Batch, test: Batch, at, num_steps, params=None):
+def trained(network, loss, tx, sampler, data, at, num_steps, params=None):
     """The Run with its records at the steps `at`; traceable."""
+    x, y = data[0]
 
     def record(state):
         of = lambda x, y: loss(network.apply(state.params, {}, x).out, y).mean()
-        return Run(of(*train), of(*test), state.params)
+        return Run(*(of(*part) for part in data), state.params)
 
-    fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-    segment = make_segment(make_step(make_objective(network, loss), tx), fetch)
-    state = init_state(jr.key(0), network, tx, train.x, params=params)
-    return record_run(jr.key(0), sampler, segment, state, [Probe(record, at)], num_steps)[1][0]
+    step = train.make_step(train.make_objective(network, loss), tx)
+    segment = train.make_segment(step, lambda key, idx: Batch(x[idx], y[idx]))
+    state = train.init_state(jr.key(0), network, tx, x, params=params)
+    probe = train.Probe(record, at)
+    return train.record_run(jr.key(0), sampler, segment, state, [probe], num_steps)[1][0]
 
 
 def assert_same(ours, recorded, **tolerance):
     np.testing.assert_allclose(ours, recorded, **tolerance, err_msg=MOVED)
 
 
-def diagonal(problem):
-    return (Batch(*map(jnp.asarray, part)) for part in problem[:2])
+def diagonal_run(step_size, sampler, problem, at):
+    """100,001 steps of a diagonal net, the last of which is not recorded."""
+    tx, data = optax.sgd(step_size), [Batch(*map(jnp.asarray, part)) for part in problem[:2]]
+    network = from_linen(DiagonalNet(0.1))
+    return trained(network, train.half_squared, tx, sampler, data, at, 100_001)
 
 
 @functools.cache
 def stable_runs():
     """D1 at step size .25 and, as a control, at .2501."""
-    steps = 100_001
     # The reference draws its single-example batches from NumPy's legacy generator with seed 1.
-    order = recorded(jnp.asarray(np.random.RandomState(1).randint(0, 80, size=steps)[:, None]))
-    train, test = diagonal(sparse_regression(0))
-    run = lambda step_size: trained(
-        *(DIAGONAL, half_squared, optax.sgd(step_size), order, train, test),
-        *(SGD["record_steps"], steps),
-    )
-    return jax.device_get(jax.jit(jax.vmap(run))(jnp.array([0.25, 0.2501])))
+    order = jnp.asarray(np.random.RandomState(1).randint(0, 80, size=100_001)[:, None])
+    rest = train.recorded(order), sparse_regression(0), SGD["record_steps"]
+    run = jax.jit(jax.vmap(lambda step_size: diagonal_run(step_size, *rest)))
+    return jax.device_get(run(jnp.array([0.25, 0.2501])))
 
 
 def test_losses_of_sgd_on_a_diagonal_net():
-    train, test, _ = stable_runs()
-    assert len(SGD["record_steps"]) == 348
-    assert_same(train[0], SGD["train_loss"], rtol=1e-9)
-    assert_same(test[0], SGD["test_loss"], rtol=1e-9)
-    assert_same(train[0, -1], 1.42161628740e-6, rtol=1e-9)
-    assert_same(test[0, -1], 3.528621943604e-3, rtol=1e-9)
-    assert np.abs(train[1, 50:] / SGD["train_loss"][50:] - 1).max() > 1e-5  # of another step size
+    losses, test_losses, _ = stable_runs()
+    assert losses.shape == (2, 348)
+    assert_same(losses[0], SGD["train_loss"], rtol=1e-9)
+    assert_same(test_losses[0], SGD["test_loss"], rtol=1e-9)
+    assert_same(losses[0, -1], 1.42161628740e-6, rtol=1e-9)
+    assert_same(test_losses[0, -1], 3.528621943604e-3, rtol=1e-9)
+    assert np.abs(losses[1, 50:] / SGD["train_loss"][50:] - 1).max() > 1e-5  # at .2501
 
 
 def test_final_parameters_of_sgd_and_what_is_measured_on_them():
@@ -117,17 +103,14 @@ def test_final_parameters_of_sgd_and_what_is_measured_on_them():
 
 
 def test_gradient_descent_on_a_diagonal_net():
-    train, test = diagonal(sparse_regression(0, n=40, d=100, support=20))
-    run = lambda step_size: trained(
-        *(DIAGONAL, half_squared, optax.sgd(step_size), full_batch(40), train, test),
-        *(DESCENT["record_steps"], 100_001),
-    )
-    train, test, params = jax.device_get(jax.jit(run)(2.0))
+    problem = sparse_regression(0, n=40, d=100, support=20)
+    run = jax.jit(lambda: diagonal_run(2.0, train.full_batch(40), problem, DESCENT["record_steps"]))
+    losses, test_losses, params = jax.device_get(run())
     # The first 100 records are far above the floor; at the end rounding leaves a loss of 1e-33.
-    assert len(train) == 348 and DESCENT["train_loss"][:100].min() > 1e-5
-    assert_same(train, DESCENT["train_loss"], rtol=1e-9, atol=1e-20)
-    assert_same(test, DESCENT["test_loss"], rtol=1e-9)
-    assert_same(test[-1], 0.16824, rtol=1e-4)
+    assert len(losses) == 348 and DESCENT["train_loss"][:100].min() > 1e-5
+    assert_same(losses, DESCENT["train_loss"], rtol=1e-9, atol=1e-20)
+    assert_same(test_losses, DESCENT["test_loss"], rtol=1e-9)
+    assert_same(test_losses[-1], 0.16824, rtol=1e-4)
     u, v = (jnp.asarray(params[name][-1]) for name in ("u", "v"))
     assert_same(u, DESCENT["u_final"], atol=1e-9)
     assert_same(v, DESCENT["v_final"], atol=1e-9)
@@ -156,16 +139,15 @@ def sgd_run(name: str) -> Run:
     """With the original's initialization and order of examples."""
     meta, arrays, steps = RUNS[name], golden(name), RUNS[name]["num_iter"]
     gain = meta["warmup_factor"] - 1.0 if meta["warmup_fraction"] > 0 else 0.0
-    warm = power_warmup(meta["gamma"], gain, meta["warmup_exponent"], steps)
+    warm = train.power_warmup(meta["gamma"], gain, meta["warmup_exponent"], steps)
     decays = [meta["threshold"]] if meta["threshold"] else []
-    tx = optax.sgd(piecewise_decay(warm, decays, [meta["decay"]] * len(decays)))
-    sampler = recorded(arrays["indices"][:, None])
-    train, test = (Batch(arrays[f"x_{of}"], arrays[f"y_{of}"][:, 0]) for of in ("train", "test"))
-    at = np.array(meta["record_steps"])
-    run = lambda params: trained(
-        NETWORKS[name][0], squared, tx, sampler, train, test, at, steps, params
+    tx = optax.sgd(train.piecewise_decay(warm, decays, [meta["decay"]] * len(decays)))
+    sampler = train.recorded(arrays["indices"][:, None])
+    data = [Batch(arrays[f"x_{of}"], arrays[f"y_{of}"][:, 0]) for of in ("train", "test")]
+    rest = NETWORKS[name][0], train.squared, tx, sampler, data, np.array(meta["record_steps"])
+    return jax.device_get(
+        jax.jit(lambda start: trained(*rest, steps, start))(parameters(name, "init"))
     )
-    return jax.device_get(jax.jit(run)(parameters(name, "init")))
 
 
 @every_network

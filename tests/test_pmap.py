@@ -34,25 +34,18 @@ class Net(nn.Module):
         return layers.dense(CLASSES)(layers.pool(x))
 
 
-@pytest.fixture(scope="module")
-def images():
-    """Of two brightnesses in turn: halves of a batch have moments of their own."""
-    rng = np.random.default_rng(0)
-    x = rng.random((64, 4, 4, 3)) * np.repeat([0.3, 1.0], 32)[:, None, None, None]
-    return Batch(x, rng.integers(0, CLASSES, 64, dtype=np.int32))
-
-
-@pytest.fixture(scope="module")
-def rows():
-    """Indices of each step, dark images on the first devices and bright ones on the last."""
-    drawn = np.random.default_rng(1).permuted(np.tile(np.arange(64), (STEPS, 1)), axis=1)
-    return np.sort(drawn[:, :BATCH], axis=1).astype(np.int32)
+RNG = np.random.default_rng(0)
+# Of two brightnesses: halves of a batch have moments of their own, for the indices of a batch are
+# sorted, dark images on the first devices and bright ones on the last.
+DIM = np.repeat([0.3, 1.0], 32)[:, None, None, None]
+IMAGES = Batch(RNG.random((64, 4, 4, 3)) * DIM, RNG.integers(0, CLASSES, 64, dtype=np.int32))
+ROWS = np.sort([RNG.permutation(64)[:BATCH] for _ in range(STEPS)], axis=1).astype(np.int32)
 
 
 @functools.cache
 def fresh():
     """The same numbers whatever the axis of the norms."""
-    x, rng = jnp.zeros((1, 4, 4, 3), jnp.float64), np.random.default_rng(3)
+    x, rng = jnp.zeros((1, 4, 4, 3)), np.random.default_rng(3)
     network = models.from_linen(Net())
     shapes, _ = jax.eval_shape(network.init, jr.key(0), x)
     params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
@@ -61,22 +54,22 @@ def fresh():
 
 
 @pytest.fixture(scope="module")
-def ours(images, rows):
+def ours():
     """States after each step, and losses, of `train` over the devices."""
     mesh = train.data_mesh(jax.devices()[:DEVICES])
-    x, y = train.replicate(tuple(images), mesh)
+    x, y = train.replicate(tuple(IMAGES), mesh)
     objective = train.make_objective(models.from_linen(Net()), train.cross_entropy)
     step = train.make_step(objective, TX, ema_decay=TAU)
     fetch = lambda key, idx: Batch(x[idx], y[idx])
     segment = jax.jit(train.make_segment(step, fetch, shard=train.split_examples(mesh)))
     state, results = train.replicate(fresh(), mesh), []
-    for row in rows:
+    for row in ROWS:
         state, loss = segment(jr.key(1), state, row[None])
         results.append((state, loss[0]))
     return results
 
 
-def by_pmap(images, rows, norm_axis):
+def by_pmap(rows, norm_axis):
     """The same written for `jax.pmap`: a batch per device, means over devices by name.
 
     Results keep their leading axis, one copy per device.
@@ -102,17 +95,17 @@ def by_pmap(images, rows, norm_axis):
     copies = lambda leaf: jnp.broadcast_to(leaf, (DEVICES, *leaf.shape))
     state, results = jax.tree.map(copies, fresh()), []
     for row in rows:
-        x, y = images.x[row], images.y[row]
+        x, y = IMAGES.x[row], IMAGES.y[row]
         share = lambda a: a.reshape(DEVICES, PER_DEVICE, *a.shape[1:])
         state, loss = everywhere(state, Batch(share(x), share(y)))
         results.append((state, loss))
     return results
 
 
-def test_pmap_with_synchronized_norms_takes_the_same_steps(images, rows, ours):
+def test_pmap_with_synchronized_norms_takes_the_same_steps(ours):
     """Parameters, moments, momentum, averaged weights and loss, on every device, at every step."""
     on_each = lambda leaf: np.stack([leaf] * DEVICES)
-    for one, other in zip(ours, by_pmap(images, rows, AXIS), strict=True):
+    for one, other in zip(ours, by_pmap(ROWS, AXIS), strict=True):
         compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
         jax.tree.map(compare, jax.device_get(one), jax.device_get(other))
     params, begin = jax.device_get((ours[-1][0].params, fresh().params))
@@ -120,10 +113,10 @@ def test_pmap_with_synchronized_norms_takes_the_same_steps(images, rows, ours):
     assert min(jax.tree.leaves(moved)) > 1e-6  # else there was nothing to compare
 
 
-def test_norms_of_each_device_alone_are_another_algorithm(images, rows, ours):
+def test_norms_of_each_device_alone_are_another_algorithm(ours):
     """Without `norm_axis` the first step goes elsewhere, as far as it is long."""
     one, our_loss = jax.device_get(ours[0])
-    other, their_loss = jax.device_get(by_pmap(images, rows[:1], None)[0])
+    other, their_loss = jax.device_get(by_pmap(ROWS[:1], None)[0])
     apart = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(a)
     begin, kernel = fresh().params["Conv_0"]["kernel"], lambda s: s.params["Conv_0"]["kernel"]
     assert apart(our_loss, their_loss[0]) > 1e-4
@@ -135,7 +128,7 @@ def test_norms_of_each_device_alone_are_another_algorithm(images, rows, ours):
 
 @pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])
 def test_moments_are_those_of_the_whole_batch(how):
-    """The running moments that keep nothing older, against NumPy's over all devices' examples."""
+    """Running moments without memory, against NumPy's over all devices' examples."""
     x = np.random.default_rng(2).normal(size=(DEVICES, PER_DEVICE, 3, 3, 5))
     x += 10 * np.arange(DEVICES).reshape(-1, 1, 1, 1, 1)  # far apart: a mean of variances is small
     flat = x.reshape(-1, *x.shape[2:])
@@ -148,14 +141,12 @@ def test_moments_are_those_of_the_whole_batch(how):
     if how == "pmap":
         out, stats = jax.pmap(apply, axis_name=AXIS, devices=devices)(x)
         stats = jax.tree.map(lambda leaf: leaf[-1], stats)
-    elif how == "shard_map":
-        split = jax.shard_map(apply, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()))
-        out, stats = jax.jit(split)(flat)
     else:
+        split = jax.shard_map(apply, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()))
         spread = jax.device_put(flat, jax.sharding.NamedSharding(mesh, P(AXIS)))
-        out, stats = jax.jit(apply)(spread)
+        out, stats = jax.jit(apply if how == "jit" else split)(spread)
     mean, var = flat.mean((0, 1, 2)), flat.var((0, 1, 2))
     np.testing.assert_allclose(stats["batch_stats"]["mean"], mean, rtol=1e-12)
     np.testing.assert_allclose(stats["batch_stats"]["var"], var, rtol=1e-12)
-    whole = (flat - mean.reshape(1, 1, 1, -1)) / np.sqrt(var.reshape(1, 1, 1, -1) + 1e-5)
+    whole = (flat - mean) / np.sqrt(var + 1e-5)
     np.testing.assert_allclose(np.reshape(out, flat.shape), whole, rtol=1e-9, atol=1e-12)
