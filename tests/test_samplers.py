@@ -65,6 +65,12 @@ def test_draws_with_replacement_are_uniform_and_independent_of_the_step_before()
     np.testing.assert_allclose(pairs, 1 / 25, atol=5 * np.sqrt(1 / 25 / len(rows)))
 
 
+@pytest.mark.parametrize("name", ["with_replacement", "without_replacement"])
+def test_fresh_batches_do_not_come_back(name):
+    """Of some 2,000 batches, 200 draws give about 190 different ones."""
+    assert len({tuple(row) for row in stream(name)[1]}) > 170
+
+
 @pytest.mark.parametrize("name", ["without_replacement", "reshuffled_epochs"])
 def test_fresh_subsets_contain_every_example_equally_often(name):
     counts = np.bincount(np.concatenate(stream(name)[1:]).ravel(), minlength=N)
