@@ -12,23 +12,23 @@ import pytest
 
 from experiments.launch import lock
 
-ROOT = Path(__file__).parents[1]
-COMMAND = [sys.executable, "-m", "experiments.diag_nets", "--exp_name=twice"]
-HOLD = (
-    "import pathlib, sys, time\nfrom experiments.launch import lock\n"
-    "with lock.holding(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(60)"
-)
+PYTHON = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
+HOLD = """
+import pathlib, sys, time
+from experiments.launch import lock
+with lock.holding(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that holds the folder of a run of `diag_nets`."""
-    folder = tmp_path / "runs" / "diag_nets" / "twice"
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, folder], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    with process:
+    """A stopped process that holds the folder of a run of `diag_nets`."""
+    folder = tmp_path / "diag_nets" / "twice"
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], **PYTHON) as process:
         assert process.stdout.readline() == "held\n"
+        process.send_signal(signal.SIGSTOP)  # as on a node that stalls
         yield process, folder
         process.kill()
 
@@ -36,33 +36,24 @@ def holder(tmp_path):
 def test_a_second_process_is_refused_until_the_first_is_killed(holder, tmp_path):
     process, folder = holder
     before = sorted(folder.iterdir())
-    second = subprocess.run(
-        [*COMMAND, f"--runs_dir={tmp_path / 'runs'}"], cwd=ROOT, capture_output=True, text=True
-    )
+    flags = ["-m", "experiments.diag_nets", "--exp_name=twice", f"--runs_dir={tmp_path}"]
+    second = subprocess.run([sys.executable, *flags], **PYTHON, stderr=subprocess.PIPE)
     assert (second.returncode, second.stdout, second.stderr.count("\n")) == (1, "", 1)
     for fact in (folder, process.pid, socket.gethostname(), time.strftime("%Y-%m-%d")):
         assert str(fact) in second.stderr
     assert sorted(folder.iterdir()) == before
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
     with lock.holding(folder):
         pass
-    assert [path.name for path in folder.iterdir()] == [".lock"]
-
-
-def test_a_stopped_process_still_holds(holder):
-    process, folder = holder
-    process.send_signal(signal.SIGSTOP)
-    with pytest.raises(ValueError, match=str(process.pid)), lock.holding(folder):
-        pass
-    process.send_signal(signal.SIGCONT)
+    assert os.listdir(folder) == [".lock"]
 
 
 def test_the_lock_is_free_after_an_error_and_for_another_folder(tmp_path):
     with pytest.raises(KeyError), lock.holding(tmp_path / "a"), lock.holding(tmp_path / "b"):
         raise KeyError
     with lock.holding(tmp_path / "a"):
-        assert sorted(os.listdir(tmp_path)) == ["a", "b"]
+        pass
 
 
 def test_where_nothing_can_be_locked_a_warning_is_logged_and_the_run_goes_on(tmp_path, caplog):

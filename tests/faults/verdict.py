@@ -170,7 +170,7 @@ def arrays(experiment: Experiment, folder: Path) -> Mapping[str, np.ndarray]:
 def of_leftovers(run: Run, reference: Path) -> Iterator[Finding]:
     """A finished run has the reference's files, no scratch, and what damaged-* folders document."""
     ours = files(run.folder)
-    scratch = {path for path in ours if re.search(r"(^|/)\.|-tmp$|^chunks$", path)}
+    scratch = {path for path in ours if re.search(r"(^|/)\.(?!lock$)|-tmp$|^chunks$", path)}
     for path in sorted((ours ^ files(reference)) | scratch):
         yield Finding("leftovers", run.lives[-1].after, path)
 
