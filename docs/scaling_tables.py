@@ -73,7 +73,7 @@ def per_device() -> Iterator[Sequence[str]]:
 def held() -> Iterator[Sequence[str]]:
     """What a device holds, and how many images fit beside it."""
     yield (
-        *("net", "state, MB", "gradients, MB", "per image: kept, MB", "per image: v5e, MB"),
+        *("net", "state, MB", "gradients, MB", "per image: stored, MB", "per image: v5e, MB"),
         *(f"images in {memory / 1e9:.0f} GB" for memory in MEMORY),
     )
     for name, net in COUNTED["nets"].items():
