@@ -133,7 +133,7 @@ def _resolve(config: Config, folder: Path) -> Plan:
             raise ValueError(f"--fork_from: {error}") from error
     model = build(config, classes)
     step_size, label_noise = schedules(config, steps_per_epoch)
-    init_key, train_key = jr.split(jr.key(config.seed))
+    init_key, train_key, eval_key = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
     bn_images = min(config.bn_images, n)
@@ -159,7 +159,7 @@ def _resolve(config: Config, folder: Path) -> Plan:
         sampler=train.reshuffled_epochs(n, config.batch_size),
         init_key=init_key,
         train_key=train_key,
-        eval_key=jr.split(jr.key(config.seed), 3)[2],
+        eval_key=eval_key,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         num_steps=num_steps,
