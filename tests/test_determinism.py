@@ -188,7 +188,7 @@ def parents(tmp_path_factory):
 def forked(parent, momentum=0.9, **changed):
     """What the fork's only step adds to the parameters, and what the parent's step added."""
     folder, before, after = parent
-    state = train.fork(folder, 3, fresh(momentum=momentum, **changed))
+    state = train.fork(folder / "checkpoints/3", fresh(momentum=momentum, **changed))
     assert_same(jax.device_get(state.params), before.params)
     ended, _ = trained(state, 4, momentum=momentum, **changed)
     added = lambda to: jax.tree.map(np.subtract, jax.device_get(to.params), before.params)

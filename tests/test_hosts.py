@@ -1,6 +1,7 @@
 """Two processes of two devices each are one run of four: training, sweeps, saves, and ends."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -130,36 +131,36 @@ def test_two_processes_train_as_one_and_go_on_as_one(training, pair, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_where_one_is_killed_the_other_stops_soon_and_says_what_to_do(training, pair, victim):
+def test_where_one_is_killed_the_other_stops_soon(training, pair, victim):
+    """JAX may abort it before Python can say more than what stands in its first lines."""
     command, folder = training("killed", 0)
     processes, logs = pair([*command, "--save_every_seconds=0"])
     wait_for(lambda: (folder / "checkpoints" / "3").is_dir())
     processes[victim].kill()
     killed = time.monotonic()
-    other = processes[1 - victim]
-    assert other.wait(2 * hosts.HEARTBEAT_SECONDS) != 0
+    assert processes[1 - victim].wait(2 * hosts.HEARTBEAT_SECONDS) not in (0, 75)
     assert time.monotonic() - killed < 2 * hosts.HEARTBEAT_SECONDS
-    wait_for(lambda: "the same command on all hosts goes on" in logs[1 - victim].read_text(), 10)
-    words = logs[1 - victim].read_text().splitlines()[-1]
-    assert f"process {1 - victim} of 2" in words and str(folder) in words
-    assert int(words.rsplit(maxsplit=1)[-1]) >= 3  # the step that is saved
+    text = logs[1 - victim].read_text()
+    assert str(folder) in text and "the same command on all hosts" in text
+    for message in re.findall(r"^error: .*$", text, re.MULTILINE):
+        assert str(folder) in message and "the same command" in message
+        assert int(re.search(r"saved up to step (\d+)", message)[1]) >= 3
     steps = [row["step"] for row in records.read_rows(folder)]
     assert steps == list(range(0, len(steps) * 3, 3))
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_stops_both_at_one_step(training, pair):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_stops_both_at_one_step(training, pair, number):
     command, folder = training("signalled", 0)
     processes, logs = pair(command)
     wait_for(lambda: (folder / "checkpoints" / "3").is_dir())
-    processes[1].send_signal(signal.SIGTERM)
+    processes[1].send_signal(number)
     assert ends(processes) == [75, 75], [log.read_text() for log in logs]
-    told = [log.read_text().splitlines()[-1] for log in logs]
-    assert told[0].startswith("Another host: stopped at step")
-    assert told[0].split("stopped")[1] == told[1].split("stopped")[1]
-    assert int(told[0].split()[5]) == max(
-        int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit()
-    )
+    last = [log.read_text().splitlines()[-1] for log in logs]
+    assert last[0].split("stopped")[1] == last[1].split("stopped")[1]
+    saved = max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert f"step {saved} of" in last[0] and number.name in last[1]
 
 
 @pytest.mark.slow
@@ -180,25 +181,23 @@ def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
         "from experiments.launch import hosts; hosts.JOIN_SECONDS = 3; "
         f"hosts.join(hosts.Hosts(True, 'localhost:{free_port()}', 2, 0))"
     )
-    with (tmp_path / "log").open("w+") as log:
-        ended = subprocess.run(
-            [sys.executable, "-c", program], cwd=ROOT, stderr=log, timeout=100, check=False
-        )
-        told = "error: --distributed: the other hosts were not found within 3 s; start the same"
-        wait_for(lambda: told in (tmp_path / "log").read_text(), 10)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
+    )
     assert ended.returncode != 0
+    assert "waits 3 s" in ended.stderr and "--coordinator" in ended.stderr
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "named"),
     [
-        (Hosts(coordinator="a:1"), "go together, with --distributed"),
-        (Hosts(distributed=True, num_processes=2, process_id=0), "go together"),
-        (Hosts(True, "a:1", 2, 2), "--process_id is 2; of --num_processes 2 the last is 1"),
+        (Hosts(coordinator="a:1"), "--distributed"),
+        (Hosts(distributed=True, num_processes=2, process_id=0), "--coordinator"),
+        (Hosts(True, "a:1", 2, 2), "process_id=2"),
     ],
 )
-def test_half_a_description_of_the_hosts_is_refused(wrong, words):
-    with pytest.raises(ValueError, match=words):
+def test_half_a_description_of_the_hosts_is_refused(wrong, named):
+    with pytest.raises(ValueError, match=named):
         hosts.join(wrong)
 
 

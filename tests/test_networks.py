@@ -1,5 +1,6 @@
 """Networks against the reference's outputs in float64, with weights that depend on shape alone."""
 
+import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -14,8 +15,7 @@ from jax.tree_util import DictKey
 
 from sgd_sparse_jax import models
 from sgd_sparse_jax.models import from_linen
-from sgd_sparse_jax.train import cross_entropy, make_objective, make_step
-from sgd_sparse_jax.types import Batch, TrainState
+from sgd_sparse_jax.train import cross_entropy
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deep_nets.json").read_text())
 MOVED = (
@@ -48,81 +48,68 @@ def images_and_labels():
 
 
 X, Y = images_and_labels()
-
-
 OPTIONS = {"resnet_tiny_softplus": ("resnet_tiny", {"softplus": 5})}
-DEEP = ("resnet34", "resnet34_gn", "resnet34preact", "wrn28")
-
-
-def filled(key):
-    name, options = OPTIONS.get(key, (key, {}))
-    width = GOLDEN[key]["width"]
-    model = models.build(name, classes=10, width=width, dtype=jnp.float64, **options)
-    return model, *weights(model, X.shape)
+QUICK = ("resnet18_plain", "resnet_tiny", "resnet_tiny_gn", "resnet_tiny_softplus", "vgg16")
 
 
 def weights(model, shape):
-    """Parameters and moments by the rule of `fill`; compiling `init` takes ten seconds."""
+    """Parameters and statistics by the rule of `fill`; compiling `init` takes ten seconds."""
     x = jax.ShapeDtypeStruct(shape, jnp.float64)
-    stats = dict(jax.eval_shape(model.init, jr.key(0), x))
-    params = jax.tree_util.tree_map_with_path(fill, stats.pop("params"))
-    return params, jax.tree_util.tree_map_with_path(fill, stats)
+    params, stats = jax.eval_shape(from_linen(model).init, jr.key(0), x)
+    return tuple(jax.tree_util.tree_map_with_path(fill, part) for part in (params, stats))
 
 
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param(k, marks=pytest.mark.slow) if k in DEEP else k for k in GOLDEN],
+@pytest.mark.parametrize(
+    "key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in GOLDEN]
 )
-def net(request):
-    return GOLDEN[request.param], *filled(request.param)
-
-
-def test_count_of_parameters(net):
-    golden, _, params, _ = net
+def test_a_network_computes_and_trains_as_the_references(key):
+    """Logits, features, and three steps with momentum and penalty."""
+    golden = GOLDEN[key]
+    name, options = OPTIONS.get(key, (key, {}))
+    model = models.build(name, classes=10, width=golden["width"], dtype=jnp.float64, **options)
+    network, (params, stats) = from_linen(model), weights(model, X.shape)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == golden["params"]
+    assert_golden = partial(np.testing.assert_allclose, rtol=1e-8, err_msg=MOVED)
+    evaluated = jax.jit(network.apply)
+    assert_golden(evaluated(params, stats, X).out[:2], golden["eval_logits"][:2])
 
+    tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(0.05, 0.9))
 
-def test_logits(net):
-    golden, model, params, stats = net
-    evaluated = jax.jit(model.apply)({"params": params, **stats}, X)[0]
-    np.testing.assert_allclose(evaluated[:2], golden["eval_logits"][:2], rtol=1e-8, err_msg=MOVED)
-    train = lambda p, s: model.apply({"params": p, **s}, X, train=True, mutable=list(s))
-    (logits, _), moved = jax.jit(train)(params, stats)
-    np.testing.assert_allclose(logits[:2], golden["train_logits"][:2], rtol=1e-8, err_msg=MOVED)
-    _, features = jax.jit(model.apply)({"params": params, **moved}, X)
+    def loss_and_logits(params, stats):
+        out, _, stats = network.apply(params, stats, X, train=True)
+        return cross_entropy(out, Y).mean(), (out, stats)
+
+    @jax.jit
+    def train(params, stats, opt_state):
+        (loss, (logits, stats)), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(
+            params, stats
+        )
+        penalty = 0.5 * L2 * optax.tree.norm(params, squared=True)
+        norm = optax.tree.norm(jax.tree.map(lambda g, p: g + L2 * p, grads, params))
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return (optax.apply_updates(params, updates), stats, opt_state), logits, loss, penalty, norm
+
+    state, found, seen = (params, stats, tx.init(params)), [], []
+    for _ in golden["losses"]:
+        state, *values = train(*state)
+        found.append(values)
+        seen.append(state[1])
+    assert_golden(found[0][0][:2], golden["train_logits"][:2])
+    assert_golden([values[1:3] for values in found], golden["losses"])
+    assert_golden([values[3] for values in found], golden["grad_norms"])
     if "feature_shape" not in golden:
         return  # the reference's VGG and Wide ResNet return no features
+    features = evaluated(params, seen[0], X).features
     assert list(features) == [f"block{i}" for i in range(1, 6)]
     to_nchw = lambda shape: [shape[0], shape[-1], *shape[1:-1]]
     assert [to_nchw(phi.shape) for phi in features.values()] == golden["feature_shape"]
-    # The reference keeps the unbiased running variance, which alone moves these by up to .5 %; a
-    # net without running moments has no such excuse.
-    rtol = 6e-3 if jax.tree.leaves(moved) else 1e-8
+    # The reference has the unbiased running variance, which alone moves these by up to .5 %; a
+    # network without running moments has no such excuse.
+    rtol = 6e-3 if jax.tree.leaves(stats) else 1e-8
     means = [phi.mean() for phi in features.values()]
     np.testing.assert_allclose(means, golden["feature_mean"], rtol=rtol, err_msg=MOVED)
     positive = [(phi > 0).mean() for phi in features.values()]
     np.testing.assert_allclose(positive, golden["feature_positive_fraction"], rtol=rtol)
-
-
-def test_three_training_steps(net):
-    golden, model, params, stats = net
-    tx = optax.chain(optax.add_decayed_weights(L2), optax.sgd(0.05, 0.9))
-    step = make_step(make_objective(from_linen(model), cross_entropy), tx)
-    objective = make_objective(from_linen(model), cross_entropy)
-
-    @jax.jit
-    def measured(state: TrainState):
-        penalty = lambda p: 0.5 * L2 * sum((leaf**2).sum() for leaf in jax.tree.leaves(p))
-        total = lambda p: objective(p, state.stats, Batch(X, Y))[0] + penalty(p)
-        norm = optax.tree.norm(jax.grad(total)(state.params))
-        state_after, loss = step(state, Batch(X, Y))
-        return state_after, loss, penalty(state.params), norm
-
-    state = TrainState(jnp.zeros((), jnp.int32), params, stats, tx.init(params), ())
-    for (loss, penalty), norm in zip(golden["losses"], golden["grad_norms"], strict=True):
-        state, *ours = measured(state)
-        np.testing.assert_allclose(ours, [loss, penalty, norm], rtol=1e-8, err_msg=MOVED)
-    np.testing.assert_array_equal(state.step, 3)
 
 
 def test_running_moments_follow_the_precision():
@@ -184,30 +171,30 @@ def test_what_cannot_be_built_is_refused(wrong, words):
     ],
 )
 def test_published_counts_of_parameters(name, width, classes, count):
-    params, _ = shapes(models.build(name, classes=classes, width=width), (1, 32, 32, 3))
+    params, *_ = shapes(name, (1, 32, 32, 3), classes=classes, width=width)
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
 
 
-def shapes(model, shape):
-    """Parameters and (logits, features) without computing any."""
+@functools.cache
+def shapes(name, shape, **options):
+    """Parameters, logits and features without computing any."""
+    model = models.build(name, **options)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
-    variables = jax.eval_shape(model.init, jr.key(0), x)
-    return variables["params"], jax.eval_shape(model.apply, variables, x)
+    (logits, features), variables = jax.eval_shape(model.init_with_output, jr.key(0), x)
+    return variables["params"], logits, features
 
 
 @pytest.mark.parametrize("name", models.NETWORKS)
 def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
-    model = models.build(name, classes=7, width=2, dtype=jnp.bfloat16)
+    """And vectors of 100 numbers, as images of one row (gaussians_binary)."""
     last = {}
-    for shape in ((4, 28, 28, 1), (4, 32, 32, 3), (4, 64, 64, 3)):
-        params, (logits, features) = shapes(model, shape)
+    for shape in ((4, 28, 28, 1), (4, 32, 32, 3), (4, 64, 64, 3), (4, 1, 100, 1)):
+        params, logits, features = shapes(name, shape, classes=7, width=2, dtype=jnp.bfloat16)
         assert logits.shape == (4, 7) and logits.dtype == jnp.float32
         assert list(features) == [f"block{i}" for i in range(1, len(features) + 1)]
+        assert all(phi.size for phi in features.values())
         assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
         last[shape] = features
-    # Vectors of 100 numbers come as images of one row (gaussians_binary).
-    _, (_, features) = shapes(model, (4, 1, 100, 1))
-    assert all(phi.size for phi in features.values())
     # The stem of stride 2 gives 64 x 64 images the maps of 32 x 32 ones; VGG has no stem.
     small, large = last[4, 32, 32, 3], last[4, 64, 64, 3]
     factor = 2 if name == "vgg16" else 1
@@ -275,7 +262,7 @@ def test_group_norm_sees_one_example_and_batch_norm_all():
 
 @pytest.mark.parametrize("name", models.NETWORKS)
 def test_two_classes_are_one_logit_in_released_preactivation_nets(name):
-    params, (logits, _) = shapes(models.build(name, classes=2, width=2), (3, 32, 32, 3))
+    params, logits, _ = shapes(name, (3, 32, 32, 3), classes=2, width=2)
     assert logits.shape == (3, 2)
     head = [v for k, v in params.items() if k.startswith("Dense_")][-1]["kernel"].shape[-1]
     single = models.PRE_ACTIVATION.keys() - {"wrn28"}
@@ -284,8 +271,7 @@ def test_two_classes_are_one_logit_in_released_preactivation_nets(name):
 
 def test_a_dense_block_carries_its_input_along():
     """The first channels of a block's output are its input, whatever the layers add."""
-    model = models.build("densenet100_12", classes=3, width=2)
-    _, (_, features) = shapes(model, (1, 32, 32, 3))
+    *_, features = shapes("densenet100_12", (1, 32, 32, 3), classes=3, width=2)
     sizes = [phi.shape[1:] for phi in features.values()]
     # 2k -> 2k + 16 k = 36, halved to 18; + 32 = 50, halved to 25; + 32 = 57.
     assert sizes == [(32, 32, 36), (16, 16, 50), (8, 8, 57), (57,)]

@@ -292,7 +292,7 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, step, tmp_
     config, folder = switched
     chosen = replace(config, model_path=str(folder / state), runs_dir=str(tmp_path))
     plan = setup.resolve(chosen)
-    begins = setup.initial_state(plan, plan.init_key)
+    begins = setup.initial_state(plan, plan.init_key, plan.weights)
     where = "models" if step == 3 else "checkpoints"
     import orbax.checkpoint as ocp
 

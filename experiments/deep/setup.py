@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.deep import config as flags
 from experiments.deep.config import MAY_CHANGE, Config
@@ -48,6 +49,7 @@ class Plan:
     model: nn.Module
     network: Network
     weights: tuple[Params, Stats] | None  # to start from, in place of drawn ones
+    parent: Path | None  # the saved state to fork from
     step_size: optax.Schedule
     tx: optax.GradientTransformation
     noise: Noise | None
@@ -126,12 +128,8 @@ def _resolve(config: Config, folder: Path) -> Plan:
             f"--fork_step is {config.fork_step}, but the run ends at step {num_steps}; raise "
             "--epochs or --max_steps."
         )
-    if config.fork_from and is_new:
-        try:
-            train.state_folder(config.fork_from, config.fork_step)
-        except ValueError as error:
-            raise ValueError(f"--fork_from: {error}") from error
     model = build(config, classes)
+    network = models.from_linen(model)
     step_size, label_noise = schedules(config, steps_per_epoch)
     init_key, train_key, eval_key = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
@@ -151,8 +149,9 @@ def _resolve(config: Config, folder: Path) -> Plan:
         test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
         augment=augmentation(config),
         model=model,
-        network=models.from_linen(model),
-        weights=weights(config, model, whole.images.shape[1:]) if is_new else None,
+        network=network,
+        weights=weights(config, network, whole.images.shape[1:]) if is_new else None,
+        parent=parent_state(config) if is_new else None,
         step_size=step_size,
         tx=optimizer(config, step_size),
         noise=data.uniform_label_noise(label_noise, classes) if config.sgd_p_label_noise else None,
@@ -225,16 +224,35 @@ def optimizer(config: Config, step_size: optax.Schedule) -> optax.GradientTransf
     return optax.chain(penalty, optax.sgd(step_size, momentum=config.momentum or None))
 
 
-def weights(config: Config, model: nn.Module, shape: tuple[int, ...]) -> Any:
+def weights(config: Config, network: Network, shape: tuple[int, ...]) -> Any:
     """The parameters and statistics that --model_path names; None without one."""
     if not config.model_path:
         return None
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    params, stats = jax.eval_shape(models.from_linen(model).init, jr.key(0), x)
+    like = on_all_devices(jax.eval_shape(network.init, jr.key(0), x))
     try:
-        return train.load_weights(config.model_path, params, stats)
+        return train.load_weights(config.model_path, *like)
     except ValueError as error:
         raise ValueError(f"--model_path: {error}") from error
+
+
+def parent_state(config: Config) -> Path | None:
+    """The saved state that --fork_from and --fork_step name; None without them."""
+    if not config.fork_from:
+        return None
+    run = train.checkpoint_path(config.fork_from)
+    places = [run / name / str(config.fork_step) for name in ("checkpoints", "models")]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise ValueError(f"--fork_from: there is no saved state {places[0]}, nor {places[1]}.")
+
+
+def on_all_devices(shapes: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of arrays that have a copy on each device."""
+    place = NamedSharding(train.data_mesh(), PartitionSpec())
+    put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    return jax.tree.map(put, shapes)
 
 
 def augmentation(config: Config) -> Callable | None:
@@ -245,14 +263,12 @@ def augmentation(config: Config) -> Callable | None:
     return partial(data.crop_and_flip, flip=base not in UNFLIPPED)
 
 
-def initial_state(plan: Plan, key: PRNGKey) -> TrainState:
-    """The state before step 0; can be traced."""
+def initial_state(plan: Plan, key: PRNGKey, weights: tuple[Params, Stats] | None) -> TrainState:
+    """The state before step 0, with given `weights` in place of drawn ones; can be traced."""
     x = jnp.zeros((1, *plan.images.images.shape[1:]), jnp.float32)
-    state = train.init_state(key, plan.network, plan.tx, x, averaged=True)
-    if plan.weights is None:
-        return state
-    params, stats = plan.weights
-    return state._replace(params=params, stats=stats, average=params)
+    params, stats = weights or (None, None)
+    state = train.init_state(key, plan.network, plan.tx, x, averaged=True, params=params)
+    return state if stats is None else state._replace(stats=stats)
 
 
 def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> Segment:

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.deep import metrics, setup
 from experiments.deep.config import MAY_CHANGE, Config, place_of
@@ -83,6 +82,7 @@ def run(plan: Plan) -> None:
             )
         place = place_of(config)
         hosts.on_first(lambda: records.open_run(*place, config, may_change=MAY_CHANGE))
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
         states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
         with jax.debug_nans(config.debug), states as checkpoints:
             state, known = starting_state(plan, checkpoints)
@@ -117,16 +117,12 @@ def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, 
     """
     mesh = train.data_mesh()
     init = jax.jit(partial(setup.initial_state, plan))
-    place = NamedSharding(mesh, PartitionSpec())
-    like = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        jax.eval_shape(init, plan.init_key),
-    )
+    like = setup.on_all_devices(jax.eval_shape(init, plan.init_key, plan.weights))
     if (found := train.restore(checkpoints, like, plan.about)) is not None:
         return found
-    state = train.replicate(init(plan.init_key), mesh)
-    if plan.config.fork_from:
-        state = train.fork(plan.config.fork_from, plan.config.fork_step, state)
+    state = train.replicate(init(plan.init_key, plan.weights), mesh)
+    if plan.parent is not None:
+        state = train.fork(plan.parent, state)
     train.save(checkpoints, state, plan.about)
     return state, {}
 

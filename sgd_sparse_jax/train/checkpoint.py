@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
 
 from sgd_sparse_jax.types import Params, Stats, TrainState
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 ODD = 1_000_003  # a factor of the digest: an odd one never multiplies a set bit away
 
 
-class DamagedState(ValueError):
+class _Damaged(ValueError):
     """A saved state that can't be read, or whose numbers are not those that were saved."""
 
 
@@ -28,7 +27,7 @@ class DamagedState(ValueError):
 def open_checkpoints(
     directory: str | PathLike[str], *, keep: int | None = 2, read_only: bool = False
 ) -> "Iterator[ocp.CheckpointManager]":
-    """A folder of saved states, for `save` and `restore`. Its end waits for saves under way.
+    """A folder of saved states, for `save` and `restore`; its end waits for saves under way.
 
     Args:
         directory: made if need be; what an interrupted save has left in it is removed.
@@ -72,8 +71,8 @@ def open_checkpoints(
 def checkpoint_path(directory: str | PathLike[str]) -> Path:
     """The absolute path of a folder of states.
 
-    Raises ValueError for one that contains `[`, `]`, `*`, `?` or a backslash, which orbax would
-    save to but read as a pattern, or a folder that ends in a colon, as URLs do.
+    Raises ValueError for a path with `[`, `]`, `*`, `?` or a backslash, which orbax would save to
+    but read as a pattern, or with a folder that ends in a colon, as URLs have.
     """
     folder = Path(directory).expanduser().absolute()
     if odd := [c for c in (*"[]*?\\", ":/") if c in str(folder)]:
@@ -113,11 +112,11 @@ def save(
 ) -> None:
     """Saves `state` under its own step, in the background; its buffers are copied first.
 
-    The first state of a folder is read back before this returns.
+    The first state of a folder is read back before this returns. Of several hosts, all call this.
 
     Args:
         checkpoints: what `open_checkpoints` yields.
-        state: the state; of several hosts, all call this.
+        state: the state.
         about: JSON values that identify the run (network, batch size, ...), see `restore`.
         progress: JSON values that `restore` returns with the state.
 
@@ -158,11 +157,11 @@ def restore(
         ValueError: the state was saved with another `about`, or has arrays of other names, shapes
             or dtypes; or all states are damaged.
     """
-    damaged: dict[int, DamagedState] = {}
+    damaged: dict[int, _Damaged] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
             state, beside = _read(checkpoints, step, like._asdict(), about or {})
-        except DamagedState as error:
+        except _Damaged as error:
             damaged[step] = error
             continue
         # Only now, with a good state at hand: else the run could not save these steps again.
@@ -181,34 +180,25 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
 
     Args:
         path: a run's folder, its folder of states (the newest counts), or one state.
-        params: arrays or `jax.ShapeDtypeStruct`s that the saved ones must be like.
+        params: arrays, or `jax.ShapeDtypeStruct`s with shardings, that the saved ones must be like.
         stats: the same.
 
     Raises:
         ValueError: nothing is saved there, it is damaged, or has other arrays.
     """
-    given = Path(path).expanduser().absolute()
-    step = int(given.name) if given.name.isdigit() and given.is_dir() else None
-    folder = given.parent if step is not None else given / "checkpoints"
-    if step is None and (step := latest_step(folder)) is None:
-        folder, step = given, latest_step(given)
-    if step is None:
-        raise ValueError(f"{given} holds no saved state: give the folder of a run or of a state.")
-    with open_checkpoints(folder, read_only=True) as checkpoints:
-        state, _ = _read(checkpoints, step, {"params": params, "stats": stats}, {})
+    state, _ = _read_one(path, {"params": params, "stats": stats})
     return state["params"], state["stats"]
 
 
-def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
-    """The state that the run in `path` saved at `step`, to continue from with other settings.
+def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
+    """A saved state, to continue from with other settings; `path` as in `load_weights`.
 
     Of the optimizer's arrays those that `like` has too are taken (its step count, and momentum
-    where both have it); the others stay as in `like`. Raises ValueError where there is no such
-    state, where it is damaged, or where the networks differ.
+    where both have it); the others stay as in `like`. Raises ValueError where there is no state,
+    where it is damaged, or where the networks differ.
     """
     network = {name: getattr(like, name) for name in ("params", "stats", "average")}
-    with open_checkpoints(state_folder(path, step).parent, read_only=True) as checkpoints:
-        saved = _named_leaves(_read(checkpoints, step, network, {})[0])
+    saved = _named_leaves(_read_one(path, network)[0])
 
     def taken(name: str, mine: jax.Array) -> jax.Array:
         same = name in saved and _described(saved[name]) == _described(mine)
@@ -216,15 +206,6 @@ def fork(path: str | PathLike[str], step: int, like: TrainState) -> TrainState:
 
     leaves = [taken(name, leaf) for name, leaf in _named_leaves(like).items()]
     return jax.tree.unflatten(jax.tree.structure(like), leaves)
-
-
-def state_folder(path: str | PathLike[str], step: int) -> Path:
-    """Where the run in `path` has its state of `step`; ValueError where it has none."""
-    run = checkpoint_path(path)
-    places = [run / name / str(step) for name in ("checkpoints", "models")]
-    if not any(place.is_dir() for place in places):
-        raise ValueError(f"There is no saved state {places[0]}, and no {places[1]}.")
-    return next(place for place in places if place.is_dir())
 
 
 @jax.jit
@@ -244,13 +225,24 @@ def digest(state: TrainState) -> jax.Array:
     return total
 
 
+def _read_one(path: str | PathLike[str], like: Mapping[str, Any]) -> tuple[dict, dict]:
+    """The state that `path` means, see `_read`."""
+    given = Path(path).expanduser().absolute()
+    for folder in (given / "checkpoints", given):
+        if (step := latest_step(folder)) is not None:
+            break
+    else:
+        folder, step = given.parent, int(given.name) if given.name.isdigit() else -1
+    if not (folder / str(step)).is_dir():
+        raise ValueError(f"{given} holds no saved state: give the folder of a run or of a state.")
+    with open_checkpoints(folder, read_only=True) as checkpoints:
+        return _read(checkpoints, step, like, {})
+
+
 def _read(
-    checkpoints: "ocp.CheckpointManager",
-    step: int,
-    like: Mapping[str, Any],
-    about: Mapping[str, Any],
+    checkpoints: "ocp.CheckpointManager", step: int, like: Mapping[str, Any], about: Mapping
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A saved state as a dict, and what is saved beside it; the parts in `like` come like them."""
+    """A saved state as a dict, and what is saved beside it; all parts laid out as in `like`."""
     import orbax.checkpoint as ocp
 
     where = f"{checkpoints.directory}, step {step}"
@@ -259,21 +251,22 @@ def _read(
         beside = dict(checkpoints.metadata(step).custom_metadata)
         mine = {name: saved[name] for name in like}, dict(beside["about"])
     except Exception as error:  # each layer of a saved state has its own exceptions
-        raise DamagedState(f"{where} is damaged: {_in_a_line(error)}") from error
+        raise _Damaged(f"{where} is damaged: {_in_a_line(error)}") from error
     _assert_alike(*mine, like, about, where)
+    place = jax.tree.leaves(like)[0].sharding
+    target = lambda place_of: lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place_of(x))
+    targets = jax.tree.map(target(lambda x: place), saved)
+    targets |= jax.tree.map(target(lambda x: x.sharding), dict(like))
     try:
-        args = ocp.args.StandardRestore(_targets(saved, like))
-        state = checkpoints.restore(step, args=args)
+        state = checkpoints.restore(step, args=ocp.args.StandardRestore(targets))
         if int(digest(TrainState(**state))) != beside["digest"]:
             raise ValueError("its numbers are not those that were saved")
     except Exception as error:
-        raise DamagedState(f"{where} is damaged: {_in_a_line(error)}") from error
+        raise _Damaged(f"{where} is damaged: {_in_a_line(error)}") from error
     return dict(state), beside
 
 
-def _assert_alike(
-    saved: Any, saved_about: Mapping[str, Any], like: Any, about: Mapping[str, Any], where: str
-) -> None:
+def _assert_alike(saved: Any, saved_about: Mapping, like: Any, about: Mapping, where: str) -> None:
     """Raises ValueError for another run's state. Orbax would cast another precision silently."""
     both = [(name, saved_about[name], about[name]) for name in about if name in saved_about]
     listed = [f"{name} {before!r} -> {now!r}" for name, before, now in both if before != now]
@@ -288,43 +281,18 @@ def _assert_alike(
         raise ValueError(f"{where} is another run's ({', '.join(listed[:5])}{more}).")
 
 
-def _targets(saved: Mapping[str, Any], like: Mapping[str, Any]) -> Any:
-    """Where to restore arrays: as in `like`; what isn't in it goes where that is, or anywhere."""
-    devices = jax.devices() if jax.process_count() > 1 else jax.devices()[:1]
-    place = NamedSharding(Mesh(np.asarray(devices), ("all",)), PartitionSpec())
-    for leaf in jax.tree.leaves(like):
-        place = getattr(leaf, "sharding", None) or place
-
-    def target(leaf: Any) -> jax.ShapeDtypeStruct:
-        own = getattr(leaf, "sharding", None)
-        own = own if isinstance(own, jax.sharding.Sharding) else place
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own)
-
-    return jax.tree.map(target, dict(saved) | dict(like))
-
-
-def _move_aside(
-    checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, DamagedState], to: int
-) -> None:
+def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, Any], to: int) -> None:
     if not damaged:
         return
-    _all_here("all have read the damaged states")
+    multihost_utils.sync_global_devices("all have read the damaged states")
     for step, reason in damaged.items() if jax.process_index() == 0 else ():
         old = Path(checkpoints.directory) / str(step)
         names = [f"damaged-{step}", *(f"damaged-{step}-{i}" for i in range(1, 100))]
         new = next(path for name in names if not (path := old.with_name(name)).exists())
         old.rename(new)
         logging.getLogger(__name__).warning("%s; moved to %s, back to step %d.", reason, new, to)
-    _all_here("damaged states are moved")
+    multihost_utils.sync_global_devices("damaged states are moved")
     checkpoints.reload()
-
-
-def _all_here(where: str) -> None:
-    """Waits for the other processes, if there are any."""
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices(where)
 
 
 def _in_a_line(error: Exception) -> str:
