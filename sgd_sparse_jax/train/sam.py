@@ -35,6 +35,7 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
             value_and_stats, ascent = gradient(params, stats, batch)
             norm = optax.tree.norm(ascent) if normalized else 1.0
             length = rho / jnp.where(norm > 0, norm, 1.0)  # no step from a stationary point
+            # Statistics of the moved point are dropped: they aren't those of an iterate.
             _, grads = gradient(_moved(params, length, ascent), stats, batch)
             return value_and_stats, grads
 
@@ -95,7 +96,7 @@ def residual_sharpness_aware(
         def of_example(params: Params, batch: Batch):
             predict = lambda params: network.apply(params, {}, batch.x, train=True).out[0]
             loss_of = lambda out: loss(out[None], batch.y)[0]
-            out, pull = jax.vjp(predict, params)
+            out, pull = jax.vjp(predict, params)  # df at theta, for both products below
             (ascent,) = pull(jax.grad(loss_of)(out))
             moved = predict(_moved(params, rho, ascent))
             return loss_of(out), pull(jax.grad(loss_of)(moved))[0]

@@ -18,6 +18,7 @@ def exponential_warmup(
         >>> float(exponential_warmup(0.5, 2.0, total_steps=1000)(20))
         2.0
     """
+    # The base is that of 1 % of the run, whatever its length.
     return lambda step: init_value * base ** (100.0 * _share(step, total_steps))
 
 
@@ -57,7 +58,7 @@ def piecewise_decay(
     def decayed(step):
         value = schedule(jnp.minimum(step, boundaries[0]) if len(boundaries) else step)
         for boundary, factor in zip(boundaries, factors, strict=True):
-            value = value / jnp.where(step < boundary, 1.0, factor)
+            value = value / jnp.where(step < boundary, 1.0, factor)  # no `if`: may be traced
         return value
 
     return decayed
@@ -96,7 +97,7 @@ def released_schedule(
     if name not in RELEASED:
         raise ValueError(f"Unknown schedule {name!r}; known are {', '.join(sorted(RELEASED))}.")
     shape = RELEASED[name]
-    total = jnp.asarray(steps_per_epoch * epochs, float)
+    total = jnp.asarray(steps_per_epoch * epochs, float)  # as in `_share`
     factor, exponent = jnp.asarray(warmup_factor), jnp.asarray(warmup_exp)
 
     def schedule(step):
@@ -115,13 +116,13 @@ def _piecewise(t, before, factor, exponent, *, over: tuple[float, float] = (10.0
 
 def _warmup(t, factor, exponent):
     power, exponential = 1.0 + (100.0 * t) ** exponent, exponent ** (100.0 * t)
-    linear = 1.0 + (factor - 1.0) * t / 0.5
+    linear = 1.0 + (factor - 1.0) * t / 0.5  # reaches `factor` at T/2
     return jnp.select([exponent > 1.0, exponent < 1.0], [exponential, power], linear)
 
 
 def _warmup_then_decay(t, before, factor, exponent, *, until: float, clean: bool):
     reached = _warmup(until, factor, exponent)
-    if not clean:
+    if not clean:  # as released: the value of another formula than that of the warm-up
         reached = jnp.where(exponent == 1.0, until / 0.5 * factor, reached)
     decayed = reached / jnp.where(before(0.9), 10.0, 100.0)
     return jnp.where(before(until), _warmup(t, factor, exponent), decayed)

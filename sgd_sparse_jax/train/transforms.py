@@ -33,7 +33,7 @@ def balancing(rate: ArrayLike, pair: tuple[str, str] = ("u", "v")) -> optax.Grad
             )
         moved = dict(updates)
         for one, other in (pair, pair[::-1]):
-            larger = jnp.abs(params[one]) > jnp.abs(params[other])
+            larger = jnp.abs(params[one]) > jnp.abs(params[other])  # neither, if equal
             moved[one] = updates[one] - rate * params[one] * jnp.where(larger, 1.0, -1.0)
         return moved, state
 
@@ -54,6 +54,7 @@ def normalized_leaves() -> optax.GradientTransformation:
 
     def update(updates, state, params=None):
         norms = jax.tree.map(jnp.linalg.norm, updates)
+        # All or none, as in the paper's code: at v = 0 the gradient of u is 0.
         all_positive = jnp.stack([norm > 0 for norm in jax.tree.leaves(norms)]).all()
         scaled = lambda leaf, norm: leaf / jnp.where(all_positive, norm, 1.0)
         return jax.tree.map(scaled, updates, norms), state
