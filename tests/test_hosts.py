@@ -193,7 +193,7 @@ def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
     [
         (Hosts(coordinator="a:1"), "--distributed"),
         (Hosts(distributed=True, num_processes=2, process_id=0), "--coordinator"),
-        (Hosts(True, "a:1", 2, 2), "process_id=2"),
+        (Hosts(True, "a:1", 2, 2), "--process_id"),
     ],
 )
 def test_half_a_description_of_the_hosts_is_refused(wrong, named):

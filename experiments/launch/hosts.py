@@ -42,6 +42,11 @@ def join(hosts: Hosts) -> None:
         raise ValueError(
             "--coordinator, --num_processes and --process_id go together, with --distributed."
         )
+    if any(given) and hosts.process_id >= hosts.num_processes:
+        raise ValueError(
+            f"--process_id is {hosts.process_id}; with --num_processes {hosts.num_processes} it is "
+            f"at most {hosts.num_processes - 1}."
+        )
     if not hosts.distributed or jax.distributed.is_initialized():
         devices.start()
         return
