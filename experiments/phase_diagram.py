@@ -20,7 +20,7 @@ from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.hosts import ALONE, Hosts
 from experiments.launch.ranges import AboveMinusOne, Count, Positive, Range, Seed, Share
 from experiments.storage import records
-from experiments.toy import config as toys, ensemble, problems, run as toy_runs
+from experiments.toy import chunks, config as toys, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import measure, train
 
 if TYPE_CHECKING:
@@ -90,8 +90,8 @@ def run(config: Config) -> "xarray.Dataset":
     validate(config, toy)
     name = config.exp_name or f"{config.problem}-{config.axis}"
     place = (config.runs_dir, "phase_diagram", name)
+    dataset = ensemble.in_folder(place, config, lambda *how: simulate(config, toy, *how))
     folder = records.run_folder(*place)
-    dataset = ensemble.in_folder(folder, place, config, lambda *how: simulate(config, toy, *how))
     hosts.leave_the_rest_to_first()
     outcomes = dataset["outcome"].values
     shares = {name: float((outcomes == code).mean()) for code, name in enumerate(measure.OUTCOMES)}
@@ -129,7 +129,7 @@ def validate(config: Config, toy: problems.Toy) -> None:
 def simulate(
     config: Config,
     toy: problems.Toy,
-    store: ensemble.Store | None = None,
+    store: chunks.Store | None = None,
     on_chunk: Callable[[], None] = lambda: None,
 ) -> "xarray.Dataset":
     """One program per batch size and decay time, whose records are at fixed steps.
@@ -151,7 +151,7 @@ def _columns(
     toy: problems.Toy,
     keys: jax.Array,
     values: Sequence[float],
-    store: ensemble.Store | None,
+    store: chunks.Store | None,
     on_chunk: Callable[[], None],
 ) -> dict:
     """Some values of the second axis: arrays [seeds, step sizes, values]."""

@@ -114,20 +114,6 @@ def test_diverged_runs_are_missing_values_and_are_counted(finding):
     np.testing.assert_array_equal(ensemble.diverged(losses), np.array(expected, bool))
 
 
-def test_seeds_do_not_depend_on_how_many_there_are_nor_on_chunks(finding):
-    pick = lambda values: values[::2] * 2  # the schedules of SGD: 8 devices take two seeds at once
-    per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
-    config = replace(SMALL, **{f: pick(getattr(SMALL, f)) for f in per_schedule})
-    done = []
-    again = ensemble.simulate(
-        toys.resolve("diag_nets", config, TOY), {}, lambda: done.append(1), runs_at_a_time=1
-    )
-    assert len(done) == 2
-    for name in ("train_loss", "support", "rank", "theta"):
-        expected = finding.dataset[name][:, [0, 2, 0, 2]]
-        np.testing.assert_allclose(again[name], expected, rtol=1e-10, atol=1e-14)
-
-
 def test_equal_schedules_have_labels_of_their_own():
     equal = replace(
         SMALL, step_sizes=(0.2, 0.2, 0.2, 0.5), **dict.fromkeys(["decay_times"], (1.0,) * 4)

@@ -61,6 +61,12 @@ def runs_dir(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "runs")
 
 
+def test_seeds_do_not_depend_on_how_many_there_are_nor_on_chunks(whole, tmp_path):
+    _, few = run(tmp_path, seeds=2)
+    for name in ("train_loss", "support", "rank", "theta"):
+        np.testing.assert_allclose(few[name], whole[1][name][:2], rtol=1e-10, atol=1e-14)
+
+
 def chunk_of(runs_dir):
     (path,) = (runs_dir / "diag_nets" / "d1" / "chunks").glob("*.npz")
     return path

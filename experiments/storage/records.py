@@ -99,12 +99,12 @@ def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more:
     """Adds a start to manifest.json: time, command, seed, devices, versions, revision, `more`."""
     start = {
         "started": _now(),
-        "command": ["python", "-m", _module(), *sys.argv[1:]],
+        "command": sys.orig_argv,
         "seed": seed,
         "devices": sorted(devices),
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "versions": {name: version for name in PACKAGES if (version := _version(name))},
+        "versions": {name: metadata.version(name) for name in PACKAGES},
         "git": git_revision(),
         **more,
     }
@@ -186,15 +186,3 @@ def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _module() -> str:
-    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
-    return spec.name if spec else "experiments"

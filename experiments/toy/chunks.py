@@ -2,7 +2,6 @@
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +9,11 @@ import numpy as np
 from experiments.launch import hosts
 from experiments.storage import arrays
 
+Chunk = dict[str, np.ndarray]
 
-class Chunks(MutableMapping[str, dict[str, np.ndarray]]):
-    """Name of a chunk -> its arrays, in FOLDER/chunks/NAME.npz.
+
+class Chunks:
+    """Name of a chunk -> its arrays, in FOLDER/chunks/NAME.npz; the part of a dict that sweeps use.
 
     The name has to identify all that the arrays depend on. A damaged file counts as missing, with a
     warning in the log. With several hosts, process 0 writes, and all find what it finds.
@@ -21,37 +22,26 @@ class Chunks(MutableMapping[str, dict[str, np.ndarray]]):
     def __init__(self, folder: Path):
         self.folder = folder / "chunks"
 
-    def __getitem__(self, name: str) -> dict[str, np.ndarray]:
-        found = self._read(name) if hosts.is_first() else None
-        if not hosts.agreed(found is not None):
-            raise KeyError(name)
-        return arrays.read_npz(self._path(name)) if found is None else found
+    def get(self, name: str) -> Chunk | None:
+        """The arrays; None if there are none."""
+        path, found = self.folder / f"{name}.npz", None
+        if hosts.is_first() and path.exists():
+            try:
+                found = arrays.read_npz(path)
+            except ValueError as error:
+                message = "%s; these runs are computed again."
+                logging.getLogger(__name__).warning(message, error)
+        if hosts.agreed(found is not None) and found is None:
+            found = arrays.read_npz(path)
+        return found
 
-    def __setitem__(self, name: str, chunk: Mapping[str, np.ndarray]) -> None:
+    def __setitem__(self, name: str, chunk: Chunk) -> None:
         if hosts.is_first():
             self.folder.mkdir(exist_ok=True)
-            arrays.write_npz(self._path(name), chunk)
+            arrays.write_npz(self.folder / f"{name}.npz", chunk)
 
-    def __delitem__(self, name: str) -> None:
-        self._path(name).unlink()
 
-    def __iter__(self) -> Iterator[str]:
-        return (path.stem for path in sorted(self.folder.glob("*.npz")))
-
-    def __len__(self) -> int:
-        return len(list(self))
-
-    def _path(self, name: str) -> Path:
-        return self.folder / f"{name}.npz"
-
-    def _read(self, name: str) -> dict[str, np.ndarray] | None:
-        try:
-            return arrays.read_npz(self._path(name))
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            logging.getLogger(__name__).warning("%s; these runs are computed again.", error)
-            return None
+Store = Chunks | dict[str, Chunk]
 
 
 def drop(folder: Path) -> None:

@@ -4,23 +4,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.launch import ranges
 from experiments.launch.hosts import ALONE, Hosts
-from experiments.launch.ranges import (
-    AboveMinusOne,
-    Count,
-    CountOrNone,
-    Fraction,
-    NonNegative,
-    Positive,
-    Seed,
-    Share,
-)
 from experiments.storage import records
 from experiments.toy.problems import Toy
 from experiments.toy.run import Descent, Schedule
@@ -36,45 +27,45 @@ class Config:
     """Which of the paper's settings."""
     exp_name: str = ""
     """Name of the run's folder; empty: the setting's name."""
-    seeds: Count = 32
+    seeds: ranges.Count = 32
     """Seeds per schedule: of the initialization (where it is random) and of SGD."""
-    seed: Seed = 0
+    seed: ranges.Seed = 0
     """Base seed: seed i of the ensemble is fold_in(key(seed), i)."""
-    step_sizes: tuple[Positive, ...] = ()
+    step_sizes: tuple[ranges.Positive, ...] = ()
     """Step size at the start of each schedule."""
-    decay_times: tuple[Share, ...] = ()
-    """Share of the run after which each schedule decays; 1 is never."""
-    decay_factors: tuple[Positive, ...] = ()
+    decay_times: tuple[ranges.Share, ...] = ()
+    """ranges.Share of the run after which each schedule decays; 1 is never."""
+    decay_factors: tuple[ranges.Positive, ...] = ()
     """What each schedule divides its step size by."""
-    warmup_gains: tuple[AboveMinusOne, ...] = ()
+    warmup_gains: tuple[ranges.AboveMinusOne, ...] = ()
     """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
-    warmup_exponent: Positive = 1.0
+    warmup_exponent: ranges.Positive = 1.0
     """The exponent of the warm-up."""
-    batch_sizes: tuple[Count, ...] = ()
+    batch_sizes: tuple[ranges.Count, ...] = ()
     """Examples per step, drawn with replacement; all of them is gradient descent."""
-    num_steps: Count = 100_001
+    num_steps: ranges.Count = 100_001
     """Steps of each run."""
-    init_scale: Positive = 1.0
+    init_scale: ranges.Positive = 1.0
     """Multiplies the paper's scale of the initial weights."""
-    momentum: Fraction = 0.0
+    momentum: ranges.Fraction = 0.0
     """Heavy-ball momentum."""
-    weight_decay: NonNegative = 0.0
+    weight_decay: ranges.NonNegative = 0.0
     """Adds WEIGHT_DECAY * weights to each gradient."""
-    sam_rho: NonNegative = 0.0
+    sam_rho: ranges.NonNegative = 0.0
     """Gradients are taken at weights + SAM_RHO * gradient (not normalized)."""
     sam_of: Literal["batch", "examples"] = "batch"
     """Whether that point is the batch's or each example's own."""
-    label_noise: NonNegative = 0.0
+    label_noise: ranges.NonNegative = 0.0
     """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
-    average: Fraction = 0.0
+    average: ranges.Fraction = 0.0
     """Measure the moving average of the weights with this decay; 0: the weights themselves."""
-    valley_steps: CountOrNone = 0
+    valley_steps: ranges.CountOrNone = 0
     """Measure the valley floor: the weights after this many steps of GD of size 0.5; 0: off."""
-    gd_jitter: Fraction = 1e-9
+    gd_jitter: ranges.Fraction = 1e-9
     """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
     log_records: bool = False
     """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
-    spectra_records: Count = 40
+    spectra_records: ranges.Count = 40
     """Number of records, the last among them, with singular values of every seed (of one seed: at
     all records)."""
     runs_dir: str = "runs"
@@ -83,13 +74,6 @@ class Config:
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-class Group(NamedTuple):
-    """The schedules of one batch size, which share a program."""
-
-    batch_size: int
-    members: np.ndarray  # places of its schedules in the plan
 
 
 @dataclass(frozen=True)
@@ -104,7 +88,7 @@ class Plan:
     record_steps: np.ndarray
     spectra_steps: np.ndarray  # those of them at which every seed's singular values are taken
     schedules: Schedule  # leaves [schedules]
-    groups: tuple[Group, ...]
+    groups: Mapping[int, np.ndarray]  # batch size -> places of its schedules, which share a program
     labels: Sequence[str]  # one per schedule, all different
     marks: Mapping[str, Sequence[float]]  # label -> steps at which its step size decays
     descent: Descent
@@ -137,10 +121,10 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
         record_steps=at,
         spectra_steps=at[np.unique(spread)],
         schedules=schedules(config),
-        groups=tuple(
-            Group(size, np.flatnonzero(np.equal(config.batch_sizes, size)))
+        groups={
+            size: np.flatnonzero(np.equal(config.batch_sizes, size))
             for size in sorted(set(config.batch_sizes))
-        ),
+        },
         labels=labels,
         marks={name: [share * config.num_steps] for name, share, factor in decays if factor != 1},
         descent=Descent(*(getattr(config, field) for field in Descent._fields)),

@@ -5,20 +5,19 @@ over seed, schedule and step, those of singular values over spectra_step.
 """
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from experiments.figures import progress, terminal
 from experiments.launch import hosts, lock
 from experiments.launch.signals import Stopped, deferred
 from experiments.storage import arrays, records
 from experiments.toy import chunks
-from experiments.toy.config import PLACE, Group, Plan
+from experiments.toy.config import PLACE, Plan
 from experiments.toy.problems import Toy
 from experiments.toy.run import make_run, parameters, seed_keys
 from sgd_sparse_jax import train
@@ -28,25 +27,24 @@ if TYPE_CHECKING:
 
 RUNS_AT_A_TIME = 64  # per device: what fills a core
 SNAPSHOTS_AT_A_TIME = 256
-Store = MutableMapping[str, dict[str, np.ndarray]]
 
 
 def results(plan: Plan) -> "xarray.Dataset":
     """The data of the plan's run, computed unless its folder has them."""
-    return in_folder(plan.folder, plan.place, plan.config, lambda *how: simulate(plan, *how))
+    return in_folder(plan.place, plan.config, lambda *how: simulate(plan, *how))
 
 
 def in_folder(
-    folder: Path,
     place: tuple[str, str, str],
     config: Any,
-    compute: Callable[[Store, Callable[[], None]], "xarray.Dataset"],
+    compute: Callable[[chunks.Store, Callable[[], None]], "xarray.Dataset"],
 ) -> "xarray.Dataset":
     """`compute(store, on_chunk)`, saved in the run's folder; read from there if it is finished.
 
     An interrupted run continues behind the chunks in `store`. After a signal, `on_chunk` raises
     Stopped: the chunks so far are on disk.
     """
+    folder = records.run_folder(*place)
     with hosts.together(folder), alone_in(folder), deferred() as signal:
 
         def stop_if_requested() -> None:
@@ -56,27 +54,23 @@ def in_folder(
                     "and the same command goes on behind them."
                 )
 
-        hosts.on_first(lambda: records.open_run(*place, config, may_change=PLACE))
-        if records.is_finished(folder):
-            print(
-                f"{folder} is finished: its results are shown again. (--exp_name starts another.)"
-            )
-            hosts.on_first(lambda: chunks.drop(folder))
-            return arrays.load_dataset(folder)
-        devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
-        hosts.on_first(
-            lambda: records.start_manifest(
-                folder, seed=config.seed, devices=devices, processes=jax.process_count()
-            )
-        )
-        began = time.perf_counter()
-        dataset = compute(chunks.Chunks(folder), stop_if_requested)
+        def start() -> None:
+            about = {"seed": config.seed, "processes": jax.process_count()}
+            devices = [f"{device.platform}:{device.device_kind}" for device in jax.devices()]
+            records.start_manifest(folder, devices=devices, **about)
 
         def finish() -> None:
             arrays.save_dataset(folder, dataset)
-            records.finish_manifest(folder, wall_seconds=round(time.perf_counter() - began, 1))
+            records.finish_manifest(folder)
             chunks.drop(folder)
 
+        hosts.on_first(lambda: records.open_run(*place, config, may_change=PLACE))
+        if records.is_finished(folder):
+            terminal.show(f"{folder} is finished: its results are shown again.")
+            hosts.on_first(lambda: chunks.drop(folder))
+            return arrays.load_dataset(folder)
+        hosts.on_first(start)
+        dataset = compute(chunks.Chunks(folder), stop_if_requested)
         hosts.on_first(finish)
     return dataset
 
@@ -92,82 +86,66 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def simulate(
-    plan: Plan,
-    store: Store | None = None,
-    on_chunk: Callable[[], None] = lambda: None,
-    *,
-    runs_at_a_time: int = RUNS_AT_A_TIME,
+    plan: Plan, store: chunks.Store | None = None, on_chunk: Callable[[], None] = lambda: None
 ) -> "xarray.Dataset":
     """All seeds x schedules, blocks of seeds at a time, a share of each on every device.
 
     Finished blocks are found in `store`, others are added; `on_chunk()` is called after each.
     """
     store = {} if store is None else store
-    spectra = make_spectra(plan.toy)
-    with progress_bar(plan.config.seeds * len(plan.labels)) as advance:
-
-        def simulated(group: Group) -> dict[str, np.ndarray]:
-            blocks = []
-            for block in blocks_of(plan, group, spectra, store, runs_at_a_time):
+    seeds, spectra, parts = plan.config.seeds, make_spectra(plan.toy), []
+    with progress.of_runs(seeds * len(plan.labels)) as advance:
+        for batch_size, members in plan.groups.items():
+            width = min(seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(members)))
+            compute, blocks = make_block(plan, batch_size, width, spectra), []
+            for first in range(0, seeds, width):
+                name = f"{plan.fingerprint}-batch{batch_size}-seeds{first}-{first + width}"
+                block = store.get(name)
+                if block is None:
+                    block = store[name] = compute(first)
                 blocks.append(block)
-                advance(block["end/theta"].shape[0] * len(group.members))
+                advance(len(block["end/theta"]) * len(members))
                 on_chunk()
-            return {
-                name: np.concatenate([block[name] for block in blocks if name in block])
-                for name in blocks[0]
-            }
-
-        parts = [simulated(group) for group in plan.groups]
-    order = np.argsort(np.concatenate([group.members for group in plan.groups]))
+            found = {name: [b[name] for b in blocks if name in b] for name in blocks[0]}
+            parts.append({name: np.concatenate(each) for name, each in found.items()})
+    order = np.argsort(np.concatenate(list(plan.groups.values())))
     whole = {name: np.concatenate([p[name] for p in parts], 1)[:, order] for name in parts[0]}
     return _dataset(plan, whole)
 
 
-def blocks_of(
-    plan: Plan, group: Group, spectra: Callable, store: Store, runs_at_a_time: int
-) -> Iterator[dict[str, np.ndarray]]:
-    """The schedules of one batch size, in one compiled program: arrays [seeds, schedules, ...].
+def make_block(
+    plan: Plan, batch_size: int, width: int, spectra: Callable
+) -> Callable[[int], chunks.Chunk]:
+    """The schedules of one batch size, in one program: first of `width` seeds -> arrays.
 
-    Their names are AXIS/NAME, by the further axis: "step", "spectra_step", "end" (of the run); and
-    "shown" for all records of one seed, in the first block.
+    These are [seeds, schedules, ...] under AXIS/NAME, by their further axis: "step",
+    "spectra_step", "end" (of the run); "shown" are all records of one seed, in the first block.
     """
-    config, at = plan.config, plan.record_steps
-    run = make_run(
-        plan.toy,
-        num_steps=config.num_steps,
-        batch_size=group.batch_size,
-        at=at,
-        snapshots_at=at,
-        gd_jitter=config.gd_jitter,
-        descent=plan.descent,
-    )
-    points = jax.tree.map(lambda leaf: leaf[group.members], plan.schedules)
-    sweep = train.make_sweep(run, chunk=runs_at_a_time)
+    config, at, members = plan.config, plan.record_steps, plan.groups[batch_size]
+    steps = {"num_steps": config.num_steps, "at": at, "snapshots_at": at}
+    batches = {"batch_size": batch_size, "gd_jitter": config.gd_jitter}
+    run = make_run(plan.toy, **steps, **batches, descent=plan.descent)
+    points = jax.tree.map(lambda leaf: leaf[members], plan.schedules)
+    sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
     keys = seed_keys(config.seed, config.seeds)
-    size = min(config.seeds, max(1, runs_at_a_time * jax.device_count() // len(group.members)))
 
-    def of_block(first: int) -> dict[str, np.ndarray]:
-        seeds = np.arange(first, first + size) % config.seeds  # the last block repeats early seeds
-        rows, snapshots = sweep(keys[seeds], points)
+    def block_from(first: int) -> chunks.Chunk:
+        places = np.arange(first, first + width) % config.seeds  # the last repeats early seeds
+        measured, snapshots = sweep(keys[places], points)
         sampled = spectra(snapshots[:, :, np.isin(at, plan.spectra_steps)])
-        block = {f"step/{name}": values for name, values in rows.items()}
+        block = {f"step/{name}": values for name, values in measured.items()}
         block |= {f"spectra_step/{name}": values for name, values in sampled.items()}
         block |= {"end/theta": snapshots[:, :, [0, -1]]}
         block = {name: values[: config.seeds - first] for name, values in block.items()}
-        if first > 0:
-            return block
-        finite = np.isfinite(rows["train_loss"]).all((1, 2))
-        seed = int(np.argmax(finite))  # the first that diverged in no schedule, else seed 0
-        shown = {"theta": snapshots[[seed]], **spectra(snapshots[[seed]])}
-        shown["seed"] = np.full((1, len(group.members)), seed)
-        return block | {f"shown/{name}": values for name, values in shown.items()}
+        if first == 0:
+            finite = np.isfinite(measured["train_loss"]).all((1, 2))
+            seed = int(np.argmax(finite))  # the first that diverged in no schedule, else seed 0
+            shown = {"theta": snapshots[[seed]], **spectra(snapshots[[seed]])}
+            shown["seed"] = np.full((1, len(members)), seed)
+            block |= {f"shown/{name}": values for name, values in shown.items()}
+        return block
 
-    for first in range(0, config.seeds, size):
-        name = f"{plan.fingerprint}-batch{group.batch_size}-seeds{first}-{first + size}"
-        block = store.get(name)
-        if block is None:
-            block = store[name] = of_block(first)
-        yield block
+    return block_from
 
 
 def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -181,28 +159,26 @@ def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
 
     def spectra(snapshots: np.ndarray) -> dict[str, np.ndarray]:
         flat = snapshots.reshape(-1, snapshots.shape[-1])
-        finite = np.flatnonzero(np.isfinite(flat).all(1))
-        out: dict[str, np.ndarray] = {}
-        for first in range(0, max(len(finite), 1), SNAPSHOTS_AT_A_TIME):
-            some = finite[first : first + SNAPSHOTS_AT_A_TIME]
-            padded = np.ones((SNAPSHOTS_AT_A_TIME, flat.shape[1]))
-            padded[: len(some)] = flat[some]
-            for name, values in sweep(no_key, jnp.asarray(padded)).items():
-                out.setdefault(name, np.full(len(flat), np.nan))[some] = values[0, : len(some)]
+        finite = np.isfinite(flat).all(1)
+        todo, shape = flat[finite], (SNAPSHOTS_AT_A_TIME, flat.shape[1])
+        starts = range(0, max(len(todo), 1), SNAPSHOTS_AT_A_TIME)
+        parts = [np.resize(todo[i : i + SNAPSHOTS_AT_A_TIME], shape) for i in starts]  # repeats
+        results = [sweep(no_key, part) for part in parts]
+        out = {name: np.full(len(flat), np.nan) for name in results[0]}
+        for name, values in out.items():
+            values[finite] = np.concatenate([r[name][0] for r in results])[: len(todo)]
         return {name: values.reshape(snapshots.shape[:-1]) for name, values in out.items()}
 
     return spectra
 
 
-def _dataset(plan: Plan, whole: dict[str, np.ndarray]) -> "xarray.Dataset":
+def _dataset(plan: Plan, whole: chunks.Chunk) -> "xarray.Dataset":
     """Labels the axes; records of a run that diverged are NaN from there on."""
     import xarray
 
     lost = diverged(whole["step/train_loss"])
-    lost_at = {
-        "step": lost,
-        "spectra_step": lost[..., np.isin(plan.record_steps, plan.spectra_steps)],
-    }
+    sampled = np.isin(plan.record_steps, plan.spectra_steps)
+    lost_at = {"step": lost, "spectra_step": lost[..., sampled]}
     variables: dict = {}
     for path, array in whole.items():
         axis, name = path.split("/")
@@ -213,14 +189,13 @@ def _dataset(plan: Plan, whole: dict[str, np.ndarray]) -> "xarray.Dataset":
             variables[name] = (("seed", "schedule", "end", "parameter"), array)
         else:
             variables[name] = (("seed", "schedule", axis), np.where(lost_at[axis], np.nan, array))
+    steps = {"step": plan.record_steps, "spectra_step": plan.spectra_steps}
     coords = {
         "seed": np.arange(plan.config.seeds),
-        "schedule": np.array(plan.labels),
-        "step": plan.record_steps,
-        "spectra_step": plan.spectra_steps,
-        "end": np.array(["start", "end"]),
+        "schedule": plan.labels,
+        "end": ["start", "end"],
     }
-    return xarray.Dataset(variables, coords)
+    return xarray.Dataset(variables, coords | steps)
 
 
 def diverged(losses: np.ndarray) -> np.ndarray:
@@ -232,14 +207,3 @@ def diverged(losses: np.ndarray) -> np.ndarray:
     finite = np.isfinite(losses)
     large = ~finite | (losses > 1e3 * losses[..., :1])
     return np.logical_or.accumulate(~finite.all(-1, keepdims=True) & large, axis=-1)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar over runs; the function it yields advances it."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("compiling, then running", total=total)
-        yield lambda more: progress.update(task, advance=more, description="runs")

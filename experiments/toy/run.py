@@ -41,15 +41,16 @@ class Schedule(NamedTuple):
     init_scale: jax.Array
 
 
+def decayed(start: optax.Schedule, schedule: Schedule, toy: Toy) -> optax.Schedule:
+    """`start`, over the schedule's factor from its decay on."""
+    boundary = schedule.decay_step + toy.decay_after_step
+    return train.piecewise_decay(start, [boundary], [schedule.decay_factor])
+
+
 def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
     """The optax schedule that `schedule` describes."""
-    return train.piecewise_decay(
-        train.power_warmup(
-            schedule.step_size, schedule.warmup_gain, schedule.warmup_exponent, num_steps
-        ),
-        [schedule.decay_step + toy.decay_after_step],
-        [schedule.decay_factor],
-    )
+    size, gain, exponent = schedule[:3]
+    return decayed(train.power_warmup(size, gain, exponent, num_steps), schedule, toy)
 
 
 def optimizer(schedule: Schedule, toy: Toy, descent: Descent, num_steps: int):
@@ -69,11 +70,8 @@ def label_noise(schedule: Schedule, toy: Toy, descent: Descent) -> Noise | None:
     """Noise on labels that decays with the step size; None for none."""
     if not descent.label_noise:
         return None
-    boundary = [schedule.decay_step + toy.decay_after_step]
     constant = lambda step: jnp.asarray(descent.label_noise)
-    return data.gaussian_label_noise(
-        train.piecewise_decay(constant, boundary, [schedule.decay_factor])
-    )
+    return data.gaussian_label_noise(decayed(constant, schedule, toy))
 
 
 def make_run(
