@@ -89,9 +89,9 @@ def measure_net(name: str, plan: Plan, ceilings: Mapping[str, float]) -> dict[st
     print(f"-- {name}", flush=True)
     sides = {f"JAX, {k} per call": jax_side(training, k) for k in plan.calls}
     peak = memory_peak()
-    theirs, failed = torch_sides(name, plan)
+    torch_of, failed = torch_sides(name, plan)
     flop = peaks.step_flop(training.model, (plan.config.batch_size, *SHAPE))
-    rows = timed(sides | theirs, flop, plan, ceilings)
+    rows = timed(sides | torch_of, flop, plan, ceilings)
     best = min(plan.calls, key=lambda k: rows[f"JAX, {k} per call"]["ms_per_step"])
     chosen = rows[f"JAX, {best} per call"]
     return {

@@ -292,8 +292,8 @@ def kept_bytes_per_image(model: nn.Module) -> int:
             )[0][0]
             return jax.vjp(logits, params)[1]
 
-        kept = jax.tree.leaves(jax.eval_shape(pullback, params, variables, x))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in kept)
+        residuals = jax.tree.leaves(jax.eval_shape(pullback, params, variables, x))
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in residuals)
 
     return of_batch(2) - of_batch(1)
 

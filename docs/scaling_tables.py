@@ -21,7 +21,7 @@ COUNTED, FOR_TPU, AS_MAPS = (
 )
 POD = "256 TPU v5e"
 PER_DEVICE = 256 // 8  # images of the compiled program
-SHARE = 0.75  # of its memory that JAX takes of a GPU, unless told otherwise
+SHARE = 0.75  # of its memory that JAX takes of a GPU, by default
 MEMORY = (16e9, 80e9)
 
 
@@ -71,20 +71,22 @@ def per_device() -> Iterator[Sequence[str]]:
 
 
 def held() -> Iterator[Sequence[str]]:
-    """What a device holds, and how many images fit beside it."""
+    """Memory of a device: state, gradients, activations per image, and how many images fit."""
     yield (
         *("net", "state, MB", "gradients, MB", "per image: stored, MB", "per image: v5e, MB"),
         *(f"images in {memory / 1e9:.0f} GB" for memory in MEMORY),
     )
     for name, net in COUNTED["nets"].items():
-        kept, compiled = net["kept_bytes_per_image"], compiled_per_image(name)
+        stored, compiled = net["kept_bytes_per_image"], compiled_per_image(name)
         fixed = net["state_bytes"] + net["gradient_bytes"] + cifar()
-        fits = [[(SHARE * memory - fixed) / each for each in (kept, compiled)] for memory in MEMORY]
+        fits = [
+            [(SHARE * memory - fixed) / each for each in (stored, compiled)] for memory in MEMORY
+        ]
         yield (
             f"`{name}`",
             mega(net["state_bytes"]),
             mega(net["gradient_bytes"]),
-            f"{kept / 1e6:.2f}",
+            f"{stored / 1e6:.2f}",
             f"{compiled / 1e6:.2f}",
             *(f"{two_digits(low)} to {two_digits(high)}" for low, high in fits),
         )
@@ -108,11 +110,11 @@ def work(net: dict[str, Any], utilisation: float) -> float:
     return COUNTED["batch_size"] * net["step_flop_per_image"] / utilisation
 
 
-def parts(told: dict[str, Any]) -> str:
+def parts(estimate: dict[str, Any]) -> str:
     """Computing + gradients + waiting = step, and efficiency."""
-    gradients = f"{told['gradients_ms'][0]:.2g}"
-    step = f"{span(told['compute_ms'])} + {gradients} + {span(told['waiting_ms'])} ms"
-    return f"{step}: {percents(told['efficiency'])}"
+    gradients = f"{estimate['gradients_ms'][0]:.2g}"
+    step = f"{span(estimate['compute_ms'])} + {gradients} + {span(estimate['waiting_ms'])} ms"
+    return f"{step}: {percents(estimate['efficiency'])}"
 
 
 def weak() -> Iterator[Sequence[str]]:
@@ -121,8 +123,8 @@ def weak() -> Iterator[Sequence[str]]:
     yield "net", *(f"batch {256 * each:,} ({each} per chip)" for each in shares)
     for name, net in COUNTED["nets"].items():
         calls = net["exchanged"]["instructions"]
-        told = [scaling.estimate(net, calls, 256 * each, MACHINES[POD]) for each in shares]
-        yield f"`{name}`", *(percents(each["efficiency"]) for each in told)
+        estimates = [scaling.estimate(net, calls, 256 * each, MACHINES[POD]) for each in shares]
+        yield f"`{name}`", *(percents(each["efficiency"]) for each in estimates)
 
 
 def sets() -> Iterator[Sequence[str]]:

@@ -1,6 +1,8 @@
-"""The pages under docs: their commands parse, their tables are the recorded results."""
+"""README and docs: examples run, commands parse, tables are the recorded results."""
 
+import contextlib
 import importlib
+import io
 import itertools
 import re
 import runpy
@@ -51,7 +53,7 @@ def test_every_command_line_is_understood(page):
             cli.parse(config, flags, settings=getattr(module, "SETTINGS", None))
 
 
-def test_the_pages_commands_are_found():
+def test_the_commands_of_the_pages_are_found():
     count = {page.name: len(list(commands(page))) for page in PAGES}
     assert count["README.md"] >= 4 and count["running.md"] >= 12 and count["scaling.md"] >= 5
 
@@ -76,3 +78,19 @@ def test_links_lead_to_files_that_are_there():
         links = re.findall(r"\]\(\s*([^)#\s]+)\)", page.read_text(encoding="utf-8"))
         for link in links:
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
+
+
+def test_the_library_example_of_the_readme_runs_and_prints_what_its_comment_says():
+    (example,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL)
+    screen = io.StringIO()
+    with contextlib.redirect_stdout(screen):
+        exec(compile(example, "README.md", "exec"), {})
+    assert screen.getvalue() == "(64, 3, 3)\n"
+
+
+def test_the_gallery_shows_files_that_are_there():
+    figures = re.findall(
+        r"\]\((figures/[^)]*)\)", (ROOT / "docs" / "gallery.md").read_text("utf-8")
+    )
+    assert len(figures) >= 15 and len(set(figures)) == len(figures)
+    assert all((ROOT / "docs" / figure).stat().st_size > 1000 for figure in figures)

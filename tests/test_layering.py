@@ -28,12 +28,12 @@ def modules(package):
 
 
 LIBRARY, EXPERIMENTS = modules("sgd_sparse_jax"), modules("experiments")
-OURS = LIBRARY | EXPERIMENTS
+INTERNAL = LIBRARY | EXPERIMENTS
 COMMANDS = {name for name in EXPERIMENTS if name.count(".") == 1 and not EXPERIMENTS[name][1]}
 
 
 def imports(name, source, is_package=False):
-    """Every module that `source` imports, at its top or inside a function."""
+    """Modules that `source` imports, at its top or inside a function."""
     found = set()
     package = name if is_package else name.rpartition(".")[0]
     for node in ast.walk(ast.parse(source)):
@@ -44,32 +44,32 @@ def imports(name, source, is_package=False):
             origin = importlib.util.resolve_name(origin, package)
             for alias in node.names:
                 whole = f"{origin}.{alias.name}"
-                found.add(whole if whole in OURS else origin)
+                found.add(whole if whole in INTERNAL else origin)
     return found
 
 
-def ours(name, source, is_package=False):
+def internal(name, source, is_package=False):
     found = imports(name, source, is_package) - {name}
     return {other for other in found if other.split(".")[0] in ("sgd_sparse_jax", "experiments")}
 
 
 def against_library_rule(name, source, is_package=False):
-    """Imports of ours that rule 1 forbids in the library module `name`."""
+    """Imports that rule 1 forbids in the library module `name`."""
     if name == "sgd_sparse_jax":
-        return {other for other in ours(name, source, is_package) if "experiments" in other}
+        return {other for other in internal(name, source, is_package) if "experiments" in other}
     shelf = ".".join(name.split(".")[:2])
     return {
         other
-        for other in ours(name, source, is_package)
+        for other in internal(name, source, is_package)
         if other != "sgd_sparse_jax.types" and not f"{other}.".startswith(f"{shelf}.")
     }
 
 
 def against_experiment_rule(name, source, is_package=False):
-    """Imports of ours that rule 2 forbids in the module `name` of the experiments."""
+    """Imports that rule 2 forbids in the module `name` of the experiments."""
     if name in ("experiments.reproduce", "experiments.report"):
         return set()
-    return ours(name, source, is_package) & COMMANDS
+    return internal(name, source, is_package) & COMMANDS
 
 
 def is_one_way(graph):
@@ -119,14 +119,16 @@ def test_rule_1_a_shelf_imports_the_types_and_itself():
 @pytest.mark.parametrize("package", [LIBRARY, EXPERIMENTS], ids=["library", "experiments"])
 def test_imports_go_one_way(package):
     plain = {name: module for name, module in package.items() if not module[1]}
-    assert is_one_way({name: ours(name, *module) & plain.keys() for name, module in plain.items()})
+    assert is_one_way(
+        {name: internal(name, *module) & plain.keys() for name, module in plain.items()}
+    )
 
 
 def test_folders_of_experiments_import_each_other_one_way():
     folder = lambda name: name.split(".")[1] if name.count(".") == 2 else ""
     graph = {}
     for name, module in EXPERIMENTS.items():
-        others = {folder(other) for other in ours(name, *module) & EXPERIMENTS.keys()}
+        others = {folder(other) for other in internal(name, *module) & EXPERIMENTS.keys()}
         graph.setdefault(folder(name), set()).update(others - {folder(name), ""})
     assert is_one_way({name: others for name, others in graph.items() if name})
 
@@ -165,11 +167,11 @@ def test_rule_3_importing_the_library_loads_nothing_heavy():
 
 
 def test_rule_4_no_name_that_hides_the_noun():
-    words = {name: set(name.rpartition(".")[2].split("_")) for name in OURS}
+    words = {name: set(name.rpartition(".")[2].split("_")) for name in INTERNAL}
     assert not {name for name in words if words[name] & VAGUE}
     classes = {
         f"{name}.{node.name}"
-        for name, (source, _) in OURS.items()
+        for name, (source, _) in INTERNAL.items()
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.ClassDef)
     }
