@@ -84,7 +84,7 @@ class Sides:
         row = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
         try:
             list(self.windows(on_call=live.on_call))
-            records.append_row(self.folder, row)
+            records.append_record(self.folder, row)
             live.on_row(row)
         finally:
             live.close()

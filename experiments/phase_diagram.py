@@ -89,9 +89,8 @@ def run(config: Config) -> "xarray.Dataset":
     toy = problems.PROBLEMS[config.problem]()
     validate(config, toy)
     name = config.exp_name or f"{config.problem}-{config.axis}"
-    place = (config.runs_dir, "phase_diagram", name)
-    dataset = ensemble.in_folder(place, config, lambda *how: simulate(config, toy, *how))
-    folder = records.run_folder(*place)
+    folder = records.run_folder(config.runs_dir, "phase_diagram", name)
+    dataset = ensemble.in_folder(folder, config, lambda *how: simulate(config, toy, *how))
     hosts.leave_the_rest_to_first()
     outcomes = dataset["outcome"].values
     shares = {name: float((outcomes == code).mean()) for code, name in enumerate(measure.OUTCOMES)}

@@ -5,16 +5,17 @@
         --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 --l2_reg=0.0 \\
         --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg
 
-The flags are the released code's. The same command again continues from the newest checkpoint.
+The flags are those of the released code. The same command again continues from the newest
+checkpoint.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.deep import curves, setup, training
+from experiments.deep import curves, training
 from experiments.deep.config import Config as Config
 from experiments.figures import terminal
-from experiments.launch import cli, hosts
+from experiments.launch import cli, devices, hosts
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,16 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> Path:
     """Trains, prints the last row and draws; returns the run's folder."""
-    plan = setup.resolve(config)
-    training.run(plan)
+    devices.set_up_deep(deterministic=config.deterministic)
+    hosts.join(config.hosts)
+    folder = training.run(config)
     hosts.leave_the_rest_to_first()
-    print_last_row(plan.folder)
-    curves.one_run(plan.folder, plan.title)
-    return plan.folder
-
-
-def print_last_row(folder: Path) -> None:
-    """The last evaluation in two lines, and the folder."""
     row = curves.rows_of(folder)[-1]
     sparsity = " / ".join(f"{row[f'train/distinct/{block}']:.1%}" for block in curves.blocks(row))
     terminal.show(
@@ -43,6 +38,9 @@ def print_last_row(folder: Path) -> None:
         f"active units without duplicates, block by block: {sparsity}",
         folder,
     )
+    network = f"{config.dataset}, {config.model} of width {config.model_width}"
+    curves.one_run(folder, f"{network}, η₀ = {config.lr_init:g}, {config.lr_schedule}")
+    return folder
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import numpy as np
 
-from experiments.deep import config as flags, curves, setup, training
-from experiments.deep.config import Config
+from experiments.deep import curves, setup, training
+from experiments.deep.config import Config, folder_of
 from experiments.figures import terminal
 from experiments.launch import cli, devices, hosts
 from experiments.storage import records
@@ -32,15 +32,6 @@ SHOWN = {  # columns of the last row: heading and format
     "test_average/error": ("test error, averaged weights", ".2%"),
     "images_per_second": ("images/s", ".0f"),
 }
-
-
-class Run(NamedTuple):
-    """One run of the grid and its outcome."""
-
-    setting: str
-    config: Config
-    folder: Path
-    outcome: str  # "finished", or why it diverged
 
 
 def grid_type() -> type:
@@ -78,137 +69,99 @@ def run(grid: Any) -> Path:
     devices.set_up_deep(deterministic=grid.deterministic)
     hosts.join(grid.hosts)
     settings = expand(grid)
-    check(settings)
+    for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
+        setup.validate(config)
+    for first, *_ in settings.values():
+        setup.resolve(first)  # missing data, too large a batch
+    folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
     everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
-    place = (grid.runs_dir, "sweep_deep", grid.exp_name)
-    folder = records.run_folder(*place)
-    hosts.on_first(lambda: records.open_run(*place, grid, may_change=everything))
+    hosts.on_first(lambda: records.open_run(folder, grid, may_change=everything))
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
-    runs = []
-    for number, (setting, config) in enumerate(flat, 1):
-        terminal.show(f"run {number} of {len(flat)}: {flags.run_name(config)}")
-        runs.append(once(setting, config))
+    outcomes = []
+    for number, (_, config) in enumerate(flat, 1):
+        terminal.show(f"run {number} of {len(flat)}: {folder_of(config).name}")
+        outcomes.append(once(config))
     hosts.leave_the_rest_to_first()
-    report(folder, grid.exp_name, runs)
+    entries = [
+        {
+            "setting": setting,
+            "seed": config.seed,
+            "folder": folder_of(config).name,
+            "outcome": outcome,
+            "last_row": curves.rows_of(folder_of(config))[-1],
+        }
+        for (setting, config), outcome in zip(flat, outcomes, strict=True)
+    ]
+    records.write_json(folder / "summary.json", {"runs": entries})
+    show(folder, grid.exp_name, entries)
+    networks = {f"{c.dataset}, {c.model} of width {c.model_width}" for _, c in flat}
+    title = f"{grid.exp_name}: {networks.pop() if len(networks) == 1 else 'several networks'}"
+    folders = {setting: list(map(folder_of, configs)) for setting, configs in settings.items()}
+    curves.several_runs(folder / "figures" / "sweep_deep", folders, title)
     return folder
 
 
 def expand(grid: Any) -> dict[str, list[Config]]:
     """Label of each setting -> its runs, one per seed."""
     values = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Config)}
-    varied = {
-        k: v for k, v in values.items() if isinstance(v, tuple) and len(v) > 1 and k != "seed"
-    }
-    lengths = {f"--{name}": len(each) for name, each in varied.items()}
-    if grid.paired and len(set(lengths.values())) > 1:
-        listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
-        raise ValueError(f"--paired needs lists of equal length, given are {listed}.")
-    points = (
-        zip(*varied.values(), strict=True) if grid.paired else itertools.product(*varied.values())
-    )
-    single = {k: v[0] if isinstance(v, tuple) else v for k, v in values.items()}
+    lists = {k: v for k, v in values.items() if isinstance(v, tuple) and k != "seed"}
+    single = values | {k: v[0] for k, v in lists.items()}
+    varied = {k: v for k, v in lists.items() if len(v) > 1}
+    lengths = ", ".join(f"--{name} {len(each)}" for name, each in varied.items())
+    if grid.paired and len({len(each) for each in varied.values()}) > 1:
+        raise ValueError(f"--paired needs lists of equal length, given are {lengths}.")
+    walk = zip if grid.paired and varied else itertools.product  # which yields () for no lists
     settings = {}
-    for point in points if varied else [()]:
+    for point in walk(*varied.values()):
         chosen = dict(zip(varied, point, strict=True))
         label = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "one setting"
         suffix = "".join(f"-{k}{v}" for k, v in chosen.items() if k not in IN_NAME)
-        config = Config(**single | chosen | {"exp_name": grid.exp_name + suffix.replace("/", "_")})
+        name = grid.exp_name + suffix.replace("/", "_")
         settings[label] = [
-            dataclasses.replace(config, seed=seed) for seed in dict.fromkeys(grid.seed)
+            Config(**single | chosen | {"exp_name": name, "seed": seed})
+            for seed in dict.fromkeys(grid.seed)
         ]
     return settings
 
 
-def check(settings: Mapping[str, Sequence[Config]]) -> None:
-    """Raises ValueError for what one of the runs would be refused for, before the first of them."""
-    taken: dict[str, str] = {}
-    for label, configs in settings.items():
-        for config in configs:
-            setup.validate(config)
-            name = flags.run_name(config)
-            if (other := taken.setdefault(name, label)) != label:
-                raise ValueError(
-                    f"({other}) and ({label}) would share the folder {name}; give them sweeps of "
-                    "their own with --exp_name."
-                )
-    for configs in settings.values():
-        setup.resolve(configs[0])  # missing data, too large a batch
-
-
-def once(setting: str, config: Config) -> Run:
-    """Trains to the end, unless that is done; what diverged before is not tried again."""
-    folder = records.run_folder(*flags.place_of(config))
-    diverged = folder / "diverged.json"
+def once(config: Config) -> str:
+    """Trains to the end, unless that is done; returns "finished", or why the run diverged."""
+    diverged = folder_of(config) / "diverged.json"
     if diverged.exists():
-        reason = cli.one_line(str(records.read_json(diverged).get("reason")))
-        terminal.show(f"{folder} has diverged before ({reason}); remove it to try again.")
-        return Run(setting, config, folder, reason)
+        reason = cli.one_line(records.read_json(diverged)["reason"])
+        terminal.show(f"{diverged.parent} has diverged before ({reason}); remove it to try again.")
+        return reason
     try:
-        training.run(setup.resolve(config))
+        training.run(config)
     except FloatingPointError as error:
         reason = str(error)
         terminal.show(reason)
         hosts.on_first(lambda: records.write_json(diverged, {"reason": reason}))
-        return Run(setting, config, folder, reason)
-    return Run(setting, config, folder, "finished")
+        return reason
+    return "finished"
 
 
-def report(folder: Path, title: str, runs: Sequence[Run]) -> None:
-    """summary.json, a table of the last rows, and the curves of all settings."""
-    entries = [
-        {
-            "setting": each.setting,
-            "seed": each.config.seed,
-            "folder": each.folder.name,
-            "outcome": each.outcome,
-            "last_row": curves.rows_of(each.folder)[-1],
-        }
-        for each in runs
-    ]
-    records.write_json(folder / "summary.json", {"runs": entries})
-    by_setting: dict[str, list[Run]] = {}
-    for each in runs:
-        by_setting.setdefault(each.setting, []).append(each)
-    show(folder, title, by_setting)
-    folders = {setting: [each.folder for each in some] for setting, some in by_setting.items()}
-    common = {(c.dataset, c.model, c.model_width) for c in (each.config for each in runs)}
-    of = "{}, {} of width {}".format(*common.pop()) if len(common) == 1 else "several networks"
-    curves.several_runs(folder / "figures" / "sweep_deep", folders, f"{title}: {of}")
-
-
-def show(folder: Path, title: str, by_setting: Mapping[str, Sequence[Run]]) -> None:
+def show(folder: Path, title: str, entries: Sequence[Mapping[str, Any]]) -> None:
     """Prints mean ± standard deviation over the seeds that finished, and the folder."""
     from rich.table import Table
 
-    rows = {
-        setting: [curves.rows_of(each.folder)[-1] for each in some if each.outcome == "finished"]
-        for setting, some in by_setting.items()
-    }
-    done = [row for some in rows.values() for row in some]
-    share = "active, no duplicates, "
-    blocks = {
-        f"train/distinct/{b}": (share + b, ".1%") for b in curves.blocks(done[0] if done else {})
-    }
-    table = Table(title=f"{title}: last rows, mean ± standard deviation over seeds")
-    for heading in ("setting", "seeds", "quantity", "value"):
-        table.add_column(heading)
-    for setting, some in by_setting.items():
-        diverged = len(some) - len(rows[setting])
-        seeds = f"{len(rows[setting])}" + (f" ({diverged} diverged)" if diverged else "")
-        for place, (name, (heading, form)) in enumerate((SHOWN | blocks).items()):
-            first = ("", "") if place else (setting, seeds)
-            table.add_row(*first, heading, summary(rows[setting], name, form))
+    headings = ("setting", "seeds", "quantity", "value")
+    table = Table(*headings, title=f"{title}: last rows, mean ± standard deviation over seeds")
+    for setting, group in itertools.groupby(entries, lambda entry: entry["setting"]):
+        runs = list(group)
+        rows = [entry["last_row"] for entry in runs if entry["outcome"] == "finished"]
+        diverged = len(runs) - len(rows)
+        seeds = f"{len(rows)}" + (f" ({diverged} diverged)" if diverged else "")
+        blocks = curves.blocks(rows[0]) if rows else ()
+        shares = {f"train/distinct/{b}": (f"active, no duplicates, {b}", ".1%") for b in blocks}
+        for name, (heading, form) in (SHOWN | shares).items():
+            values = [row[name] for row in rows if name in row]  # --deterministic omits speeds
+            spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
+            value = f"{np.mean(values):{form}}{spread}" if values else "–"
+            table.add_row(setting, seeds, heading, value)
+            setting = seeds = ""  # in the first line only
         table.add_section()
     terminal.show(table, folder)
-
-
-def summary(rows: Sequence[Mapping[str, Any]], name: str, form: str) -> str:
-    """`mean ± deviation` of a column; a dash where no run has it."""
-    values = [row[name] for row in rows if name in row]
-    if not values:
-        return "–"
-    spread = f" ± {np.std(values, ddof=1):{form}}" if len(values) > 1 else ""
-    return f"{np.mean(values):{form}}{spread}"
 
 
 if __name__ == "__main__":

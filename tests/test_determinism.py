@@ -16,7 +16,7 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.deep import setup, training
+from experiments.deep import training
 from experiments.deep.config import Config
 from experiments.storage import records
 from sgd_sparse_jax import data, train
@@ -86,11 +86,9 @@ def test_what_is_seen_of_a_run_does_not_change_it(small_cifar, tmp_path, board):
         bn_images=32,
         runs_dir=str(tmp_path / "seen"),
     )
-    plans = [setup.resolve(config) for config in (unseen, seen)]
-    for plan in plans:
-        training.run(plan)
-    assert_same(*(saved_state(plan.folder, 5) for plan in plans))
-    rows = records.read_rows(plans[1].folder)
+    folders = [training.run(config) for config in (unseen, seen)]
+    assert_same(*(saved_state(folder, 5) for folder in folders))
+    rows = records.read_records(folders[1])
     assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
     assert all(row["jacobian_rank"] >= 1 for row in rows)
     assert {name for name, _, _ in board} >= {"train/loss", "lr"}

@@ -70,7 +70,7 @@ def test_a_run_is_trained_evaluated_saved_and_resumed(net, dataset, data_dir, tm
     with jax.enable_x64(False):
         folder = classifiers.run(config)
         classifiers.run(Config(**{**vars(config), "max_steps": 2}))
-    rows = records.read_rows(folder)
+    rows = records.read_records(folder)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(np.isfinite(value) for row in rows for value in row.values())
     starts = records.read_json(folder / "manifest.json")["starts"]

@@ -112,7 +112,8 @@ def test_tables_on_the_terminal_print_names_as_they_are(monkeypatch, tmp_path, c
     text = capsys.readouterr().out
     assert f"about {word}, at the last" in text and f" {word} " in text and f"of {word}" in text
     assert str(tmp_path / word) in text
-    sweep_deep.show(tmp_path, f"about {word}", {f"setting {word}": []})
+    entry = {"setting": f"setting {word}", "outcome": "diverged"}
+    sweep_deep.show(tmp_path, f"about {word}", [entry])
     text = capsys.readouterr().out
     assert f"about {word}: last rows" in text and f"setting {word}" in text
 

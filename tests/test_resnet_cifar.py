@@ -13,9 +13,8 @@ import optax
 import pytest
 
 from experiments import resnet_cifar
-from experiments.deep import config as flags, setup, training
-from experiments.deep.config import Config
-from experiments.launch import cli, lock
+from experiments.deep import setup, training
+from experiments.deep.config import Config, folder_of
 from experiments.launch.signals import Stopped
 from experiments.storage import records
 
@@ -53,53 +52,48 @@ def whole(base, tmp_path_factory):
         return config, resnet_cifar.run(config)
 
 
-def run(config):
-    """The run without its figures."""
-    plan = setup.resolve(config)
-    training.run(plan)
-    return plan.folder
+run = training.run  # without figures
 
 
 def saved_state(folder, step=NUM_STEPS):
     import orbax.checkpoint as ocp
 
-    return ocp.StandardCheckpointer().restore(folder / "checkpoints" / str(step) / "default")
+    return ocp.StandardCheckpointer().restore(folder / str(step) / "default")
 
 
 def assert_same_run(folder, whole):
     """States bit for bit, metrics byte for byte."""
-    jax.tree.map(np.testing.assert_array_equal, saved_state(folder), saved_state(whole[1]))
+    both = [saved_state(path / "checkpoints") for path in (folder, whole[1])]
+    jax.tree.map(np.testing.assert_array_equal, *both)
     metrics = [path / "metrics.jsonl" for path in (folder, whole[1])]
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
 
 
 def saved_steps(folder):
-    return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdigit())
 
 
 def from_steps(folder):
-    starts = json.loads((folder / "manifest.json").read_text())["starts"]
-    return [start["from_step"] for start in starts]
+    return [start["from_step"] for start in records.read_starts(folder)]
 
 
 def steps_of(folder):
-    return [row["step"] for row in records.read_rows(folder)]
+    return [row["step"] for row in records.read_records(folder)]
 
 
 def test_the_run_folder_holds_everything(whole):
     _, folder = whole
-    rows = records.read_rows(folder)
-    assert [row["step"] for row in rows] == [0, 3, 5]
-    assert [row["epoch"] for row in rows] == [0, 0.75, 1.25]
+    rows = records.read_records(folder)
+    assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (3, 0.75), (5, 1.25)]
     for row in rows:
         assert row["lr"] == pytest.approx(0.05) and 0 <= row["test/error"] <= 1
         for block in ("block1", "block2"):
             assert 0 <= row[f"train/distinct/{block}"] <= 1 and row[f"train/active/{block}"] > 0
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".pdf"}
     assert json.loads((folder / "config.json").read_text())["lr_init"] == 0.05
-    (start,) = json.loads((folder / "manifest.json").read_text())["starts"]
+    (start,) = records.read_starts(folder)
     assert start["from_step"] == 0 and start["steps"] == NUM_STEPS and "finished" in start
-    assert saved_steps(folder) == [3, 5]
+    assert saved_steps(folder / "checkpoints") == [3, 5]
 
 
 def test_a_finished_run_is_only_shown_again(whole, capsys):
@@ -118,9 +112,9 @@ def test_a_run_that_was_killed_is_the_same_run_in_the_end(whole, base, tmp_path,
     path.write_bytes(path.read_bytes()[:-20])
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace(f'"jax": "{jax.__version__}"', '"jax": "0"'))
-    training.run(setup.resolve(replace(config, max_steps=4)))
+    run(replace(config, max_steps=4))
     assert [line for line in caplog.messages if "jax was 0" in line]
-    records.append_row(folder, {"step": 5, "left": "by a process that did not save"})
+    records.append_record(folder, {"step": 5, "left": "by a process that did not save"})
     shutil.rmtree(folder / "checkpoints" / "4")
     run(config)
     assert_same_run(folder, whole)
@@ -129,7 +123,7 @@ def test_a_run_that_was_killed_is_the_same_run_in_the_end(whole, base, tmp_path,
 
 def test_signals_stop_at_the_next_step_and_lose_nothing(whole, base, tmp_path, monkeypatch):
     """Sent while a row is written; the state that is saved is that of the step after it."""
-    config, append = replace(base, runs_dir=str(tmp_path)), records.append_row
+    config, append = replace(base, runs_dir=str(tmp_path)), records.append_record
     for number, step in ((signal.SIGTERM, 0), (signal.SIGUSR1, 3)):
 
         def and_a_signal(folder, row, number=number, step=step):
@@ -137,7 +131,7 @@ def test_signals_stop_at_the_next_step_and_lose_nothing(whole, base, tmp_path, m
             if row["step"] == step:
                 os.kill(os.getpid(), number)
 
-        monkeypatch.setattr(records, "append_row", and_a_signal)
+        monkeypatch.setattr(records, "append_record", and_a_signal)
         before = signal.getsignal(number)
         with pytest.raises(Stopped) as stop:
             run(config)
@@ -161,10 +155,9 @@ def test_a_damaged_newest_state_is_passed_over_and_computed_again(whole, tmp_pat
 
 
 def test_neither_saves_nor_the_second_time_change_a_byte(whole, base, tmp_path):
-    often = replace(base, runs_dir=str(tmp_path), save_every_seconds=0, keep=9)
-    folder = run(often)
+    folder = run(replace(base, runs_dir=str(tmp_path), save_every_seconds=0, keep=9))
     assert_same_run(folder, whole)
-    assert saved_steps(folder) == [0, 1, 2, 3, 4, 5]
+    assert saved_steps(folder / "checkpoints") == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_fork_without_changes_is_its_parent_and_outlives_it(whole, base, tmp_path):
@@ -173,7 +166,8 @@ def test_a_fork_without_changes_is_its_parent_and_outlives_it(whole, base, tmp_p
     folder = run(fork)
     shutil.rmtree(parent)
     run(replace(fork, max_steps=NUM_STEPS))
-    jax.tree.map(np.testing.assert_array_equal, saved_state(folder), saved_state(whole[1]))
+    both = [saved_state(path / "checkpoints") for path in (folder, whole[1])]
+    jax.tree.map(np.testing.assert_array_equal, *both)
     assert steps_of(folder) == [3, 4, 5]
 
 
@@ -184,15 +178,14 @@ def test_a_fork_continues_with_other_settings(whole, base, tmp_path):
     fork = replace(base, runs_dir=str(tmp_path), fork_from=str(parent), fork_step=3, **changes)
     folder = run(fork)
     assert folder.name.endswith("lr0.02-constant-seed0-fork3")
-    rows = records.read_rows(folder)
+    rows = records.read_records(folder)
     assert [row["step"] for row in rows] == [3, 6] and rows[0]["epoch"] == 1.5
-    at_fork = records.read_rows(parent)[1]
+    at_fork = records.read_records(parent)[1]
     for name in ("train/loss", "test/loss", "test_average/error", "param_norm"):
         np.testing.assert_allclose(rows[0][name], at_fork[name], rtol=1e-6)
-    (start,) = json.loads((folder / "manifest.json").read_text())["starts"]
-    changed = start["parent"]["changed"]
-    assert start["parent"]["run"] == str(parent) and start["parent"]["step"] == 3
-    assert changed == {"lr_init": [0.05, 0.02], "batch_size": [16, 32]}
+    (start,) = records.read_starts(folder)
+    changed = {"lr_init": [0.05, 0.02], "batch_size": [16, 32]}
+    assert start["parent"] == {"run": str(parent), "step": 3, "changed": changed}
 
 
 def test_training_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
@@ -201,9 +194,9 @@ def test_training_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="--lr_init") as stop:
             run(config)
-        folder = setup.resolve(config).folder
+        folder = folder_of(config)
         assert str(folder) in str(stop.value)
-        assert steps_of(folder) == [0] and saved_steps(folder) == [0]
+        assert steps_of(folder) == [0] and saved_steps(folder / "checkpoints") == [0]
 
 
 @pytest.mark.parametrize(
@@ -218,38 +211,14 @@ def test_what_contradicts_the_folder_is_refused_and_changes_nothing(whole, chang
     assert (folder / "config.json").read_bytes() == before
 
 
-def test_saved_states_of_other_settings_are_refused_by_name(whole, tmp_path):
-    config, folder = whole
-    place = tmp_path / "resnet_cifar" / folder.name
-    shutil.copytree(folder / "checkpoints", place / "checkpoints")
-    with pytest.raises(ValueError, match=r"batch_size 16 -> 32"):
-        run(replace(config, batch_size=32, runs_dir=str(tmp_path), max_steps=6))
-
-
 def test_a_run_is_continued_with_its_own_data_only(whole, tmp_path):
-    """Of a state from before data had fingerprints nothing is known, and it continues."""
-    config, folder = whole
+    config, _ = whole
     other = tmp_path / "data" / "cifar10"
     shutil.copytree(f"{config.data_dir}/cifar10", other)
     labels = np.load(other / "train_labels.npy")
     np.save(other / "train_labels.npy", labels[::-1])
-    copy = shutil.copytree(folder, tmp_path / "resnet_cifar" / folder.name)
-    moved = replace(config, runs_dir=str(tmp_path), data_dir=str(other.parent), max_steps=6)
     with pytest.raises(ValueError, match="train data, labels"):
-        run(moved)
-    path = copy / "checkpoints" / str(NUM_STEPS) / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    about = metadata["custom_metadata"]["about"]
-    metadata["custom_metadata"]["about"] = {k: v for k, v in about.items() if " data, " not in k}
-    path.write_text(json.dumps(metadata))
-    run(moved)
-    assert steps_of(copy) == [0, 3, 5, 6]
-
-
-def test_a_folder_has_one_process_at_a_time(whole):
-    config, folder = whole
-    with lock.holding(folder), pytest.raises(ValueError, match=f"process {os.getpid()}"):
-        run(config)
+        run(replace(config, data_dir=str(other.parent), max_steps=6))
 
 
 @pytest.fixture(scope="module")
@@ -278,25 +247,22 @@ def switched(base, tmp_path_factory):
 def test_the_switches_of_the_released_code_run_together(switched):
     """48 images, 16 at a time; an evaluation every fifth epoch."""
     _, folder = switched
-    rows = records.read_rows(folder)
+    rows = records.read_records(folder)
     assert [row["epoch"] for row in rows] == [0, 2]
     for row in rows:
         assert 1 <= row["jacobian_rank"] <= 20 and row["param_norm"] > 0 < row["grad_norm"]
         assert row["test/error"] * 20 == pytest.approx(round(row["test/error"] * 20))
     assert all(row["images_per_second"] > 0 < row["window_loss"] for row in rows[1:])
-    assert sorted(p.name for p in (folder / "models").iterdir() if p.name.isdigit()) == ["3", "6"]
+    assert saved_steps(folder / "models") == [3, 6]
 
 
-@pytest.mark.parametrize(("state", "step"), [("models/3", 3), ("checkpoints/6", 6), ("", 6)])
-def test_a_run_may_start_from_the_weights_of_another(switched, state, step, tmp_path):
+@pytest.mark.parametrize("state", ["models/3", ""])
+def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
     config, folder = switched
     chosen = replace(config, model_path=str(folder / state), runs_dir=str(tmp_path))
     plan = setup.resolve(chosen)
     begins = setup.initial_state(plan, plan.init_key, plan.weights)
-    where = "models" if step == 3 else "checkpoints"
-    import orbax.checkpoint as ocp
-
-    saved = ocp.StandardCheckpointer().restore(folder / where / str(step) / "default")
+    saved = saved_state(*(folder / "models", 3) if state else (folder / "checkpoints", 6))
     same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
     same((begins.params, begins.average), (saved["params"], saved["params"]))
     same(begins.stats, saved["stats"])
@@ -306,8 +272,8 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, step, tmp_
 def test_weights_that_do_not_fit_are_refused(switched, tmp_path):
     config, folder = switched
     other = replace(config, model_path=str(folder), model_width=4, runs_dir=str(tmp_path))
-    for path, named in ((folder, "params/"), ("nowhere", "nowhere"), ("gs://b/x", "gs:/")):
-        with pytest.raises(ValueError, match=f"--model_path.*{named}"):
+    for path in (folder, "nowhere", "gs://b/x"):
+        with pytest.raises(ValueError, match="--model_path"):
             run(replace(other, model_path=str(path)))
     assert list(tmp_path.iterdir()) == []
 
@@ -323,7 +289,6 @@ def test_shares_and_wrong_labels_are_of_the_training_set_alone(base):
     asym = setup.resolve(replace(base, p_label_noise=1.0, noise_type="asym"))
     swapped = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
     assert asym.images.labels.tolist() == [swapped.get(y, y) for y in plain.images.labels.tolist()]
-    setup.resolve(replace(base, dataset="uniform_noise", noise_type="asym"))  # no label is wrong
 
 
 @pytest.mark.parametrize(
@@ -341,30 +306,24 @@ def test_augmentation_is_the_released_codes(dataset, moved, mirrored):
 
 
 WRONG = [
-    ({"lr_init": -0.1}, "--lr_init"),
-    ({"lr_schedule": "piecewise_04epochs"}, "piecewise_04epochs"),
-    ({"model": "resnet19"}, "resnet19"),
-    ({"dataset": "cifar11"}, "cifar11"),
+    ({"lr_schedule": "piecewise_04epochs"}, "--lr_schedule"),
+    ({"ln_schedule": "piecewise_2_3_3"}, "--ln_schedule"),
+    ({"model": "resnet19"}, "--model"),
+    ({"model": "vgg16", "droprate": 0.1}, "--model.*dropout"),
+    ({"dataset": "cifar11"}, "--dataset"),
     ({"batch_size": 12}, "--batch_size"),
     ({"batch_size": 72}, "--batch_size"),
     ({"exp_name": "../up"}, "--exp_name"),
     ({"exp_name": "a[0]"}, "--exp_name"),
-    ({"runs_dir": "a*"}, "--runs_dir"),
     ({"runs_dir": "gs://bucket/runs"}, "--runs_dir"),
-    ({"frac_train": 0.2}, "--batch_size"),
     ({"frac_train": 0.001}, "--frac_train"),
     ({"bn_images": 7}, "--bn_images"),
-    ({"ln_schedule": "piecewise_2_3_3"}, "--ln_schedule"),
     ({"dataset": "mnist", "noise_type": "asym", "p_label_noise": 0.1}, "--noise_type"),
     ({"fork_from": "run"}, "--fork_step"),
-    ({"fork_step": 3}, "--fork_from"),
     ({"fork_from": "run", "fork_step": 3}, "--fork_from"),
     ({"fork_from": "run", "fork_step": 5}, "--fork_step"),
     ({"fork_from": "a[0]", "fork_step": 3}, "--fork_from"),
-    ({"fork_from": "gs://b/run", "fork_step": 3}, "--fork_from"),
     ({"fork_from": "a", "fork_step": 1, "model_path": "b"}, "--model_path"),
-    ({"model": "vgg16", "droprate": 0.1}, "dropout"),
-    ({"model": "resnet18_gn", "model_width": 3}, "width"),
 ]
 
 
@@ -377,25 +336,12 @@ def test_bad_settings_are_refused_before_anything_is_written(base, wrong, named,
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_papers_command_lines_are_understood():
-    large = (
-        "--dataset=cifar10 --lr_init=0.75 --lr_schedule=piecewise_05epochs --warmup_exp=1.05 "
-        "--model=resnet18_plain --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 "
-        "--l2_reg=0.0 --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg"
-    )
-    config = cli.parse(Config, large.split())
-    assert config.no_data_augm and config.warmup_exp == 1.05 and config.momentum == 0.0
-    art = large.replace("--warmup_exp=1.05", "").replace("--no_data_augm", "--l2_reg=0.0005")
-    assert not cli.parse(Config, art.split()).no_data_augm
-    setup.validate(config)
-
-
 def test_step_sizes_that_differ_have_folders_that_differ():
-    name = lambda lr: flags.run_name(Config(lr_init=lr))
+    name = lambda lr: folder_of(Config(lr_init=lr)).name
     old = "other-cifar10-resnet18_plain-w64-lr{}-piecewise-seed0".format
     assert [name(0.75), name(1e-5), name(2.0)] == [old("0.75"), old("1e-05"), old("2")]
-    close = [0.12345678, 0.12345679, 0.1234568, 1 / 3, np.nextafter(1 / 3, 1)]
-    assert len({name(float(lr)) for lr in close}) == len(close)
+    close = [0.12345678, 0.12345679, 1 / 3, np.nextafter(1 / 3, 1)]
+    assert len({name(lr) for lr in close}) == len(close)
 
 
 def test_the_penalty_passes_the_momentum():

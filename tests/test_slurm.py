@@ -42,38 +42,29 @@ def submit(tmp_path):
     return of
 
 
-@pytest.mark.parametrize("status", [0, 1, 2, 130, 137])
-def test_what_ended_or_failed_is_not_started_again(submit, status):
-    code, _, scontrol = submit(f"exit {status}")
-    assert (code, scontrol) == (status, [])
+@pytest.mark.parametrize(
+    ("commands", "scontrol", "requeued"),
+    [
+        *((f"exit {status}", 0, False) for status in (0, 1, 130)),
+        (f"exit {EXIT_CODE}", 0, True),
+        (f"exit {EXIT_CODE}", 1, True),  # the code comes out where requeueing fails
+        # `scancel` sends SIGTERM to the processes and to the shell, which waits for them.
+        (f"kill -TERM $PPID; sleep 0.1; exit {EXIT_CODE}", 0, False),
+        ("kill -USR1 $PPID; sleep 0.1; exit 0", 0, False),
+    ],
+)
+def test_only_what_a_signal_stopped_goes_back_into_the_queue(submit, commands, scontrol, requeued):
+    code, _, called = submit(commands, scontrol=scontrol)
+    assert code == int(commands.split()[-1])
+    assert called == (["requeue", "4711"] if requeued else [])
 
 
-def test_what_stopped_for_a_signal_goes_back_into_the_queue(submit):
-    code, _, scontrol = submit(f"exit {EXIT_CODE}")
-    assert (code, scontrol) == (EXIT_CODE, ["requeue", "4711"])
-
-
-def test_where_it_cannot_be_requeued_the_code_still_comes_out(submit):
-    code, _, scontrol = submit(f"exit {EXIT_CODE}", scontrol=1)
-    assert (code, scontrol) == (EXIT_CODE, ["requeue", "4711"])
-
-
-def test_what_was_cancelled_stays_so(submit):
-    """`scancel` sends SIGTERM to the processes and to the shell, which waits for them."""
-    code, _, scontrol = submit(f"kill -TERM $PPID; sleep 0.1; exit {EXIT_CODE}")
-    assert (code, scontrol) == (EXIT_CODE, [])
-
-
-def test_the_processes_hear_the_signals_that_the_shell_handles(submit):
+def test_the_processes_get_the_signals_that_the_shell_handles(submit):
     """A trap that ignored a signal would be passed on to them."""
     for name in ("USR1", "TERM"):
         trap = f"trap 'exit {EXIT_CODE}' {name}; kill -{name} $$; exit 1"
         code, _, scontrol = submit(f"exec bash -c {shlex.quote(trap)}")
         assert (code, scontrol[:2]) == (EXIT_CODE, ["requeue", "4711"])
-
-
-def test_a_signal_to_the_shell_alone_changes_nothing(submit):
-    assert submit("kill -USR1 $PPID; sleep 0.1; exit 0")[0] == 0
 
 
 def test_every_start_is_the_same_command_in_the_same_place(submit, tmp_path):

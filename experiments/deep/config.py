@@ -3,27 +3,17 @@
 import dataclasses
 import importlib.util
 import math
+from pathlib import Path
 from typing import Annotated, Literal
 
 import jax
 
 from experiments.launch import ranges
 from experiments.launch.hosts import ALONE, Hosts
-from experiments.launch.ranges import (
-    Count,
-    CountOrAll,
-    CountOrNone,
-    Fraction,
-    NonNegative,
-    Positive,
-    PositiveShare,
-    Range,
-    Seed,
-    Share,
-)
+from experiments.storage import records
 from sgd_sparse_jax import data
 
-MAY_CHANGE = (
+MAY_CHANGE = (  # between two starts of a run: nothing that its numbers depend on
     *("max_steps", "save_every_seconds", "keep", "data_dir", "runs_dir", "debug", "tensorboard"),
     "hosts",
 )
@@ -36,13 +26,13 @@ class Config:
     dataset: str = "cifar10"
     """Data set: cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
     cifar10_dog_cat, gaussians_binary, uniform_noise; NAME_gs for grey-scale."""
-    frac_train: PositiveShare = 1.0
+    frac_train: ranges.PositiveShare = 1.0
     """Share of the training set to use: its first part."""
-    p_label_noise: Share = 0.0
+    p_label_noise: ranges.Share = 0.0
     """Share of training labels that are wrong from the start."""
     noise_type: Literal["sym", "asym"] = "sym"
     """Wrong labels: sym, uniform among the others; asym, what the class is mistaken for."""
-    sgd_p_label_noise: Share = 0.0
+    sgd_p_label_noise: ranges.Share = 0.0
     """Share of each batch's labels drawn anew, uniform over all classes, at every step."""
     ln_schedule: str = "constant"
     """Schedule of sgd_p_label_noise, by the names of lr_schedule."""
@@ -51,66 +41,66 @@ class Config:
     model: str = "resnet18_plain"
     """Network: resnet18_plain (the paper's), resnet18, resnet18_gn, resnet34, resnet34_gn,
     resnet34preact, resnet_tiny, resnet_tiny_gn, wrn28, vgg16, densenet100_12."""
-    model_width: Count = 64
+    model_width: ranges.Count = 64
     """Channels of the first stage; the widening factor of wrn28, the growth of densenet100_12."""
     half_prec: bool = False
     """Compute in bfloat16; parameters, norms and loss stay in float32."""
-    droprate: Fraction = 0.0
+    droprate: ranges.Fraction = 0.0
     """Share dropped inside the blocks of pre-activation networks."""
-    softplus: CountOrNone = 0
+    softplus: ranges.CountOrNone = 0
     """Beta of softplus in place of ReLU in pre-activation networks (0: ReLU)."""
     model_path: str = ""
     """Start from the weights of this run folder, or of one of its saved states."""
-    epochs: Count = 100
+    epochs: ranges.Count = 100
     """Length of the run, which the schedule is stretched over."""
-    batch_size: Count = 128
+    batch_size: ranges.Count = 128
     """Examples per step, over all devices."""
-    lr_init: Positive = 0.1
+    lr_init: ranges.Positive = 0.1
     """Initial step size."""
     lr_schedule: str = "piecewise"
     """Step-size schedule by its released name (constant, piecewise_05epochs, cosine, ...)."""
-    warmup_factor: Positive = 1.0
+    warmup_factor: ranges.Positive = 1.0
     """Peak of the linear warm-up, as a multiple of lr_init."""
-    warmup_exp: Positive = 1.0
+    warmup_exp: ranges.Positive = 1.0
     """Above 1: base of the exponential warm-up; below 1: power of the polynomial one."""
-    momentum: Fraction = 0.9
+    momentum: ranges.Fraction = 0.9
     """Heavy-ball momentum."""
-    l2_reg: NonNegative = 0.0
+    l2_reg: ranges.NonNegative = 0.0
     """λ of the penalty λ/2 |p|² over all parameters, inside the loss."""
-    swa_tau: Fraction = 0.999
+    swa_tau: ranges.Fraction = 0.999
     """Decay of the moving average of the weights, taken at every step."""
-    eval_iter_freq: CountOrAll = -1
+    eval_iter_freq: ranges.CountOrAll = -1
     """Steps between evaluations, a checkpoint follows each; -1: every 5 epochs."""
-    batch_size_eval: Count = 512
+    batch_size_eval: ranges.Count = 512
     """Images per evaluation batch."""
-    n_final_eval: CountOrAll = 10_000
+    n_final_eval: ranges.CountOrAll = 10_000
     """Test images that an evaluation sees (-1: all)."""
-    sparsity_images: Count = 10_752
+    sparsity_images: ranges.Count = 10_752
     """Training images for training loss, error and sparsity (21 batches of 512)."""
-    bn_images: Count = 5120
+    bn_images: ranges.Count = 5120
     """Training images for the averaged weights' BatchNorm moments; after all epochs, all."""
-    jacobian_examples: CountOrNone = 0
+    jacobian_examples: ranges.CountOrNone = 0
     """Training images for the rank of the Jacobian, in float64 (0: no rank; slow above 50)."""
-    jacobian_tol: Positive = 1e-4
+    jacobian_tol: ranges.Positive = 1e-4
     """The rank counts singular values above this multiple of the largest."""
-    save_model_each_k_epochs: CountOrNone = 0
+    save_model_each_k_epochs: ranges.CountOrNone = 0
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
-    max_steps: CountOrNone = 0
+    max_steps: ranges.CountOrNone = 0
     """Stop after so many steps (0: all epochs); a later call may raise it and goes on."""
-    save_every_seconds: Annotated[float, Range(0, math.inf, "[]")] = 300.0
+    save_every_seconds: Annotated[float, ranges.Range(0, math.inf, "[]")] = 300.0
     """Between evaluations, seconds from one checkpoint to the next (0: after every call)."""
-    keep: Count = 2
+    keep: ranges.Count = 2
     """How many of the newest checkpoints stay."""
     fork_from: str = ""
     """Begin at a saved state of this run folder, which may have had other settings."""
-    fork_step: CountOrNone = 0
+    fork_step: ranges.CountOrNone = 0
     """The step of that state; steps are counted on from there."""
-    steps_per_call: CountOrNone = 0
+    steps_per_call: ranges.CountOrNone = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
     deterministic: bool = False
     """Two runs of one command give the same metrics, byte for byte: times are left out, and
     accelerators sum in a fixed order."""
-    seed: Seed = 0
+    seed: ranges.Seed = 0
     """Seed of initialization, order of examples, augmentation and label noise."""
     exp_name: str = "other"
     """Name of the experiment; the run's folder adds the settings that tell runs apart."""
@@ -125,50 +115,33 @@ class Config:
     hosts: Hosts = ALONE
 
 
-def place_of(config: Config) -> tuple[str, str, str]:
-    """Where the run's folder is: runs_dir, experiment, name."""
-    return config.runs_dir, "resnet_cifar", run_name(config)
-
-
-def run_name(config: Config) -> str:
-    """Name of the run's folder: the settings that the paper varies, and the fork's first step."""
+def folder_of(config: Config) -> Path:
+    """The run's folder, named by the settings that the paper varies and the fork's first step."""
+    lr = repr(float(config.lr_init)).removesuffix(".0")  # all digits: close values stay apart
     name = (
         f"{config.exp_name}-{config.dataset}-{config.model}-w{config.model_width}"
-        f"-lr{exact(config.lr_init)}-{config.lr_schedule}-seed{config.seed}"
+        f"-lr{lr}-{config.lr_schedule}-seed{config.seed}"
     )
-    return f"{name}-fork{config.fork_step}" if config.fork_from else name
-
-
-def exact(value: float) -> str:
-    """`value` in six digits where they are all it has, else in as many as tell it from others."""
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
-
-
-def base_dataset(config: Config) -> str:
-    """The data set that a grey-scale variant is made of."""
-    return config.dataset.removesuffix("_gs")
+    fork = f"-fork{config.fork_step}" if config.fork_from else ""
+    return records.run_folder(config.runs_dir, "resnet_cifar", name + fork)
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for flags that no data set or network could meet."""
+    """Raises ValueError for flags out of range, or that contradict each other or the devices."""
     ranges.check(config)
     devices = jax.device_count()
     for name in ("batch_size", "batch_size_eval"):
         if getattr(config, name) % devices:
             raise ValueError(
-                f"--{name} is {getattr(config, name)}, which can't be split over {devices} "
-                f"devices; choose a multiple of {devices}."
+                f"--{name} is {getattr(config, name)}; choose a multiple of {devices}, the number "
+                "of devices."
             )
-    if config.dataset not in data.IMAGE_SETS:
-        known = ", ".join(sorted(data.IMAGE_SETS))
-        raise ValueError(f"Unknown data set {config.dataset!r} (--dataset); known are {known}.")
     needs_map = config.p_label_noise and config.noise_type == "asym"
     if needs_map and data.confusions(config.dataset) is None:
         known = ", ".join(name for name in data.IMAGE_SETS if data.confusions(name))
         raise ValueError(
-            f"--noise_type=asym needs a confusion map, which {config.dataset} hasn't; available "
-            f"for {known}. Or choose --noise_type=sym."
+            f"--noise_type=asym needs a confusion map; available for {known}, not for "
+            f"{config.dataset}."
         )
     if bool(config.fork_from) != bool(config.fork_step):
         raise ValueError("--fork_from RUN and --fork_step K go together.")

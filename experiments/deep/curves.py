@@ -1,4 +1,4 @@
-"""Curves of one classifier's run, and of several beside each other. No JAX."""
+"""Curves of one classifier's run, and of several side by side. No JAX."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,65 +9,44 @@ import numpy as np
 from experiments.figures import plots
 from experiments.storage import records
 
-NEEDED = (
-    *("step", "epoch", "train/loss", "train/error", "test/loss", "test/error"),
-    *("test_average/loss", "test_average/error"),
-)
+Rows = list[dict[str, Any]]
 
 
-def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """The evaluations of a run; ValueError where there is none, or one is not all numbers."""
-    rows = records.read_rows(folder)
+def rows_of(folder: Path) -> Rows:
+    """The evaluations of a run, one at least."""
+    rows = records.read_records(folder)
     if not rows:
         raise ValueError(f"{folder} has lost its metrics.jsonl; remove that folder and run again.")
-    for number, row in enumerate(rows, 1):
-        for name in (*NEEDED, *row):
-            if not isinstance(row.get(name), int | float):
-                raise ValueError(
-                    f"{folder / 'metrics.jsonl'}, line {number}: {name} is {row.get(name)!r} and "
-                    "not a number; remove that folder and run again."
-                )
     return rows
 
 
 def blocks(row: Mapping[str, Any]) -> list[str]:
-    """The blocks that a row has the sparsity of, in depth order."""
+    """The blocks whose sparsity is in a row, in depth order."""
     head = "train/distinct/"
     return [name.removeprefix(head) for name in row if name.startswith(head)]
 
 
 def one_run(folder: Path, title: str) -> list[Path]:
     """Loss, error, sparsity of every block, noise level and norms along a run."""
-    rows = rows_of(folder)
-    every = lambda name: np.array([row.get(name, np.nan) for row in rows], float)
-    epochs = every("epoch")
-    of = lambda kind: {b: (epochs, every(f"train/{kind}/{b}")) for b in blocks(rows[0])}
-    curves = lambda names: {label: (epochs, every(name)) for label, name in names.items()}
-    losses = {
-        "training images": "train/loss",
-        "test images": "test/loss",
-        "training batches, δ": "window_loss",
-    }
-    errors = {
-        "training images": "train/error",
-        "test images": "test/error",
-        "test images, averaged weights": "test_average/error",
-    }
-    panels = [
-        plots.Panel("Cross-entropy", "nats", curves(losses), xlabel="epoch", log_y=True),
-        plots.Panel("Error", "share of images", curves(errors), xlabel="epoch"),
-        plots.Panel("Active units, without duplicates", "share", of("distinct"), xlabel="epoch"),
-        plots.Panel("Active units, all", "share", of("active"), xlabel="epoch"),
-        plots.Panel("Dead units", "share", of("dead"), xlabel="epoch"),
-        plots.Panel(
-            "Norms",
-            "Euclidean norm",
-            curves({"parameters": "param_norm", "gradient of a batch": "grad_norm"}),
-            xlabel="epoch",
-            log_y=True,
-        ),
+    runs = [rows_of(folder)]
+    of_blocks = lambda kind: {block: f"train/{kind}/{block}" for block in blocks(runs[0][0])}
+    losses = {"training images": "train/loss", "test images": "test/loss"}
+    errors = {"training images": "train/error", "test images": "test/error"}
+    averaged = {"test images, averaged weights": "test_average/error"}
+    norms = {"parameters": "param_norm", "gradient of a batch": "grad_norm"}
+    table = [
+        ("Cross-entropy", "nats", losses | {"training batches, δ": "window_loss"}),
+        ("Error", "share of images", errors | averaged),
+        ("Active units, without duplicates", "share", of_blocks("distinct")),
+        ("Active units, all", "share", of_blocks("active")),
+        ("Dead units", "share", of_blocks("dead")),
+        ("Norms", "Euclidean norm", norms),
     ]
-    return plots.figure(folder / "figures" / "resnet_cifar", panels, columns=2, title=title)
+    panels = [
+        _panel(heading, unit, {label: (runs, name) for label, name in names.items()})
+        for heading, unit, names in table
+    ]
+    return plots.figure(folder / "figures" / "resnet_cifar", panels, title=title)
 
 
 def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str) -> list[Path]:
@@ -77,27 +56,27 @@ def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str)
     """
     read = {label: [rows_of(folder) for folder in folders] for label, folders in settings.items()}
     first = next(iter(read.values()))[0][0]
-
-    def lines(name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        out = {}
-        for label, runs in read.items():
-            longest = max(runs, key=len)  # a run that diverged has fewer rows
-            epochs = np.array([row["epoch"] for row in longest], float)
-            values = np.full((len(runs), len(longest)), np.nan)
-            for i, rows in enumerate(runs):
-                values[i, : len(rows)] = [row.get(name, np.nan) for row in rows]
-            out[label] = epochs, values
-        return out
-
-    panel = lambda title, unit, name, log_y=False: plots.Panel(
-        title, unit, lines(name), xlabel="epoch", log_y=log_y
-    )
-    panels = [
-        panel("Training loss", "nats", "train/loss", log_y=True),
-        panel("Test error", "share of images", "test/error"),
-        *(
-            panel(f"Active units, {block}", "share, no duplicates", f"train/distinct/{block}")
-            for block in blocks(first)
-        ),
+    table = [
+        ("Training loss", "nats", "train/loss"),
+        ("Test error", "share of images", "test/error"),
     ]
-    return plots.figure(stem, panels, columns=2, title=title)
+    for block in blocks(first):
+        table.append((f"Active units, {block}", "share, no duplicates", f"train/distinct/{block}"))
+    panels = [
+        _panel(heading, unit, {label: (runs, name) for label, runs in read.items()})
+        for heading, unit, name in table
+    ]
+    return plots.figure(stem, panels, title=title)
+
+
+def _panel(title: str, unit: str, curves: Mapping[str, tuple[Sequence[Rows], str]]) -> plots.Panel:
+    """A column of the rows of some runs over the epoch, for each label; losses and norms in log."""
+    lines = {}
+    for label, (runs, name) in curves.items():
+        longest = max(runs, key=len)  # a run that diverged has fewer rows
+        epochs = np.array([row["epoch"] for row in longest], float)
+        values = np.full((len(runs), len(longest)), np.nan)
+        for i, rows in enumerate(runs):
+            values[i, : len(rows)] = [row.get(name, np.nan) for row in rows]
+        lines[label] = epochs, values
+    return plots.Panel(title, unit, lines, "epoch", log_y=unit in ("nats", "Euclidean norm"))

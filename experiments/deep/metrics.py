@@ -15,7 +15,7 @@ from sgd_sparse_jax import measure, models, train
 from sgd_sparse_jax.types import Fetch, TrainState
 
 
-def evaluation(
+def make_evaluation(
     plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
 ) -> Callable[[TrainState], dict[str, Any]]:
     """State -> a row: loss, error and sparsity on training images, loss and error on test images.
@@ -25,8 +25,10 @@ def evaluation(
     on all of them.
     """
     key, network = plan.eval_key, plan.network
+    # One key for each block, the same at every step: curves compare the same sampled units.
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
-    placed = {"batch": plan.eval_batch, "shard": train.split_examples(mesh)}
+    shard = train.split_examples(mesh)
+    placed = {"batch": plan.eval_batch, "shard": shard}
     on_train = measure.make_evaluation(
         network,
         train.cross_entropy,
@@ -36,9 +38,10 @@ def evaluation(
         **placed,
     )
     on_test = measure.make_evaluation(network, train.cross_entropy, fetch_test, **placed)
+    # Without memory, each batch's own moments are what `make_moments` averages.
     forgetful = plan.model.clone(layers=plan.model.layers._replace(norm_momentum=0.0))
     moments = measure.make_moments(models.from_linen(forgetful), fetch, **placed)
-    norms = parameter_and_gradient_norm(plan, mesh, fetch)
+    norms = make_norms(plan, fetch, shard)
     n, n_test = len(plan.images.labels), len(plan.test_images.labels)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
@@ -59,19 +62,15 @@ def evaluation(
     return evaluate
 
 
-def parameter_and_gradient_norm(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> Callable:
+def make_norms(plan: Plan, fetch: Fetch, shard: Callable) -> Callable:
     """State -> |p| and |∇L| on the first `batch_size` training images, normalized as a batch."""
     objective = train.make_objective(plan.network, train.cross_entropy)
-    shard = train.split_examples(mesh)
 
     @jax.jit
     def norms(state: TrainState) -> dict[str, jax.Array]:
         batch = fetch(jr.key(0), shard(jnp.arange(plan.config.batch_size)))
         grads = jax.grad(lambda p: objective(p, state.stats, batch)[0])(state.params)
-        return {
-            "param_norm": optax.tree.norm(state.params),
-            "grad_norm": optax.tree.norm(grads),
-        }
+        return {"param_norm": optax.tree.norm(state.params), "grad_norm": optax.tree.norm(grads)}
 
     return norms
 
@@ -91,5 +90,6 @@ def jacobian_rank(plan: Plan, state: TrainState) -> int:
         network = models.from_linen(plan.model.clone(layers=layers))
         predict = lambda params, x: network.apply(params, stats, x).out
         gram = measure.tangent_kernel(predict, params, jnp.asarray(x))
+    # Rounding makes eigenvalues of 0 slightly negative.
     values = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
     return int((values > plan.config.jacobian_tol * values[0]).sum())

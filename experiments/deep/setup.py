@@ -1,7 +1,12 @@
-"""The plan of a run: what follows from its flags and its data, resolved once."""
+"""The plan of a run: what follows from its flags and its data, resolved once.
 
+A plan becomes a compiled segment of training (`make_segment`); `training` runs segments and records
+a row per evaluation (`metrics`).
+"""
+
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,48 +20,36 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments.deep import config as flags
-from experiments.deep.config import MAY_CHANGE, Config
-from experiments.launch import devices, hosts
-from experiments.storage import records
-from sgd_sparse_jax import data, models, train
-from sgd_sparse_jax.types import (
-    Batch,
-    Fetch,
-    Network,
-    Noise,
-    Params,
-    PRNGKey,
-    Sampler,
-    Segment,
-    Stats,
-    TrainState,
-)
+from experiments.deep.config import Config
+from sgd_sparse_jax import data, models, train, types
+from sgd_sparse_jax.types import Batch, Fetch, TrainState
 
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
 UNFLIPPED = ("svhn",)
+Weights = tuple[types.Params, types.Stats]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """A run, ready to start. Sizes that depend on the data are resolved here, and only here."""
 
-    config: Config  # recorded in config.json; read later only for values that stand for themselves
+    config: Config  # recorded in config.json; read later only for values that need no resolution
     folder: Path
     about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
     images: data.Images  # the training set, cut to its share and with its wrong labels
     test_images: data.Images
     augment: Callable | None
     model: nn.Module
-    network: Network
-    weights: tuple[Params, Stats] | None  # to start from, in place of drawn ones
+    network: types.Network
+    weights: Weights | None  # initial weights that replace the drawn ones
     parent: Path | None  # the saved state to fork from
     step_size: optax.Schedule
     tx: optax.GradientTransformation
-    noise: Noise | None
-    sampler: Sampler
-    init_key: PRNGKey
-    train_key: PRNGKey
-    eval_key: PRNGKey
+    noise: types.Noise | None
+    sampler: types.Sampler
+    init_key: types.PRNGKey
+    train_key: types.PRNGKey
+    eval_key: types.PRNGKey
     steps_per_epoch: int
     total_steps: int  # of all epochs
     num_steps: int  # of this command
@@ -67,66 +60,46 @@ class Plan:
     bn_images: int
     sparsity_images: int
 
-    @property
-    def title(self) -> str:
-        """Title of the run's figures."""
-        return (
-            f"{self.config.dataset}, {self.config.model} of width {self.config.model_width}, "
-            f"η₀ = {self.config.lr_init:g}, {self.config.lr_schedule}"
-        )
-
-    @property
-    def stops(self) -> frozenset[int]:
-        """Steps at which training pauses."""
-        return self.evaluations | self.kept
-
 
 def validate(config: Config) -> None:
     """Raises ValueError for flags that can't be met, whatever the data; touches nothing."""
     flags.check(config)
     build(config, classes=2)
     schedules(config, steps_per_epoch=1)
+    for flag, path in (("runs_dir or --exp_name", flags.folder_of(config)), ("fork_from", config.fork_from)):
+        with naming(flag):
+            train.checkpoint_path(path)
 
 
 def resolve(config: Config) -> Plan:
-    """The plan of a run. Sets up devices, joins other hosts and opens the data; writes nothing.
+    """The plan of a run whose flags are valid; opens the data and writes nothing.
 
-    Raises ValueError or OSError, which names the flag, for what can't be run.
+    Raises ValueError or OSError, which names the flag, for what its data can't meet.
     """
-    devices.set_up_deep(deterministic=config.deterministic)
-    hosts.join(config.hosts)
-    validate(config)
-    folder = records.run_folder(*flags.place_of(config))
-    for name, path in (("runs_dir or --exp_name", folder), ("fork_from", config.fork_from)):
-        try:
-            train.checkpoint_path(path)
-        except ValueError as error:
-            raise ValueError(f"--{name}: {error}") from error
-    with hosts.together(folder):
-        return _resolve(config, folder)
-
-
-def _resolve(config: Config, folder: Path) -> Plan:
-    whole, test = (
-        data.load_images(config.dataset, split, data_dir=config.data_dir or None)
-        for split in ("train", "test")
-    )
+    folder, devices = flags.folder_of(config), jax.device_count()
+    with naming("dataset"):
+        where = config.data_dir or None
+        whole = data.load_images(config.dataset, "train", data_dir=where)
+        test = data.load_images(config.dataset, "test", data_dir=where)
     images = training_set(config, whole)
-    n_test = len(test.images) if config.n_final_eval == -1 else config.n_final_eval
     n, classes = len(images.labels), len(images.class_names)
-    steps_per_epoch = n // config.batch_size
-    if not steps_per_epoch:
+    if n < config.batch_size:
         raise ValueError(
             f"--batch_size is {config.batch_size}, more than the {n} training images of "
             f"{config.dataset} (--frac_train {config.frac_train:g}); choose {n} or less."
         )
+    steps_per_epoch = n // config.batch_size
     total_steps = config.epochs * steps_per_epoch
     num_steps = min(config.max_steps or total_steps, total_steps)
-    is_new = train.latest_step(folder / "checkpoints") is None
     if config.fork_step >= num_steps:
         raise ValueError(
             f"--fork_step is {config.fork_step}, but the run ends at step {num_steps}; raise "
             "--epochs or --max_steps."
+        )
+    bn_images = min(config.bn_images, n)
+    if bn_images < devices:
+        raise ValueError(
+            f"--bn_images is {config.bn_images}; choose {devices} or more, one for each device."
         )
     model = build(config, classes)
     network = models.from_linen(model)
@@ -134,13 +107,8 @@ def _resolve(config: Config, folder: Path) -> Plan:
     init_key, train_key, eval_key = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
-    bn_images = min(config.bn_images, n)
-    eval_batch = min(config.batch_size_eval, bn_images - bn_images % jax.device_count())
-    if not eval_batch:
-        raise ValueError(
-            f"--bn_images is {config.bn_images}; choose {jax.device_count()} or more, an image for "
-            "each device."
-        )
+    n_test = None if config.n_final_eval == -1 else config.n_final_eval
+    is_new = train.latest_step(folder / "checkpoints") is None  # else a saved state is restored
     return Plan(
         config=config,
         folder=folder,
@@ -166,10 +134,19 @@ def _resolve(config: Config, folder: Path) -> Plan:
         kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
         # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
         steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
-        eval_batch=eval_batch,
+        eval_batch=min(config.batch_size_eval, bn_images - bn_images % devices),
         bn_images=bn_images,
         sparsity_images=min(config.sparsity_images, n),
     )
+
+
+@contextlib.contextmanager
+def naming(flag: str) -> Iterator[None]:
+    """Adds the flag that a ValueError is about to its message."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"--{flag}: {error}") from error
 
 
 def training_set(config: Config, whole: data.Images) -> data.Images:
@@ -187,7 +164,7 @@ def training_set(config: Config, whole: data.Images) -> data.Images:
 
 def about(config: Config, images: data.Images, test_images: data.Images) -> dict[str, Any]:
     """What makes this run, as JSON values: flags, and fingerprints of the whole data set."""
-    found = {k: v for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    found = {k: v for k, v in dataclasses.asdict(config).items() if k not in flags.MAY_CHANGE}
     for split, part in (("train", images), ("test", test_images)):
         fingerprint = data.fingerprint(part)
         found |= {f"{split} data, {k}": v for k, v in fingerprint.items() if v != ""}
@@ -196,25 +173,25 @@ def about(config: Config, images: data.Images, test_images: data.Images) -> dict
 
 def build(config: Config, classes: int) -> nn.Module:
     """The model that the flags name."""
-    return models.build(
-        config.model,
-        classes=classes,
-        width=config.model_width,
-        dtype=jnp.bfloat16 if config.half_prec else jnp.float32,
-        dropout=config.droprate,
-        softplus=config.softplus,
-    )
+    with naming("model"):
+        return models.build(
+            config.model,
+            classes=classes,
+            width=config.model_width,
+            dtype=jnp.bfloat16 if config.half_prec else jnp.float32,
+            dropout=config.droprate,
+            softplus=config.softplus,
+        )
 
 
 def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:
     """Step size and share of redrawn labels, as functions of the step."""
     shape = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
     warmup = {"warmup_factor": config.warmup_factor, "warmup_exp": config.warmup_exp}
-    try:
+    with naming("lr_schedule"):
+        step_size = train.released_schedule(config.lr_schedule, config.lr_init, **shape, **warmup)
+    with naming("ln_schedule"):
         label_noise = train.released_schedule(config.ln_schedule, config.sgd_p_label_noise, **shape)
-    except ValueError as error:
-        raise ValueError(f"--ln_schedule: {error}") from error
-    step_size = train.released_schedule(config.lr_schedule, config.lr_init, **shape, **warmup)
     return step_size, label_noise
 
 
@@ -224,16 +201,14 @@ def optimizer(config: Config, step_size: optax.Schedule) -> optax.GradientTransf
     return optax.chain(penalty, optax.sgd(step_size, momentum=config.momentum or None))
 
 
-def weights(config: Config, network: Network, shape: tuple[int, ...]) -> Any:
+def weights(config: Config, network: types.Network, shape: tuple[int, ...]) -> Weights | None:
     """The parameters and statistics that --model_path names; None without one."""
     if not config.model_path:
         return None
     x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     like = on_all_devices(jax.eval_shape(network.init, jr.key(0), x))
-    try:
+    with naming("model_path"):
         return train.load_weights(config.model_path, *like)
-    except ValueError as error:
-        raise ValueError(f"--model_path: {error}") from error
 
 
 def parent_state(config: Config) -> Path | None:
@@ -242,10 +217,9 @@ def parent_state(config: Config) -> Path | None:
         return None
     run = train.checkpoint_path(config.fork_from)
     places = [run / name / str(config.fork_step) for name in ("checkpoints", "models")]
-    for place in places:
-        if place.is_dir():
-            return place
-    raise ValueError(f"--fork_from: there is no saved state {places[0]}, nor {places[1]}.")
+    if not any(place.is_dir() for place in places):
+        raise ValueError(f"--fork_from: there is no saved state {places[0]}, nor {places[1]}.")
+    return next(place for place in places if place.is_dir())
 
 
 def on_all_devices(shapes: Any) -> Any:
@@ -257,13 +231,13 @@ def on_all_devices(shapes: Any) -> Any:
 
 def augmentation(config: Config) -> Callable | None:
     """Crops and flips where the released code has them."""
-    base = flags.base_dataset(config)
+    base = config.dataset.removesuffix("_gs")
     if config.no_data_augm or base in UNAUGMENTED:
         return None
     return partial(data.crop_and_flip, flip=base not in UNFLIPPED)
 
 
-def initial_state(plan: Plan, key: PRNGKey, weights: tuple[Params, Stats] | None) -> TrainState:
+def initial_state(plan: Plan, key: types.PRNGKey, weights: Weights | None) -> TrainState:
     """The state before step 0, with given `weights` in place of drawn ones; can be traced."""
     x = jnp.zeros((1, *plan.images.images.shape[1:]), jnp.float32)
     params, stats = weights or (None, None)
@@ -271,7 +245,7 @@ def initial_state(plan: Plan, key: PRNGKey, weights: tuple[Params, Stats] | None
     return state if stats is None else state._replace(stats=stats)
 
 
-def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> Segment:
+def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> types.Segment:
     """The compiled loop over training steps."""
     objective = train.make_objective(plan.network, train.cross_entropy)
     step = train.make_step(objective, plan.tx, ema_decay=plan.config.swa_tau)

@@ -5,7 +5,6 @@ import dataclasses
 import logging
 import operator
 import time
-from collections.abc import Callable, Iterator
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 
 from experiments.deep import metrics, setup
-from experiments.deep.config import MAY_CHANGE, Config, place_of
+from experiments.deep.config import MAY_CHANGE, Config, folder_of
 from experiments.deep.setup import Plan
 from experiments.figures import progress, terminal
 from experiments.launch import hosts, lock
@@ -23,20 +22,19 @@ from experiments.storage import records
 from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
 
-log = logging.getLogger(__name__)
 TIMES = ("step_seconds", "eval_seconds", "images_per_second")
 CALLS = 8  # several hosts agree on interruptions once in so many calls: that waits for the device
 
 
 class Since(NamedTuple):
-    """Training since the last row; a state saved between two rows has it in its progress."""
+    """Training since the last row; saved with a state between two rows."""
 
     loss_sum: float = 0.0
     steps: int = 0
     seconds: float = 0.0
 
     def plus(self, window: train.Window) -> "Since":
-        """One loss after the other: where a run was cut doesn't change a bit of the sum."""
+        """Adds one loss after the other: where a run was cut doesn't change a bit of the sum."""
         return Since(
             reduce(operator.add, window.losses.tolist(), self.loss_sum),
             self.steps + len(window.losses),
@@ -66,61 +64,60 @@ class Interrupts:
         self.saved_at, self.saves = time.monotonic(), False
 
 
-def run(plan: Plan) -> None:
-    """Trains from the newest saved state, or from the beginning, to the last step of the plan.
+def run(config: Config) -> Path:
+    """Trains from the newest saved state, or from the beginning; returns the run's folder.
 
-    Raises Stopped, with the state saved, after a signal; FloatingPointError where training diverges
-    and OSError where the folder can't be written, with the states before saved.
+    Raises ValueError for what can't be run; Stopped, with the state saved, after a signal;
+    FloatingPointError if training diverges and OSError if the folder can't be written, with earlier
+    states saved.
     """
+    setup.validate(config)
+    folder = folder_of(config)
+    with hosts.together(folder):
+        plan = setup.resolve(config)
+        with lock.alone_in(folder), deferred() as signal:
+            _run_in_folder(plan, signal)
+    return folder
+
+
+def _run_in_folder(plan: Plan, signal: StopRequest) -> None:
     folder, config = plan.folder, plan.config
-    with hosts.together(folder), alone_in(folder), deferred() as signal:
-        saved = train.latest_step(folder / "checkpoints")
-        if saved is not None and saved > plan.num_steps:
-            raise ValueError(
-                f"--max_steps is {plan.num_steps}, but {folder} is at step {saved} already; choose "
-                f"{saved} or more, or another --exp_name."
-            )
-        place = place_of(config)
-        hosts.on_first(lambda: records.open_run(*place, config, may_change=MAY_CHANGE))
-        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
-        states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
-        with jax.debug_nans(config.debug), states as checkpoints:
-            state, known = starting_state(plan, checkpoints)
-            if hosts.is_first():
-                complete_rows(plan, int(state.step), known.get("row"))
-            if int(state.step) == plan.num_steps:
-                terminal.show(f"{folder} is at its last step, {plan.num_steps}, already.")
-                return
-            interrupts = Interrupts(config.save_every_seconds, signal)
-            try:
-                train_on(plan, checkpoints, state, known, interrupts)
-            except FloatingPointError as error:
-                where = f"--lr_init is {config.lr_init:g}, the run is {folder}"
-                raise FloatingPointError(f"{error} ({where})") from error
+    saved = train.latest_step(folder / "checkpoints")
+    if saved is not None and saved > plan.num_steps:
+        raise ValueError(
+            f"--max_steps is {plan.num_steps}, but {folder} is at step {saved} already; choose "
+            f"{saved} or more, or another --exp_name."
+        )
+    hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
+    states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
+    with jax.debug_nans(config.debug), states as checkpoints:
+        state, known = starting_state(plan, checkpoints)
         if hosts.is_first():
-            records.finish_manifest(folder, steps=plan.num_steps)
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Holds the run's folder, on process 0; the others stop where that fails."""
-    with contextlib.ExitStack() as held:
-        hosts.on_first(lambda: held.enter_context(lock.holding(folder)))
-        yield
+            complete_rows(plan, int(state.step), known.get("row"))
+        if int(state.step) == plan.num_steps:
+            terminal.show(f"{folder} is at its last step, {plan.num_steps}, already.")
+            return
+        try:
+            train_on(plan, checkpoints, state, known, Interrupts(config.save_every_seconds, signal))
+        except FloatingPointError as error:
+            where = f"--lr_init is {config.lr_init:g}, the run is {folder}"
+            raise FloatingPointError(f"{error} ({where})") from error
+    if hosts.is_first():
+        records.finish_manifest(folder, steps=plan.num_steps)
 
 
 def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, Any]]:
     """The newest saved state and its progress; else a new state, which is saved at once.
 
-    So a folder that can't hold a state is found out before anything is trained, and a fork needs
-    its parent at its first start only.
+    So a folder that can't hold a state is noticed before anything is trained, and a fork needs its
+    parent at its first start only.
     """
-    mesh = train.data_mesh()
     init = jax.jit(partial(setup.initial_state, plan))
     like = setup.on_all_devices(jax.eval_shape(init, plan.init_key, plan.weights))
     if (found := train.restore(checkpoints, like, plan.about)) is not None:
         return found
-    state = train.replicate(init(plan.init_key, plan.weights), mesh)
+    state = train.replicate(init(plan.init_key, plan.weights), train.data_mesh())
     if plan.parent is not None:
         state = train.fork(plan.parent, state)
     train.save(checkpoints, state, plan.about)
@@ -130,46 +127,59 @@ def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, 
 def complete_rows(plan: Plan, step: int, newest: dict[str, Any] | None) -> None:
     """Drops rows after `step`, which are computed again, and restores the newest if it was cut."""
     last = -1 if step == plan.config.fork_step else step  # the first state is evaluated again
-    rows = [row["step"] for row in records.read_rows(plan.folder)]
-    if any(at > last for at in rows):
-        records.drop_rows_after(plan.folder, last)
-    if newest and newest["step"] not in rows:
-        records.append_row(plan.folder, newest)
+    records.drop_records_after(plan.folder, last)
+    if newest and newest["step"] not in (row["step"] for row in records.read_records(plan.folder)):
+        records.append_record(plan.folder, newest)
 
 
 def train_on(
-    plan: Plan, checkpoints: Any, state: TrainState, known: dict[str, Any], interrupts: Interrupts
+    plan: Plan,
+    checkpoints: Any,
+    state: TrainState,
+    known: dict[str, Any],
+    interrupts: Interrupts,
 ) -> None:
     """Trains to the end; evaluates, saves and stops between windows."""
     mesh, shape, start = train.data_mesh(), plan.images.images.shape[1:], int(state.step)
     pixels, test_pixels = (setup.placed(each, mesh) for each in (plan.images, plan.test_images))
     segment = setup.make_segment(plan, mesh, setup.make_fetch(pixels, shape, plan.augment))
     fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
-    evaluate = metrics.evaluation(plan, mesh, *fetches)
+    evaluate = metrics.make_evaluation(plan, mesh, *fetches)
+    live = start_recording(plan, start) if hosts.is_first() else None
+
+    def record(step: int, since: Since, state: TrainState) -> dict[str, Any]:
+        row = complete(plan, step, since, evaluate(state))
+        if live:
+            records.append_record(plan.folder, row)
+            live.on_row(row)
+        return row
+
     row, since = known.get("row", {}), Since(**known.get("window", {}))
-    with recording(plan, start) as (on_row, on_call), kept_states(plan) as keep:
+    with contextlib.ExitStack() as stack:
+        if live:
+            stack.callback(live.close)
+        if plan.kept:
+            kept = train.open_checkpoints(plan.folder / "models", keep=None)
+            models = stack.enter_context(kept)
         if start == plan.config.fork_step:
-            row = complete(plan, start, since, evaluate(state))
-            on_row(row)
+            row = record(start, since, state)
         for window in train.windows(
             plan.train_key,
             state,
             plan.sampler,
             segment,
-            plan.stops,
+            plan.evaluations | plan.kept,
             steps_per_call=plan.steps_per_call,
             interrupt=interrupts,
-            on_call=on_call,
+            on_call=live.on_call if live else lambda step: None,
         ):
             state, step, since = window.state, window.step, since.plus(window)
             if step in plan.evaluations:
-                row, since = complete(plan, step, since, evaluate(state)), Since()
-                on_row(row)
-            if step in plan.kept:
-                keep(state)
+                row, since = record(step, since, state), Since()
+            if step in plan.kept and step not in models.all_steps():  # an earlier start's
+                train.save(models, state, plan.about)
             if step in plan.evaluations or interrupts.saves:
-                beside = {"window": since._asdict(), "row": row}
-                train.save(checkpoints, state, plan.about, beside)
+                train.save(checkpoints, state, plan.about, {"window": since._asdict(), "row": row})
                 interrupts.saved()
             if interrupts.stops and step < plan.num_steps:
                 by = interrupts.signal.name or "Another host"
@@ -179,14 +189,8 @@ def train_on(
                 )
 
 
-@contextlib.contextmanager
-def recording(
-    plan: Plan, start: int
-) -> Iterator[tuple[Callable[[dict[str, Any]], None], Callable[[int], None]]]:
-    """Callbacks for rows and for steps: files, progress bar and TensorBoard, on process 0 only."""
-    if not hosts.is_first():
-        yield lambda row: None, lambda step: None
-        return
+def start_recording(plan: Plan, start: int) -> progress.Live:
+    """Adds this start to the manifest; returns the progress bar, with TensorBoard if requested."""
     records.start_manifest(
         plan.folder,
         seed=plan.config.seed,
@@ -197,26 +201,17 @@ def recording(
     )
     warn_of_changes(plan.folder)
     board = plan.folder / "tensorboard" if plan.config.tensorboard else None
-    live = progress.Live(start, plan.num_steps, plan.config.batch_size, board)
-
-    def on_row(row: dict[str, Any]) -> None:
-        records.append_row(plan.folder, row)
-        live.on_row(row)
-
-    try:
-        yield on_row, live.on_call
-    finally:
-        live.close()
+    return progress.Live(start, plan.num_steps, plan.config.batch_size, board)
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Logs a line for the code and each package that differ from those of the start before."""
-    starts = records.read_json(folder / "manifest.json")["starts"]
-    versions = [start["versions"] | {"code": start["git"]} for start in starts]
+    """Logs the code and packages whose versions differ from those of the previous start."""
+    versions = [start["versions"] | {"code": start["git"]} for start in records.read_starts(folder)]
     old, new = versions[-2:][0], versions[-1]
     for name, version in new.items():
         if old.get(name, version) != version:
-            log.warning("%s: %s was %s and is now %s.", folder, name, old[name], version)
+            message = "%s: %s was %s and is now %s."
+            logging.getLogger(__name__).warning(message, folder, name, old[name], version)
 
 
 def parent(config: Config) -> dict[str, Any]:
@@ -227,21 +222,6 @@ def parent(config: Config) -> dict[str, Any]:
     new = {k: v for k, v in dataclasses.asdict(config).items() if k not in own}
     changed = {k: [old[k], v] for k, v in new.items() if k in old and old[k] != v}
     return {"run": str(path.parent), "step": config.fork_step, "changed": changed}
-
-
-@contextlib.contextmanager
-def kept_states(plan: Plan) -> Iterator[Callable[[TrainState], None]]:
-    """A callback that saves a state under models/, unless a start before this one has."""
-    if not plan.kept:
-        yield lambda state: None
-        return
-    with train.open_checkpoints(plan.folder / "models", keep=None) as states:
-
-        def keep(state: TrainState) -> None:
-            if int(state.step) not in states.all_steps():
-                train.save(states, state, plan.about)
-
-        yield keep
 
 
 def complete(plan: Plan, step: int, since: Since, values: dict[str, Any]) -> dict[str, Any]:

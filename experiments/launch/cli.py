@@ -1,7 +1,7 @@
 """The command line of an experiment: flags from a dataclass, errors in one line. Imports no JAX.
 
-Exit codes: 0 done, 1 the run can't be made or failed, 2 a flag is wrong, 75 stopped by a signal
-after saving (EX_TEMPFAIL: the same command continues the run), 130 interrupted at once.
+Exit codes: 0 done; 1 refused or failed; 2 a wrong flag; 75 stopped by a signal after saving
+(EX_TEMPFAIL: the same command continues the run); 130 interrupted at once.
 """
 
 import argparse
@@ -35,9 +35,7 @@ def main(
         config = parse(config_type, argv, settings=settings)
         with interrupting():
             run(config)
-            if sys.stdout is not None:  # the shell can close it
-                sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
+    except BrokenPipeError:  # `--help | head`: tyro prints the help, not `figures.terminal`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its exit
         raise SystemExit(1) from None
     except (ValueError, OSError, FloatingPointError) as error:
@@ -47,7 +45,7 @@ def main(
     except Stopped as stop:
         _exit(str(stop), EXIT_CODE)
     except KeyboardInterrupt:
-        _exit("error: interrupted; the same command goes on from the last saved state", 130)
+        _exit("error: interrupted; the same command continues from the last saved state", 130)
 
 
 def parse(
@@ -62,7 +60,6 @@ def parse(
     """
     import tyro
 
-    argv = sys.argv[1:] if argv is None else argv
     default = tyro.MISSING_NONPROP
     if settings:
         first = next(iter(settings))
@@ -71,13 +68,17 @@ def parse(
         chosen = chooser.parse_known_args(argv)[0].setting
         default = settings.get(chosen, settings[first])  # tyro reports an unknown name
     spec = getattr(sys.modules["__main__"], "__spec__", None)
-    flags = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    prog = f"python -m {spec.name}" if spec else None
     config = tyro.cli(
-        config_type, prog=prog, args=argv, default=default, use_underscores=True, config=flags
+        config_type,
+        prog=f"python -m {spec.name}" if spec else None,
+        args=argv,
+        default=default,
+        use_underscores=True,
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes),
     )
     for name, value in vars(config).items():
-        if value == () and getattr(config_type, name, None) != ():  # `--lr_init` without a value
+        # tyro reads `--lr_init` without a value as an empty tuple.
+        if value == () and getattr(config_type, name, None) != ():
             _exit(f"error: --{name} needs one value or more", 2)
     return config
 

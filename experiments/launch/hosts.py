@@ -36,7 +36,7 @@ ALONE = Hosts()
 
 
 def join(hosts: Hosts) -> None:
-    """Makes this process one of several, before JAX has computed anything; once per process."""
+    """Makes this process one of several, and starts JAX; call it before JAX computes anything."""
     given = (bool(hosts.coordinator), hosts.num_processes > 0, hosts.process_id >= 0)
     if any(given) and not (all(given) and hosts.distributed):
         raise ValueError(
@@ -44,31 +44,26 @@ def join(hosts: Hosts) -> None:
         )
     if any(given) and hosts.process_id >= hosts.num_processes:
         raise ValueError(
-            f"--process_id is {hosts.process_id}; with --num_processes {hosts.num_processes} it is "
-            f"at most {hosts.num_processes - 1}."
+            f"--process_id is {hosts.process_id}; it must be below --num_processes, "
+            f"{hosts.num_processes}."
         )
     if not hosts.distributed or jax.distributed.is_initialized():
         devices.start()
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would replace our handlers
-    # Now, because JAX aborts the process when the time is up.
-    print(
+    _say(  # now, because JAX aborts the process when the time is up
         f"--distributed: waits {JOIN_SECONDS} s for the other hosts; start the same command on "
-        "each, or name them with --coordinator HOST:PORT, --num_processes and --process_id.",
-        file=sys.stderr,
-        flush=True,
+        "each, or name them with --coordinator HOST:PORT, --num_processes and --process_id."
     )
+    named = (hosts.coordinator, hosts.num_processes, hosts.process_id) if all(given) else ()
     try:
         jax.distributed.initialize(
-            hosts.coordinator or None,
-            hosts.num_processes if all(given) else None,
-            hosts.process_id if all(given) else None,
+            *named,
             initialization_timeout=JOIN_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"--distributed: the other hosts were not found ({reason}).") from error
+        raise ValueError(f"--distributed: the other hosts were not found ({error}).") from error
 
 
 def is_first() -> bool:
@@ -77,7 +72,7 @@ def is_first() -> bool:
 
 
 def on_first(act: Callable[[], object]) -> None:
-    """`act()` on process 0 while the others wait; where it fails, all of them stop."""
+    """`act()` on process 0 while the others wait; if it fails, all of them stop."""
     failure: Exception | None = None
     try:
         if is_first():
@@ -119,20 +114,23 @@ def together(folder: Path) -> Iterator[None]:
     An orderly exit would wait for the others. They notice when they next exchange numbers, or by
     the missing heartbeat; then JAX aborts them, which is why the first line says what to do.
     """
+    if jax.process_count() == 1:
+        yield
+        return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    if jax.process_count() > 1:
-        hint = "should one of them end, run the same command on all hosts again"
-        print(f"{me} runs in {folder}; {hint}", file=sys.stderr, flush=True)
+    _say(f"{me} runs in {folder}; should one end, run the same command on all hosts again")
     try:
         yield
     except (Stopped, FloatingPointError):
         raise  # raised by all processes at the same step
     except BaseException as error:
-        if jax.process_count() == 1:
-            raise
         step = train.latest_step(folder / "checkpoints")
-        text = (
-            f"error: {me} failed ({cli.describe(error)[:300]}); {folder} is saved up to step {step}"
+        _say(
+            f"error: {me} failed ({cli.describe(error)[:300]}); {folder} is saved up to step "
+            f"{step}, the same command on all hosts continues"
         )
-        print(f"{text}, the same command on all hosts continues", file=sys.stderr, flush=True)
         os._exit(1)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -5,20 +5,33 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from experiments.launch import hosts
+from experiments.storage import files
+
+
+@contextlib.contextmanager
+def alone_in(
+    folder: Path, *, unless: Callable[[Path], bool] = lambda folder: False
+) -> Iterator[None]:
+    """Holds the lock of `folder` on process 0, unless `unless(folder)`; all hosts call this."""
+    with contextlib.ExitStack() as held:
+        hosts.on_first(lambda: unless(folder) or held.enter_context(holding(folder)))
+        yield
+
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Locks `folder`, which is made if need be; of several hosts, process 0 calls this.
+    """Locks `folder`, which is created if need be.
 
-    Raises ValueError that names the process that holds it. The kernel frees the lock when a process
-    ends, however it does: a `.lock` left behind means nothing. Where a file system has no locks a
-    warning is logged; one made of a file's existence would outlive a killed process.
+    Raises ValueError with the process that holds it. The kernel frees the lock when a process ends,
+    however it ends: a `.lock` left behind means nothing. On a file system without locks a warning
+    is logged; a lock made of a file's existence would outlive a killed process.
     """
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     holder = folder / ".holder.json"
@@ -27,7 +40,7 @@ def holding(folder: Path) -> Iterator[None]:
         lock.acquire()
     except Timeout:
         process = "another process"
-        with contextlib.suppress(OSError, ValueError):  # it may be about to write the file
+        with contextlib.suppress(OSError, ValueError):  # it may not have written the file yet
             found = json.loads(holder.read_text())
             process = "process {pid} on {host} since {started}".format(**found)
         advice = "wait for its end or stop it, or choose another --exp_name"
@@ -40,7 +53,7 @@ def holding(folder: Path) -> Iterator[None]:
     try:
         started = datetime.now().astimezone().isoformat(" ", "seconds")
         process = {"pid": os.getpid(), "host": socket.gethostname(), "started": started}
-        holder.write_text(json.dumps(process))
+        files.write_bytes(holder, json.dumps(process).encode())
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -5,7 +5,6 @@ NaN is in no range, and inf in none but those that include it.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 
@@ -53,12 +52,10 @@ def check(config: Any) -> None:
 
 def declared(config_type: type) -> dict[str, Range]:
     """The range of each field that declares one."""
-    hints = get_type_hints(config_type, include_extras=True)
-    return {name: found[0] for name, hint in hints.items() if (found := [*_ranges(hint)])}
-
-
-def _ranges(hint: Any) -> Iterator[Range]:
-    if isinstance(hint, Range):
-        yield hint
-    for part in get_args(hint):  # the metadata of Annotated are among its arguments
-        yield from _ranges(part)
+    return {
+        name: found
+        for name, hint in get_type_hints(config_type, include_extras=True).items()
+        for each in (hint, *get_args(hint))  # Positive, or the first of tuple[Positive, ...]
+        for found in getattr(each, "__metadata__", ())
+        if isinstance(found, Range)
+    }

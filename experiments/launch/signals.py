@@ -1,4 +1,4 @@
-"""Signals that request a run to stop: it stops after its current step, when its state is saved."""
+"""Signals that stop a run: after its current step, when its state is saved."""
 
 import contextlib
 import os

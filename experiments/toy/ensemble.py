@@ -4,8 +4,7 @@
 over seed, schedule and step, those of singular values over spectra_step.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +30,11 @@ SNAPSHOTS_AT_A_TIME = 256
 
 def results(plan: Plan) -> "xarray.Dataset":
     """The data of the plan's run, computed unless its folder has them."""
-    return in_folder(plan.place, plan.config, lambda *how: simulate(plan, *how))
+    return in_folder(plan.folder, plan.config, lambda *how: simulate(plan, *how))
 
 
 def in_folder(
-    place: tuple[str, str, str],
+    folder: Path,
     config: Any,
     compute: Callable[[chunks.Store, Callable[[], None]], "xarray.Dataset"],
 ) -> "xarray.Dataset":
@@ -44,8 +43,9 @@ def in_folder(
     An interrupted run continues behind the chunks in `store`. After a signal, `on_chunk` raises
     Stopped: the chunks so far are on disk.
     """
-    folder = records.run_folder(*place)
-    with hosts.together(folder), alone_in(folder), deferred() as signal:
+    # Reading a finished run takes no lock.
+    alone = lock.alone_in(folder, unless=records.is_finished)
+    with hosts.together(folder), alone, deferred() as signal:
 
         def stop_if_requested() -> None:
             if hosts.any_of(bool(signal)):
@@ -64,7 +64,7 @@ def in_folder(
             records.finish_manifest(folder)
             chunks.drop(folder)
 
-        hosts.on_first(lambda: records.open_run(*place, config, may_change=PLACE))
+        hosts.on_first(lambda: records.open_run(folder, config, may_change=PLACE))
         if records.is_finished(folder):
             terminal.show(f"{folder} is finished: its results are shown again.")
             hosts.on_first(lambda: chunks.drop(folder))
@@ -73,16 +73,6 @@ def in_folder(
         dataset = compute(chunks.Chunks(folder), stop_if_requested)
         hosts.on_first(finish)
     return dataset
-
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Locks the folder on process 0, unless the run is finished: reading it takes no lock."""
-    with contextlib.ExitStack() as held:
-        hosts.on_first(
-            lambda: records.is_finished(folder) or held.enter_context(lock.holding(folder))
-        )
-        yield
 
 
 def simulate(

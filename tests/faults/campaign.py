@@ -54,9 +54,8 @@ class Life(NamedTuple):
     before: dict[str, tuple[int, int]]  # finished states or blocks, oldest first: inode and time
     seen: dict[str, tuple[int, int]]  # as last seen meanwhile: the finished run drops its blocks
     left: dict[str, tuple[int, int]]
-    rows: list[dict[str, Any]] | str  # when it had ended; words where they can't be read
-    from_step: int | None  # None where it did not get as far as noting its start
-    touched: bool  # whether it changed anything on disk
+    rows: list[dict[str, Any]]
+    from_step: int | None  # None where it ended before its entry in the manifest
     code: int | None  # None: it hung
     said: list[str]  # lines of stderr
 
@@ -108,8 +107,8 @@ class Campaign:
                 assert len(lives) < MANY, f"{name} comes to no end"
                 log = self.place / f"{name}-{len(lives)}.log"
                 lives.append(self._life(runs_dir, log, lives[-1].kind if lives else ""))
-                saves = self.experiment.folder(runs_dir) / self.experiment.saves
-                follow_cure(saves, lives[-1].said)
+                if lives[-1].said and "to start from the beginning" in lives[-1].said[-1]:
+                    shutil.rmtree(self.experiment.folder(runs_dir) / self.experiment.saves)
             ran_in = self.experiment.folder(runs_dir)
             shutil.move(ran_in, self.place / name)  # off the small disk: it has room for one run
             runs.append(Run(ran_in, self.place / name, lives))
@@ -137,7 +136,7 @@ class Campaign:
     def _life(self, runs_dir: Path, log: Path, after: str) -> Life:
         """One start: up to the next fault, if one is left and the run lasts so long."""
         folder = self.experiment.folder(runs_dir)
-        before, changed = finished(folder / self.experiment.saves), newest_change(folder)
+        before = finished(folder / self.experiment.saves)
         noted, self.seen = len(self._starts(runs_dir)), {}
         process, _ = self._start(runs_dir, log)
         kind, fault = "", UNHARMED
@@ -149,11 +148,10 @@ class Campaign:
         with fault(Victim(process, folder, saves, self.disk), self.rng) as detail:
             self._wait(process, runs_dir)
             code = ending(process)
-            left, rows = finished(saves), rows_of(folder)
+            left, rows = finished(saves), records.read_records(folder)
         if detail is None:
             self.todo.insert(0, kind)
             kind = "kill -9"
-        folder = self.experiment.folder(runs_dir)
         mine = self._starts(runs_dir)[noted:]
         return Life(
             after=after,
@@ -164,7 +162,6 @@ class Campaign:
             left=left,
             rows=rows,
             from_step=mine[0].get("from_step", 0) if mine else None,
-            touched=newest_change(folder) != changed,
             code=code,
             said=[line for line in log.read_text().splitlines() if line.strip()],
         )
@@ -202,8 +199,7 @@ class Campaign:
 
     def _starts(self, runs_dir: Path) -> list[dict[str, Any]]:
         """The starts that the run has noted so far."""
-        path = self.experiment.folder(runs_dir) / "manifest.json"
-        return records.read_json(path)["starts"] if path.exists() else []
+        return records.read_starts(self.experiment.folder(runs_dir))
 
 
 def ending(process: subprocess.Popen) -> int | None:
@@ -214,28 +210,3 @@ def ending(process: subprocess.Popen) -> int | None:
         process.kill()
         process.wait()
         return None
-
-
-def follow_cure(saves: Path, said: list[str]) -> None:
-    """Does what the last line tells its reader to do with states that can't be read."""
-    last = said[-1] if said else ""
-    if "remove that folder to start from the beginning" in last:
-        shutil.rmtree(saves)
-    elif "move the damaged step's folder" in last:
-        newest = saves / list(finished(saves))[-1]
-        newest.rename(saves / f"damaged-{newest.name}")
-
-
-def newest_change(folder: Path) -> int:
-    """When anything in the run's folder was last written, made or removed."""
-    if not folder.is_dir():
-        return 0
-    return max(path.lstat().st_mtime_ns for path in (folder, *folder.rglob("*")))
-
-
-def rows_of(folder: Path) -> list[dict[str, Any]] | str:
-    """The rows of metrics.jsonl, or why they can't be read."""
-    try:
-        return records.read_rows(folder)
-    except ValueError as error:
-        return str(error)
