@@ -21,42 +21,33 @@ with lock.holding(pathlib.Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """A stopped process that holds the folder of a run of `diag_nets`."""
+def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     folder = tmp_path / "diag_nets" / "twice"
-    with subprocess.Popen([sys.executable, "-c", HOLD, folder], **PYTHON) as process:
-        assert process.stdout.readline() == "held\n"
-        process.send_signal(signal.SIGSTOP)  # as on a node that stalls
-        yield process, folder
-        process.kill()
-
-
-def test_a_second_process_is_refused_until_the_first_is_killed(holder, tmp_path):
-    process, folder = holder
-    before = sorted(folder.iterdir())
-    flags = ["-m", "experiments.diag_nets", "--exp_name=twice", f"--runs_dir={tmp_path}"]
-    second = subprocess.run([sys.executable, *flags], **PYTHON, stderr=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", HOLD, folder], **PYTHON) as first:
+        assert first.stdout.readline() == "held\n"
+        first.send_signal(signal.SIGSTOP)  # as on a node that stalls
+        before = sorted(folder.iterdir())
+        flags = ["-m", "experiments.diag_nets", "--exp_name=twice", f"--runs_dir={tmp_path}"]
+        second = subprocess.run([sys.executable, *flags], **PYTHON, stderr=subprocess.PIPE)
+        first.kill()
     assert (second.returncode, second.stdout, second.stderr.count("\n")) == (1, "", 1)
-    for fact in (folder, process.pid, socket.gethostname()):
+    for fact in (folder, first.pid, socket.gethostname()):
         assert str(fact) in second.stderr
     assert sorted(folder.iterdir()) == before
-    process.kill()
-    process.wait()
-    with lock.holding(folder):
+    with lock.alone_in(folder):
         pass
     assert os.listdir(folder) == [".lock"]
 
 
 def test_the_lock_is_free_after_an_error_and_for_another_folder(tmp_path):
-    with pytest.raises(KeyError), lock.holding(tmp_path / "a"), lock.holding(tmp_path / "b"):
+    with pytest.raises(KeyError), lock.alone_in(tmp_path / "a"), lock.alone_in(tmp_path / "b"):
         raise KeyError
-    with lock.holding(tmp_path / "a"):
+    with lock.alone_in(tmp_path / "a"):
         pass
 
 
-def test_where_nothing_can_be_locked_a_warning_is_logged_and_the_run_goes_on(tmp_path, caplog):
+def test_where_nothing_can_be_locked_a_warning_is_logged_and_the_run_continues(tmp_path, caplog):
     (tmp_path / ".lock").mkdir()  # stands for a file system without locks
-    with lock.holding(tmp_path), lock.holding(tmp_path):
+    with lock.alone_in(tmp_path), lock.alone_in(tmp_path):
         pass
     assert str(tmp_path) in caplog.text

@@ -28,7 +28,11 @@ def make_evaluation(
     # One key for each block, the same at every step: curves compare the same sampled units.
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
     shard = train.split_examples(mesh)
-    placed = {"batch": plan.eval_batch, "shard": shard}
+    n, n_test = len(plan.images.labels), len(plan.test_images.labels)
+    few = min(plan.config.bn_images, n)
+    # Whole batches for the moments: a multiple of the devices, at most the images that there are.
+    batch = min(plan.config.batch_size_eval, few - few % mesh.size)
+    placed = {"batch": batch, "shard": shard}
     on_train = measure.make_evaluation(
         network,
         train.cross_entropy,
@@ -42,14 +46,13 @@ def make_evaluation(
     forgetful = plan.model.clone(layers=plan.model.layers._replace(norm_momentum=0.0))
     moments = measure.make_moments(models.from_linen(forgetful), fetch, **placed)
     norms = make_norms(plan, fetch, shard)
-    n, n_test = len(plan.images.labels), len(plan.test_images.labels)
 
     def evaluate(state: TrainState) -> dict[str, Any]:
         started = time.perf_counter()
-        bn_images = n if int(state.step) == plan.total_steps else plan.bn_images
+        bn_images = n if int(state.step) == plan.total_steps else few
         stats = moments(key, state.average, state.stats, bn_images)
         parts = {
-            "train": on_train(key, state.params, state.stats, plan.sparsity_images),
+            "train": on_train(key, state.params, state.stats, min(plan.config.sparsity_images, n)),
             "test": on_test(key, state.params, state.stats, n_test),
             "test_average": on_test(key, state.average, stats, n_test),
         }

@@ -31,14 +31,13 @@ Weights = tuple[types.Params, types.Stats]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, ready to start. Sizes that depend on the data are resolved here, and only here."""
+    """A run, ready to start."""
 
     config: Config  # recorded in config.json; read later only for values that need no resolution
     folder: Path
     about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
     images: data.Images  # the training set, cut to its share and with its wrong labels
     test_images: data.Images
-    augment: Callable | None
     model: nn.Module
     network: types.Network
     weights: Weights | None  # initial weights that replace the drawn ones
@@ -56,9 +55,6 @@ class Plan:
     evaluations: frozenset[int]  # steps
     kept: frozenset[int]  # steps whose states stay under models/
     steps_per_call: int
-    eval_batch: int
-    bn_images: int
-    sparsity_images: int
 
 
 def validate(config: Config) -> None:
@@ -66,7 +62,10 @@ def validate(config: Config) -> None:
     flags.check(config)
     build(config, classes=2)
     schedules(config, steps_per_epoch=1)
-    for flag, path in (("runs_dir or --exp_name", flags.folder_of(config)), ("fork_from", config.fork_from)):
+    for flag, path in (
+        ("runs_dir or --exp_name", flags.folder_of(config)),
+        ("fork_from", config.fork_from),
+    ):
         with naming(flag):
             train.checkpoint_path(path)
 
@@ -76,7 +75,7 @@ def resolve(config: Config) -> Plan:
 
     Raises ValueError or OSError, which names the flag, for what its data can't meet.
     """
-    folder, devices = flags.folder_of(config), jax.device_count()
+    folder = flags.folder_of(config)
     with naming("dataset"):
         where = config.data_dir or None
         whole = data.load_images(config.dataset, "train", data_dir=where)
@@ -96,11 +95,8 @@ def resolve(config: Config) -> Plan:
             f"--fork_step is {config.fork_step}, but the run ends at step {num_steps}; raise "
             "--epochs or --max_steps."
         )
-    bn_images = min(config.bn_images, n)
-    if bn_images < devices:
-        raise ValueError(
-            f"--bn_images is {config.bn_images}; choose {devices} or more, one for each device."
-        )
+    if config.bn_images < jax.device_count():
+        raise ValueError(f"--bn_images is {config.bn_images}; give each device one or more.")
     model = build(config, classes)
     network = models.from_linen(model)
     step_size, label_noise = schedules(config, steps_per_epoch)
@@ -115,7 +111,6 @@ def resolve(config: Config) -> Plan:
         about=about(config, whole, test),
         images=images,
         test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
-        augment=augmentation(config),
         model=model,
         network=network,
         weights=weights(config, network, whole.images.shape[1:]) if is_new else None,
@@ -134,9 +129,6 @@ def resolve(config: Config) -> Plan:
         kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
         # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
         steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
-        eval_batch=min(config.batch_size_eval, bn_images - bn_images % devices),
-        bn_images=bn_images,
-        sparsity_images=min(config.sparsity_images, n),
     )
 
 

@@ -82,12 +82,6 @@ def run(config: Config) -> Path:
 
 def _run_in_folder(plan: Plan, signal: StopRequest) -> None:
     folder, config = plan.folder, plan.config
-    saved = train.latest_step(folder / "checkpoints")
-    if saved is not None and saved > plan.num_steps:
-        raise ValueError(
-            f"--max_steps is {plan.num_steps}, but {folder} is at step {saved} already; choose "
-            f"{saved} or more, or another --exp_name."
-        )
     hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
     states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
@@ -95,8 +89,8 @@ def _run_in_folder(plan: Plan, signal: StopRequest) -> None:
         state, known = starting_state(plan, checkpoints)
         if hosts.is_first():
             complete_rows(plan, int(state.step), known.get("row"))
-        if int(state.step) == plan.num_steps:
-            terminal.show(f"{folder} is at its last step, {plan.num_steps}, already.")
+        if int(state.step) >= plan.num_steps:
+            terminal.show(f"{folder} is at step {state.step} already, of {plan.num_steps}.")
             return
         try:
             train_on(plan, checkpoints, state, known, Interrupts(config.save_every_seconds, signal))
@@ -133,16 +127,14 @@ def complete_rows(plan: Plan, step: int, newest: dict[str, Any] | None) -> None:
 
 
 def train_on(
-    plan: Plan,
-    checkpoints: Any,
-    state: TrainState,
-    known: dict[str, Any],
-    interrupts: Interrupts,
+    plan: Plan, checkpoints: Any, state: TrainState, known: dict[str, Any], interrupts: Interrupts
 ) -> None:
     """Trains to the end; evaluates, saves and stops between windows."""
     mesh, shape, start = train.data_mesh(), plan.images.images.shape[1:], int(state.step)
     pixels, test_pixels = (setup.placed(each, mesh) for each in (plan.images, plan.test_images))
-    segment = setup.make_segment(plan, mesh, setup.make_fetch(pixels, shape, plan.augment))
+    segment = setup.make_segment(
+        plan, mesh, setup.make_fetch(pixels, shape, setup.augmentation(plan.config))
+    )
     fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
     evaluate = metrics.make_evaluation(plan, mesh, *fetches)
     live = start_recording(plan, start) if hosts.is_first() else None

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn, TypeVar
 
 from experiments.launch.signals import EXIT_CODE, Stopped, interrupting
-from experiments.storage import files
 
 ConfigT = TypeVar("ConfigT")
 
@@ -87,10 +86,8 @@ def describe(error: BaseException) -> str:
     """The message of an exception in one line, with the file that it is about."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        full = error.errno in files.FULL
-        text = f"the disk is full ({error.strerror}); free some space" if full else error.strerror
-        if error.filename is not None:
-            text = f"{os.fsdecode(error.filename)}: {text}"
+        where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+        text = where + error.strerror
     return one_line(text) or type(error).__name__
 
 

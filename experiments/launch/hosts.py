@@ -38,14 +38,11 @@ ALONE = Hosts()
 def join(hosts: Hosts) -> None:
     """Makes this process one of several, and starts JAX; call it before JAX computes anything."""
     given = (bool(hosts.coordinator), hosts.num_processes > 0, hosts.process_id >= 0)
-    if any(given) and not (all(given) and hosts.distributed):
+    in_range = hosts.process_id < hosts.num_processes
+    if any(given) and not (all(given) and hosts.distributed and in_range):
         raise ValueError(
-            "--coordinator, --num_processes and --process_id go together, with --distributed."
-        )
-    if any(given) and hosts.process_id >= hosts.num_processes:
-        raise ValueError(
-            f"--process_id is {hosts.process_id}; it must be below --num_processes, "
-            f"{hosts.num_processes}."
+            "--coordinator, --num_processes and --process_id go together, with --distributed, and "
+            "--process_id is below --num_processes."
         )
     if not hosts.distributed or jax.distributed.is_initialized():
         devices.start()
@@ -58,9 +55,7 @@ def join(hosts: Hosts) -> None:
     named = (hosts.coordinator, hosts.num_processes, hosts.process_id) if all(given) else ()
     try:
         jax.distributed.initialize(
-            *named,
-            initialization_timeout=JOIN_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            *named, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed: the other hosts were not found ({error}).") from error

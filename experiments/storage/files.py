@@ -1,13 +1,11 @@
 """Files that are whole or absent: a reader never sees a part of one."""
 
 import contextlib
-import errno
 import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 TEMPORARY = ".*-" + 32 * "[0-9a-f]"  # names of unfinished files, which a killed process leaves
 
 

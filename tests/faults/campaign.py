@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from faults import KINDS, UNHARMED, Victim, finished
+from faults import KINDS, Victim, finished
 
 from experiments.storage import records
 
@@ -93,10 +94,10 @@ class Campaign:
             self.starting, self.working = noted - began, time.monotonic() - noted
         return self.experiment.folder(runs_dir)
 
-    def disturbed(self, possible: Callable[[str], bool]) -> list[Run]:
-        """The runs that all faults were spread over, each finished in the end."""
-        kinds = self.experiment.kinds.items()
-        self.todo = [kind for kind, count in kinds for _ in range(count) if possible(kind)]
+    def disturbed(self, can: Collection[str]) -> list[Run]:
+        """The runs that all faults of the kinds `can` were spread over, each finished at last."""
+        kinds = Counter(self.experiment.kinds).elements()
+        self.todo = [kind for kind in kinds if kind in can]
         self.rng.shuffle(self.todo)
         runs: list[Run] = []
         while self.todo:
@@ -139,13 +140,11 @@ class Campaign:
         before = finished(folder / self.experiment.saves)
         noted, self.seen = len(self._starts(runs_dir)), {}
         process, _ = self._start(runs_dir, log)
-        kind, fault = "", UNHARMED
-        if self.todo and self._lasts_to_a_moment(process, runs_dir, noted):
-            kind = self.todo.pop()
-            fault = KINDS[kind]
+        moment = self.todo and self._lasts_to_a_moment(process, runs_dir, noted)
+        kind = self.todo.pop() if moment else ""
         folder = self.experiment.folder(runs_dir)
         saves = folder / self.experiment.saves
-        with fault(Victim(process, folder, saves, self.disk), self.rng) as detail:
+        with KINDS[kind](Victim(process, folder, saves, self.disk), self.rng) as detail:
             self._wait(process, runs_dir)
             code = ending(process)
             left, rows = finished(saves), records.read_records(folder)

@@ -142,24 +142,17 @@ def files(folder: Path) -> set[str]:
     return {name for name in names if not re.fullmatch(r"checkpoints/(\d+|damaged-[\d-]+)", name)}
 
 
-def table(
-    runs: Mapping[str, list[Run]],
-    findings: Mapping[str, list[Finding]],
-    not_run: Mapping[str, Mapping[str, int]],
-) -> str:
-    """How often each kind of fault was injected, what was found after it, and their sums."""
-    columns = ("injected", *COUNTERS)
-    lines, total = [f"{'':30}" + "".join(f"{column:>17}" for column in columns)], Counter()
+def table(runs: Mapping[str, list[Run]], findings: Mapping[str, list[Finding]]) -> str:
+    """How often each kind of fault was injected, and what was found after it; the sum."""
+    rows = Counter()
     for name, of_experiment in runs.items():
-        injected = Counter(life.kind for run in of_experiment for life in run.lives if life.kind)
-        counts = Counter((finding.counter, finding.kind) for finding in findings[name])
-        for kind in sorted(injected | {finding.kind: 1 for finding in findings[name]}):
-            row = {"injected": injected[kind]} | {c: counts[c, kind] for c in COUNTERS}
-            total.update(row)
-            cells = "".join(f"{row[column]:>17}" for column in columns)
-            lines.append(f"{name + ', ' + (kind or 'no fault'):30}" + cells)
-    lines.append(f"{'sum':30}" + "".join(f"{total[column]:>17}" for column in columns))
-    for name, kinds in not_run.items():
-        for kind, count in kinds.items():
-            lines.append(f"not run: {count} x {kind} in {name}; this user may not mount")
-    return "\n".join(lines)
+        lives = [life for run in of_experiment for life in run.lives]
+        rows.update((f"{name}, {life.kind}", "injected") for life in lives if life.kind)
+        rows.update((f"{name}, {f.kind or 'no fault'}", f.counter) for f in findings[name])
+    columns = ("injected", *COUNTERS)
+    kinds = sorted({kind for kind, _ in rows})
+    for (_, column), count in list(rows.items()):
+        rows["sum", column] += count
+    lines = [f"{kind:30}" + "".join(f"{rows[kind, c]:17}" for c in columns) for kind in kinds]
+    lines.append(f"{'sum':30}" + "".join(f"{rows['sum', c]:17}" for c in columns))
+    return "\n".join([" " * 30 + "".join(f"{column:>17}" for column in columns), *lines])
