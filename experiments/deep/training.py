@@ -150,9 +150,8 @@ def train_on(
     with contextlib.ExitStack() as stack:
         if live:
             stack.callback(live.close)
-        if plan.kept:
-            kept = train.open_checkpoints(plan.folder / "models", keep=None)
-            models = stack.enter_context(kept)
+        kept = train.open_checkpoints(plan.folder / "models", keep=None)
+        models = stack.enter_context(kept) if plan.kept else None
         if start == plan.config.fork_step:
             row = record(start, since, state)
         for window in train.windows(
@@ -168,7 +167,8 @@ def train_on(
             state, step, since = window.state, window.step, since.plus(window)
             if step in plan.evaluations:
                 row, since = record(step, since, state), Since()
-            if step in plan.kept and step not in models.all_steps():  # an earlier start's
+            # An earlier start may have saved it.
+            if models is not None and step in plan.kept and step not in models.all_steps():
                 train.save(models, state, plan.about)
             if step in plan.evaluations or interrupts.saves:
                 train.save(checkpoints, state, plan.about, {"window": since._asdict(), "row": row})

@@ -52,10 +52,13 @@ def join(hosts: Hosts) -> None:
         f"--distributed: waits {JOIN_SECONDS} s for the other hosts; start the same command on "
         "each, or name them with --coordinator HOST:PORT, --num_processes and --process_id."
     )
-    named = (hosts.coordinator, hosts.num_processes, hosts.process_id) if all(given) else ()
     try:
         jax.distributed.initialize(
-            *named, initialization_timeout=JOIN_SECONDS, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+            hosts.coordinator or None,
+            hosts.num_processes or None,
+            hosts.process_id if all(given) else None,
+            initialization_timeout=JOIN_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
         raise ValueError(f"--distributed: the other hosts were not found ({error}).") from error

@@ -82,7 +82,6 @@ class Plan:
 
     config: Config
     toy: Toy
-    place: tuple[str, str, str]  # runs_dir, experiment, name
     folder: Path
     fingerprint: str  # of the flags that the numbers depend on
     record_steps: np.ndarray
@@ -104,7 +103,6 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
     largest, examples = max(config.batch_sizes), len(toy.train.y)
     if largest > examples:
         raise ValueError(f"--batch_sizes is {largest}; there are {examples} training examples.")
-    place = (config.runs_dir, experiment, config.exp_name or config.setting)
     at = record_steps(config.num_steps, config.log_records)
     # A single record of singular values is that of the trained network, not of the initial one.
     first, last = (0 if config.spectra_records > 1 else len(at) - 1), len(at) - 1
@@ -115,8 +113,7 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
     return Plan(
         config=config,
         toy=toy,
-        place=place,
-        folder=records.run_folder(*place),
+        folder=records.run_folder(config.runs_dir, experiment, config.exp_name or config.setting),
         fingerprint=fingerprint(config),
         record_steps=at,
         spectra_steps=at[np.unique(spread)],
