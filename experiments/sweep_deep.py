@@ -16,15 +16,12 @@ from typing import Annotated, Any
 import numpy as np
 
 from experiments.deep import curves, setup, training
-from experiments.deep.config import Config, folder_of
+from experiments.deep.config import MAY_CHANGE, Config, folder_of
 from experiments.figures import terminal
 from experiments.launch import cli, devices, hosts
 from experiments.storage import records
 
-FIXED = (  # one value for all runs
-    *("exp_name", "data_dir", "runs_dir", "jacobian_tol", "fork_from", "save_every_seconds"),
-    *("keep", "hosts"),
-)
+FIXED = (*MAY_CHANGE, "exp_name", "fork_from")  # one value for all runs
 IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed", "fork_step")
 SHOWN = {  # columns of the last row: heading and format
     "train/loss": ("train loss", ".4f"),

@@ -31,9 +31,9 @@ Weights = tuple[types.Params, types.Stats]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, ready to start."""
+    """A run, ready to start; its seeds are split once, its schedules built once."""
 
-    config: Config  # recorded in config.json; read later only for values that need no resolution
+    config: Config
     folder: Path
     about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
     images: data.Images  # the training set, cut to its share and with its wrong labels
@@ -62,12 +62,10 @@ def validate(config: Config) -> None:
     flags.check(config)
     build(config, classes=2)
     schedules(config, steps_per_epoch=1)
-    for flag, path in (
-        ("runs_dir or --exp_name", flags.folder_of(config)),
-        ("fork_from", config.fork_from),
-    ):
-        with naming(flag):
-            train.checkpoint_path(path)
+    with naming("runs_dir or --exp_name"):
+        train.checkpoint_path(flags.folder_of(config))
+    with naming("fork_from"):
+        train.checkpoint_path(config.fork_from)
 
 
 def resolve(config: Config) -> Plan:
