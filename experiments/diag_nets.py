@@ -7,16 +7,12 @@ python -m experiments.diag_nets --seeds 256 --exp_name many
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-from experiments.figures import plots, tables
+from experiments.figures import tables
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.ranges import Count, Finite, Seed
 from experiments.toy import config as toys, ensemble, problems
-
-if TYPE_CHECKING:
-    import xarray
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,8 @@ PUBLISHED = {
         "support": (100, 86, 80, 78, 33),
     },
 }
-QUANTITIES = {
-    "test_loss": ("test loss", ".2g"),
-    "train_loss": ("training loss", ".2g"),
-    "support": ("‖u⊙v‖₀", ".0f"),
-    "rank": ("Jacobian rank", ".0f"),
-}
+COLUMNS = ("test_loss", "train_loss", "support", "rank")
+PANELS = ("train_loss", "test_loss", "support", "rank", "balancedness")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,39 +89,15 @@ def run(config: Config) -> tables.Finding:
         alpha=config.alpha,
     )
     plan = toys.resolve("diag_nets", config, toy)
-    dataset = ensemble.results(plan)
-    hosts.leave_the_rest_to_first()
-    rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(plan.folder, rows)
-    tables.show(plan.folder, rows, title=f"Diagonal nets, {config.seeds} seeds")
-    title = f"Diagonal nets, n = {config.n}, d = {config.d}: {config.seeds} seeds"
-    figures = draw(plan, dataset, title)
+    published = toys.published(config, SETTINGS, PUBLISHED)
+    title = f"Diagonal nets, {config.seeds} seeds"
+    dataset, rows = ensemble.summarized(plan, COLUMNS, published, title)
+    title = (
+        f"Diagonal nets, n = {config.n}, d = {config.d}: {config.seeds} seeds, ½ mean squared error"
+    )
+    stem = plan.folder / "figures" / f"diag_nets_{config.setting}"
+    figures = tables.draw(stem, dataset, PANELS, plan.marks, title)
     return tables.Finding(plan.folder, dataset, rows, figures)
-
-
-def published(config: Config) -> dict[str, tuple[float, ...]]:
-    """The paper's numbers, if the configuration is the paper's setting."""
-    setting = config.setting
-    return PUBLISHED[setting] if toys.like(config, SETTINGS[setting]) == SETTINGS[setting] else {}
-
-
-def draw(plan: toys.Plan, dataset: "xarray.Dataset", title: str) -> list[Path]:
-    """Median and 5-95 % band over seeds at every record, decay times marked."""
-
-    def panel(name: str, heading: str, ylabel: str, log_y: bool = False) -> plots.Panel:
-        curves = tables.lines(dataset[name])
-        return plots.Panel(heading, ylabel, curves, log_y=log_y, marks=plan.marks)
-
-    panels = [
-        panel("train_loss", "Training loss", "½ mean squared error", log_y=True),
-        panel("test_loss", "Test loss", "½ mean squared error", log_y=True),
-        panel("support", "Support of the predictor", "‖u⊙v‖₀ (entries)"),
-        panel("rank", "Rank of the Jacobian", "rank"),
-        panel("balancedness", "Imbalance of the layers", "‖u² − v²‖₁", log_y=True),
-        *tables.diverged_panel(dataset, plan.marks),
-    ]
-    stem = plan.folder / "figures" / f"diag_nets_{plan.config.setting}"
-    return plots.figure(stem, panels, columns=2, title=title)
 
 
 if __name__ == "__main__":

@@ -87,44 +87,23 @@ PUBLISHED = {
         "active_2": (0.466, 0.312, 0.252, 0.182),
     },
 }
-QUANTITIES = {
-    "1d": {
-        "train_loss": ("training loss", ".2g"),
-        "nuclear_norm": ("Σ singular values of features", ".3g"),
-        "active_1": ("active units", ".1%"),
-        "flips_1": ("ReLUs flipped", ".3f"),
-        "sparsity_1": ("feature sparsity", ".1%"),
-        "rank": ("Jacobian rank", ".0f"),
-        "gradient_dimension": ("gradient dimension", ".0f"),
-    },
-    "two-layer": {
-        "test_loss": ("test loss", ".2g"),
-        "flips_1": ("ReLUs flipped", ".3f"),
-        "sparsity_1": ("feature sparsity", ".1%"),
-        "rank": ("Jacobian rank", ".0f"),
-    },
-    "three-layer": {
-        "test_loss": ("test loss", ".2g"),
-        "effective_rank": ("effective rank of features", ".2f"),
-        "active_2": ("active units, layer 2", ".1%"),
-        "sparsity_1": ("feature sparsity, layer 1", ".1%"),
-        "sparsity_2": ("feature sparsity, layer 2", ".1%"),
-        "rank": ("Jacobian rank", ".0f"),
-    },
+COLUMNS = {
+    "1d": (
+        *("train_loss", "nuclear_norm", "active_1", "flips_1", "sparsity_1", "rank"),
+        "gradient_dimension",
+    ),
+    "two-layer": ("test_loss", "flips_1", "sparsity_1", "rank"),
+    "three-layer": (
+        *("test_loss", "effective_rank", "active_2", "sparsity_1", "sparsity_2", "rank"),
+    ),
 }
-
-
-# Variable -> title, label of the axis, whether that is logarithmic: drawn where the problem has it.
-PANELS = {
-    "train_loss": ("Training loss", "mean squared error", True),
-    "test_loss": ("Test loss", "mean squared error", True),
-    "rank": ("Rank of the Jacobian", "rank", False),
-    "sparsity_1": ("Feature sparsity, layer 1", "active entries (%)", False),
-    "sparsity_2": ("Feature sparsity, layer 2", "active entries (%)", False),
-    "effective_rank": ("Effective rank of features", "entropy (nats)", False),
-    "nuclear_norm": ("Nuclear norm of features", "Σ singular values", True),
-    "gradient_dimension": ("Gradient-matrix dimension", "units", False),
-    "flips_1": ("ReLUs flipped since the start, layer 1", "share (%)", False),
+PANELS = {  # no test loss on the line: its test points are the training points
+    "1d": ("train_loss", "rank", "sparsity_1", "nuclear_norm", "gradient_dimension", "flips_1"),
+    "two-layer": ("train_loss", "test_loss", "rank", "sparsity_1", "nuclear_norm", "flips_1"),
+    "three-layer": (
+        *("train_loss", "test_loss", "rank", "sparsity_1", "sparsity_2", "effective_rank"),
+        "flips_1",
+    ),
 }
 
 
@@ -140,68 +119,57 @@ def run(config: Config) -> tables.Finding:
     ranges.check(config)
     problem = PROBLEM.get(config.setting, config.setting)
     plan = toys.resolve("fc_nets", config, problems.PROBLEMS[problem]())
-    dataset = ensemble.results(plan)
-    hosts.leave_the_rest_to_first()
-    rows = tables.rows(dataset, QUANTITIES[problem], published(config))
-    tables.write(plan.folder, rows)
-    tables.show(plan.folder, rows, title=f"{config.setting}, {config.seeds} seeds")
-    figures = draw_curves(plan, dataset)
+    published = toys.published(config, SETTINGS, PUBLISHED)
+    title = f"{config.setting}, {config.seeds} seeds"
+    dataset, rows = ensemble.summarized(plan, COLUMNS[problem], published, title)
+    stem = plan.folder / "figures" / f"fc_nets_{config.setting}"
+    title = f"{config.setting}: {config.seeds} seeds, mean squared error"
+    figures = tables.draw(stem, dataset, PANELS[problem], plan.marks, title)
     if problem == "1d":
-        figures += draw_functions(plan, dataset)
+        figures += draw_functions(stem.with_name(f"{stem.name}_functions"), plan, dataset)
     if problem == "two-layer":
-        figures += draw_neurons(plan, dataset)
+        figures += draw_neurons(stem.with_name(f"{stem.name}_neurons"), plan, dataset)
     return tables.Finding(plan.folder, dataset, rows, figures)
 
 
-def published(config: Config) -> dict[str, tuple[float | None, ...]]:
-    """The paper's numbers, if the configuration is the paper's setting."""
-    setting = config.setting
-    return PUBLISHED[setting] if toys.like(config, SETTINGS[setting]) == SETTINGS[setting] else {}
-
-
-def draw_curves(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
-    """Median and 5-95 % band over seeds at every record, decay times marked."""
-    panels, one_d = [], plan.config.setting.startswith("1d")
-    for name, (title, ylabel, log_y) in PANELS.items():
-        if name in dataset and not (one_d and name == "test_loss"):  # 1-D: tested where trained
-            curves = tables.lines(dataset[name] * (100 if "%" in ylabel else 1))
-            panels.append(plots.Panel(title, ylabel, curves, log_y=log_y, marks=plan.marks))
-    panels += tables.diverged_panel(dataset, plan.marks)
-    title = f"{plan.config.setting}: {plan.config.seeds} seeds"
-    return plots.figure(_stem(plan), panels, columns=2, title=title)
-
-
-def draw_functions(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
+def draw_functions(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
     """The predictor of one seed at six records, as in the paper's figure."""
     toy, snapshots, steps = plan.toy, dataset["shown_theta"].values, plan.record_steps
     x, y = np.asarray(toy.train.x)[:, 0], np.asarray(toy.train.y)
     grid = np.linspace(x.min() - 0.05, x.max() + 0.05, 400)
+    of = lambda theta: np.asarray(toy.predict(toy_runs.parameters(toy, theta), grid[:, None]))
     panels = []
-    for share in (0.003, 0.01, 0.05, 0.2, 0.5, 1.0):
-        record = int(np.searchsorted(steps, share * steps[-1]))
-        of = lambda theta: np.asarray(toy.predict(toy_runs.parameters(toy, theta), grid[:, None]))
+    for record in np.searchsorted(steps, steps[-1] * np.array([0.003, 0.01, 0.05, 0.2, 0.5, 1])):
         lines = {label: (grid, of(snapshots[j, record])) for j, label in enumerate(plan.labels)}
-        look = {"xlabel": "x", "points": (x, y), "ylim": (-2.6, 3)}
+        look = {"xlabel": "x", "points": {"training examples": (x, y)}, "ylim": (-2.6, 3)}
         panels.append(plots.Panel(f"step {steps[record]:,}", "f(x)", lines, **look))
-    title = f"{plan.config.setting}: predictor of one seed"
-    return plots.figure(_stem(plan, "_functions"), panels, columns=3, title=title)
+    title, colours = f"{plan.config.setting}: predictor of one seed", {"training examples": "black"}
+    return plots.figure(stem, panels, columns=3, title=title, colours=colours)
 
 
-def draw_neurons(plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
+def draw_neurons(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
     """Where each unit's incoming weights moved, for the first seed that diverged nowhere."""
     seed = int(dataset["shown_seed"].values[0])
-    teacher = np.asarray(problems.data.CIRCLE_TEACHER[0].kernel).T
-    kernel = lambda theta: np.asarray(toy_runs.parameters(plan.toy, theta)["layer1"]["kernel"]).T
+    kernel = lambda theta: np.asarray(toy_runs.parameters(plan.toy, theta)["layer1"]["kernel"])
+    ends = [[kernel(theta) for theta in pair] for pair in dataset["theta"].values[seed]]
+    finite = [each[np.isfinite(each)] for pair in ends for each in pair]  # of runs that diverged
+    teacher = np.asarray(problems.data.CIRCLE_TEACHER[0].kernel)
+    # A NaN between two segments is a gap in the line.
+    segments = lambda start, end: np.stack([start, end, np.nan * end], -1).reshape(2, -1)
     panels = [
-        plots.Moves(label, kernel(start), kernel(end), teacher)
-        for label, (start, end) in zip(plan.labels, dataset["theta"].values[seed], strict=True)
+        plots.Panel(
+            label,
+            "second weight",
+            {"path": segments(start, end), "teacher": segments(0 * teacher, teacher)},
+            xlabel="first weight",
+            points={"at initialization": start, "after training": end},
+            square=1.1 * np.abs(np.concatenate(finite)).max(),
+        )
+        for label, (start, end) in zip(plan.labels, ends, strict=True)
     ]
     title = f"Incoming weights of each unit, seed {seed}"
-    return plots.moves(_stem(plan, "_neurons"), panels, title=title)
-
-
-def _stem(plan: toys.Plan, suffix: str = "") -> Path:
-    return plan.folder / "figures" / f"fc_nets_{plan.config.setting}{suffix}"
+    colours = {"path": "0.7", "teacher": "black"}
+    return plots.figure(stem, panels, columns=4, title=title, colours=colours)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ both are drawn.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -53,12 +53,8 @@ SETTINGS = {
         log_records=True,
     )
 }
-PUBLISHED = {"test_loss": (0.0149, 0.126, 4.0e-8)}
-QUANTITIES = {
-    "test_loss": ("test loss", ".2g"),
-    "train_loss": ("training loss", ".2g"),
-    "support": ("‖u⊙v‖₀", ".0f"),
-}
+PUBLISHED = {"d3": {"test_loss": (0.0149, 0.126, 4.0e-8)}}
+COLUMNS = ("test_loss", "train_loss", "support")
 WAYS = ("flow", "GD", "SGD")
 
 
@@ -92,23 +88,11 @@ def run(config: Config) -> tables.Finding:
     if not config.low < config.high:
         raise ValueError(f"--low is {config.low}; it must be less than --high, {config.high}.")
     plan = toys.resolve("loss_surface", config, problems.PROBLEMS["diagonal-plane"]())
-    dataset = ensemble.results(plan)
-    hosts.leave_the_rest_to_first()
-    rows = tables.rows(dataset, QUANTITIES, published(config))
-    tables.write(plan.folder, rows)
-    tables.show(plan.folder, rows, title=f"Paths over the loss, {config.seeds} seeds")
-    surface = map_out(config, plan.toy, dataset)
-    figures = draw(plan.folder, surface) + draw_losses(plan.folder, surface)
-    if config.frames:
-        figures += animate(plan.folder, surface, config.frames)
+    published = toys.published(config, SETTINGS, PUBLISHED)
+    title = f"Paths over the loss, {config.seeds} seeds"
+    dataset, rows = ensemble.summarized(plan, COLUMNS, published, title)
+    figures = draw(plan.folder / "figures", map_out(config, plan.toy, dataset), config.frames)
     return tables.Finding(plan.folder, dataset, rows, figures)
-
-
-def published(config: Config) -> dict[str, tuple[float, ...]]:
-    """The paper's numbers, if the configuration is the paper's setting."""
-    setting = SETTINGS[config.setting]
-    drawn = {field: getattr(setting, field) for field in ("grid", "low", "high", "frames")}
-    return PUBLISHED if toys.like(replace(config, **drawn), setting) == setting else {}
 
 
 def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Surface:
@@ -120,20 +104,20 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
     plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)
     at = jnp.linspace(config.low, config.high, config.grid)
 
-    def folded(theta):
-        """The same predictor with u >= 0, as at initialization: (u, v) and (-u, -v) are alike."""
+    def place(theta):
+        # (u, v) and (-u, -v) are the same predictor: that with u >= 0, as at initialization.
         params = unravel(theta)
         sign = jnp.where(params["u"] < 0, -1.0, 1.0)
-        return {"u": sign * params["u"], "v": sign * params["v"]}
+        return measure.coordinates(plane, {"u": sign * params["u"], "v": sign * params["v"]})
 
-    place = jax.jit(jax.vmap(lambda theta: measure.coordinates(plane, folded(theta))))
     along = jax.jit(jax.vmap(lambda point: toy.mean_loss(measure.at(plane, point), toy.train)))
     over = lambda batch: np.asarray(
         measure.loss_map(jax.jit(lambda params: toy.mean_loss(params, batch)), plane, at, at)
     )
-    paths = {way: np.asarray(place(snapshots[j])) for j, way in enumerate(WAYS)}
+    places = np.asarray(jax.jit(jax.vmap(jax.vmap(place)))(snapshots))
+    paths = dict(zip(WAYS, places, strict=True))
     points = {"init": plane.origin, "flow": flow, "√θ*": sparse}
-    seeds = dataset["shown_seed"].values.astype(int)
+    seeds = dataset["shown_seed"].values.astype(int)  # GD and SGD may show different ones
     return Surface(
         at=np.asarray(at),
         train=over(toy.train),
@@ -149,59 +133,44 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
     )
 
 
-def draw(folder: Path, surface: Surface) -> list[Path]:
-    """Training and test loss over the plane, with the three paths."""
-    panels = [_map(surface, surface.train, "Training"), _map(surface, surface.test, "Test")]
-    stem = folder / "figures" / "loss_surface"
-    return maps.figure(
-        stem, panels, title="Loss over a plane through three points, and three paths"
-    )
+def draw(folder: Path, surface: Surface, frames: int) -> list[Path]:
+    """Both losses over the plane, the loss along each path, and the paths as they grow."""
 
-
-def draw_losses(folder: Path, surface: Surface) -> list[Path]:
-    """The loss of each path, and that of its projection to the plane."""
-    panels = [
-        plots.Panel(
-            way,
-            "½ mean squared error",
-            {
-                "of the path": (surface.steps, surface.loss[way]),
-                "of its projection to the plane": (surface.steps, surface.loss_in_plane[way]),
-            },
-            log_x=True,
-            log_y=True,
+    def over(z: np.ndarray, title: str) -> maps.Map:
+        return maps.Map(
+            title,
+            "towards √θ*",
+            "towards the flow's solution",
+            surface.at,
+            surface.at,
+            np.clip(z, 1e-7, 100.0),
+            zlabel="½ mean squared error",
+            log_z=True,
+            overlay={way: (path[:, 0], path[:, 1]) for way, path in surface.paths.items()},
+            points=surface.points,
+            filled=True,
         )
-        for way in WAYS
-    ]
-    stem = folder / "figures" / "loss_surface_along"
-    return plots.figure(stem, panels, columns=3, title="Training loss along the paths")
 
+    def along(way: str) -> plots.Panel:
+        lines = {
+            "of the path": (surface.steps, surface.loss[way]),
+            "of its projection to the plane": (surface.steps, surface.loss_in_plane[way]),
+        }
+        return plots.Panel(way, "½ mean squared error", lines, log_x=True, log_y=True)
 
-def animate(folder: Path, surface: Surface, frames: int) -> list[Path]:
-    """The paths as they grow, as a GIF."""
-    ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
-    return animation.write(
-        folder / "figures" / "loss_surface.gif",
-        _map(surface, surface.train, "Training"),
-        ends.tolist(),
-        [f"Training loss, step {surface.steps[end - 1]:,}" for end in ends],
-    )
-
-
-def _map(surface: Surface, z: np.ndarray, name: str) -> maps.Map:
-    return maps.Map(
-        f"{name} loss",
-        "towards √θ*",
-        "towards the flow's solution",
-        surface.at,
-        surface.at,
-        np.clip(z, 1e-7, 100.0),
-        zlabel="½ mean squared error",
-        log_z=True,
-        overlay={way: (path[:, 0], path[:, 1]) for way, path in surface.paths.items()},
-        points=surface.points,
-        filled=True,
-    )
+    stem = folder / "loss_surface"
+    planes = [over(surface.train, "Training loss"), over(surface.test, "Test loss")]
+    title = "Loss over a plane through three points, and three paths"
+    figures = maps.figure(stem, planes, title=title)
+    stem, title = folder / "loss_surface_along", "Training loss along the paths"
+    figures += plots.figure(stem, [along(way) for way in WAYS], columns=3, title=title)
+    if frames:
+        # Most of the way is covered in the first steps: the frames' ends are spaced evenly in log.
+        ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
+        titles = [f"Training loss, step {surface.steps[end - 1]:,}" for end in ends]
+        path = folder / "loss_surface.gif"
+        figures += animation.write(path, planes[0], ends.tolist(), titles)
+    return figures
 
 
 if __name__ == "__main__":

@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import maps, plots, terminal
+from experiments.figures import maps, plots, tables, terminal
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.hosts import ALONE, Hosts
 from experiments.launch.ranges import AboveMinusOne, Count, Positive, Range, Seed, Share
 from experiments.storage import records
-from experiments.toy import chunks, config as toys, ensemble, problems, run as toy_runs
+from experiments.toy import config as toys, ensemble, problems, run as toy_runs
 from sgd_sparse_jax import measure, train
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ AXES = {
     "decay_factor": "factor of the decay",
     "warmup_gain": "gain of the warm-up",
 }
+TAIL = 8  # consecutive losses before the decay, in which period 2 shows
+MAPS = ("noise_level", "test_loss", "rank", "support", "sparsity_1", "sparsity_2")
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def run(config: Config) -> "xarray.Dataset":
     hosts.join(config.hosts)
     ranges.check(config)
     toy = problems.PROBLEMS[config.problem]()
-    validate(config, toy)
+    validate(config, len(toy.train.y))
     name = config.exp_name or f"{config.problem}-{config.axis}"
     folder = records.run_folder(config.runs_dir, "phase_diagram", name)
     dataset = ensemble.in_folder(folder, config, lambda *how: simulate(config, toy, *how))
@@ -100,108 +102,91 @@ def run(config: Config) -> "xarray.Dataset":
     return dataset
 
 
-def validate(config: Config, toy: problems.Toy) -> None:
-    """Raises ValueError for flags that don't fit each other or the problem."""
-    if not config.values or not config.step_sizes:
-        raise ValueError("--values and --step_sizes need one value or more.")
-    flag = f"--values of --axis {config.axis}"
+def validate(config: Config, examples: int) -> None:
+    """Raises ValueError for flags that don't fit each other or the number of examples."""
     for value in config.values:
-        ranges.declared(Config)[config.axis].check(flag, value)
-    sizes, flag = (
-        (config.values, flag)
-        if config.axis == "batch_size"
-        else ((config.batch_size,), "--batch_size")
-    )
-    for size in sizes:
-        if size != int(size) or size > len(toy.train.y):
-            examples = f"the {len(toy.train.y)} training examples"
-            raise ValueError(f"{flag} is {size:g}; choose an integer up to {examples}.")
-    times = config.values if config.axis == "decay_time" else (config.decay_time,)
-    steps = int(min(times) * config.num_steps)
-    if steps < config.trend_records + 8:
+        declared = ranges.declared(Config)[config.axis]
+        declared.check(f"--values of --axis {config.axis}", value)
+    of = lambda name: config.values if name == config.axis else (getattr(config, name),)
+    for size in of("batch_size"):
+        if size != int(size) or size > examples:
+            raise ValueError(
+                f"--batch_size (or one of --values) is {size:g}; choose an integer up to "
+                f"{examples}, the training examples."
+            )
+    steps = int(min(of("decay_time")) * config.num_steps)
+    if steps < config.trend_records + TAIL:
         raise ValueError(
             f"--num_steps {config.num_steps} has {steps} steps before the first decay; the outcome "
-            f"needs --trend_records {config.trend_records} and 8 more."
+            f"needs --trend_records {config.trend_records} and {TAIL} more."
         )
 
 
 def simulate(
-    config: Config,
-    toy: problems.Toy,
-    store: chunks.Store | None = None,
-    on_chunk: Callable[[], None] = lambda: None,
+    config: Config, toy: problems.Toy, store: ensemble.Store, on_chunk: Callable[[], None]
 ) -> "xarray.Dataset":
-    """One program per batch size and decay time, whose records are at fixed steps.
+    """Every step size x value of the axis x seed, in one program per batch size.
 
     Finished chunks are found in `store`, others are added; `on_chunk()` is called after each.
     """
-    static = config.axis in ("batch_size", "decay_time")
-    columns = [[value] for value in config.values] if static else [list(config.values)]
-    keys = toy_runs.seed_keys(config.seed, config.seeds)
-    parts = [_columns(config, toy, keys, values, store, on_chunk) for values in columns]
-    results = {name: np.concatenate([part[name] for part in parts], axis=2) for name in parts[0]}
-    flat = {name: array.reshape(len(keys), -1) for name, array in results.items()}
-    axes = {"step_size": np.array(config.step_sizes), config.axis: np.array(config.values)}
-    return train.labelled(flat, axes=axes)
+    axes = {"step_size": config.step_sizes, config.axis: config.values}
+    grid = {name: np.asarray(values) for name, values in train.grid(**axes).items()}
+    count = len(grid["step_size"])
+    of = lambda name: grid.get(name, np.full(count, getattr(config, name)))
+    decay_steps = (of("decay_time") * config.num_steps).astype(int)
+    points = toy_runs.Schedule(
+        step_size=grid["step_size"],
+        warmup_gain=of("warmup_gain"),
+        warmup_exponent=np.ones(count),
+        decay_step=decay_steps,
+        decay_factor=of("decay_factor"),
+        init_scale=of("init_scale"),
+    )
+    # Losses before each point's decay, [points, records]: spread evenly, then at consecutive steps.
+    # A run records them for all decay times, so that the decay time needs no program of its own.
+    ends, last = np.minimum(decay_steps, config.num_steps - 1), np.array([config.num_steps - 1])
+    trend = np.rint(np.linspace(0, ends - TAIL, config.trend_records, axis=1)).astype(int)
+    held = np.concatenate([trend, ends[:, None] - np.arange(TAIL, 0, -1)], axis=1)
+    at = np.unique(held)
+    train_loss = lambda initial, params: toy.mean_loss(params, toy.train)
+    keys, spectra = toy_runs.seed_keys(config.seed, config.seeds), ensemble.make_spectra(toy)
+    results: dict[str, np.ndarray] = {}
+    for batch_size in map(int, np.unique(of("batch_size"))):
+        members = np.flatnonzero(of("batch_size") == batch_size)
+        run = toy_runs.make_run(
+            toy,
+            num_steps=config.num_steps,
+            batch_size=batch_size,
+            probes=[(train_loss, at), (toy.measure, last), (toy_runs.snapshot, last)],
+            gd_jitter=1e-9,
+        )
+        losses, found, snapshots = train.sweep(
+            run,
+            keys,
+            toy_runs.Schedule(*(leaf[members] for leaf in points)),
+            on_chunk=lambda done: on_chunk(),
+            store=store,
+            fingerprint=f"{toys.fingerprint(config)} {batch_size}",
+        )
+        found = {name: values[..., 0] for name, values in (found | spectra(snapshots)).items()}
+        places = np.searchsorted(at, held[members])[None]
+        found["held"] = np.take_along_axis(losses, places, axis=-1)
+        for name, values in found.items():
+            shape = (config.seeds, count, *values.shape[2:])
+            results.setdefault(name, np.empty(shape))[:, members] = values
+    return train.labelled(_with_outcomes(results, config.trend_records), axes=axes)
 
 
-def _columns(
-    config: Config,
-    toy: problems.Toy,
-    keys: jax.Array,
-    values: Sequence[float],
-    store: chunks.Store | None,
-    on_chunk: Callable[[], None],
-) -> dict:
-    """Some values of the second axis: arrays [seeds, step sizes, values]."""
-    of = lambda name: values if name == config.axis else [getattr(config, name)]
-    decay_step = int(of("decay_time")[0] * config.num_steps)
-    end = min(decay_step, config.num_steps - 1)
-    trend = np.rint(np.linspace(0, end - 8, config.trend_records)).astype(int)
-    at = np.unique(np.concatenate([trend, np.arange(end - 8, end), [config.num_steps - 1]]))
-    batch_size = int(of("batch_size")[0])
-    run = toy_runs.make_run(
-        toy,
-        num_steps=config.num_steps,
-        batch_size=batch_size,
-        at=at,
-        snapshots_at=np.array([0, config.num_steps - 1]),
-        gd_jitter=1e-9,
-        watched=False,
-    )
-    scanned = ("warmup_gain", "decay_factor", "init_scale")
-    grid = train.grid(step_size=config.step_sizes, **{name: of(name) for name in scanned})
-    fill = lambda value: jnp.full(len(grid["step_size"]), value)
-    points = toy_runs.Schedule(warmup_exponent=fill(1.0), decay_step=fill(decay_step), **grid)
-    losses, snapshots = train.sweep(
-        run,
-        keys,
-        points,
-        on_chunk=lambda done: on_chunk(),
-        store=store,
-        fingerprint=f"{toys.fingerprint(config)} {batch_size}",
-    )
-    ends = _observe(toy, snapshots) | ensemble.make_spectra(toy)(snapshots[:, :, 1:])
-    last = {name: array[..., -1] for name, array in (ends | losses).items()}
-    trend_losses = jnp.asarray(losses["train_loss"][..., np.isin(at, trend)])
-    tail = jnp.asarray(losses["train_loss"][..., -9:-1])
+def _with_outcomes(results: dict[str, np.ndarray], trend_records: int) -> dict[str, np.ndarray]:
+    """Noise level and outcome in place of the losses they follow from; NaN where runs diverged."""
     twice = lambda function: jax.vmap(jax.vmap(function))
-    last["noise_level"] = twice(measure.noise_level)(trend_losses[..., config.trend_records // 2 :])
-    diverged = ~np.isfinite(last["train_loss"])
-    last = {name: np.where(diverged, np.nan, array) for name, array in last.items()}
-    outcome = np.asarray(twice(measure.outcome)(trend_losses, tail))
-    last["outcome"] = np.where(diverged, measure.OUTCOMES.index("diverged"), outcome)
-    shape = (len(keys), len(config.step_sizes), len(values))
-    return {name: array.reshape(shape) for name, array in last.items()}
-
-
-def _observe(toy: problems.Toy, snapshots: np.ndarray) -> dict[str, np.ndarray]:
-    """`toy.watch` at the end of each run, [seeds, points, 1]; of zeros where it diverged."""
-    flat = jnp.nan_to_num(snapshots.reshape(-1, *snapshots.shape[2:]), posinf=0.0, neginf=0.0)
-    params = lambda theta: toy_runs.parameters(toy, theta)
-    watch = lambda key, ends: toy.watch(params(ends[0]), params(ends[1]))
-    seen = train.sweep(watch, toy_runs.seed_keys(0, 1), flat)
-    return {name: array.reshape(*snapshots.shape[:2], 1) for name, array in seen.items()}
+    trend, tail = np.split(jnp.asarray(results.pop("held")), [trend_records], axis=-1)
+    # The first half of the trend has the descent to the level.
+    results["noise_level"] = twice(measure.noise_level)(trend[..., trend_records // 2 :])
+    diverged = ~np.isfinite(results["train_loss"])
+    outcome = np.asarray(twice(measure.outcome)(trend, tail))
+    results = {name: np.where(diverged, np.nan, values) for name, values in results.items()}
+    return results | {"outcome": np.where(diverged, measure.OUTCOMES.index("diverged"), outcome)}
 
 
 def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
@@ -209,26 +194,19 @@ def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     x, y = np.array(config.step_sizes), np.array(config.values)
 
     def panel(title: str, z: np.ndarray, zlabel: str = "", **look) -> maps.Map:
-        return maps.Map(title, "step size", AXES[config.axis], x, y, z, zlabel, **look)
-
-    def middle(name: str) -> np.ndarray:
-        values = dataset[name].values.reshape(config.seeds, -1)
-        return plots.percentiles(values, (50,))[0].reshape(len(x), len(y)).T
+        return maps.Map(title, "step size", AXES[config.axis], x, y, z.T, zlabel, **look)
 
     codes = dataset["outcome"].values
     counts = np.stack([(codes == code).sum(0) for code in range(len(measure.OUTCOMES))])
     panels = [
-        panel("Outcome of most seeds", counts.argmax(0).T, classes=measure.OUTCOMES),
-        panel("Diverged runs", 100 * (counts[-1] / config.seeds).T, "share (%)"),
-        panel("Loss before the decay", middle("noise_level"), "training loss", log_z=True),
-        panel("Test loss at the end", middle("test_loss"), "test loss", log_z=True),
-        panel("Rank of the Jacobian", middle("rank"), "rank"),
+        panel("Outcome of most seeds", counts.argmax(0), classes=measure.OUTCOMES),
+        panel("Diverged runs", 100 * (counts[-1] / config.seeds), "share (%)"),
     ]
-    if "support" in dataset:
-        panels.append(panel("Support of the predictor", middle("support"), "entries"))
-    for name in sorted(str(name) for name in dataset if str(name).startswith("sparsity_")):
-        title = f"Feature sparsity, layer {name.removeprefix('sparsity_')}"
-        panels.append(panel(title, 100 * middle(name), "active entries (%)"))
+    for name in MAPS:
+        if name in dataset:
+            look = tables.QUANTITIES[name]
+            (median,) = look.scale * plots.percentiles(dataset[name].values, (50,))
+            panels.append(panel(look.title, median, look.unit, log_z=look.log))
     title = f"{config.problem}: medians over {config.seeds} seeds"
     return maps.figure(folder / "figures" / "phase_diagram", panels, columns=3, title=title)
 

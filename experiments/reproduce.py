@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -54,16 +53,17 @@ class Task(NamedTuple):
     title: str
     settings: toys.Config
 
-    @property
-    def module(self) -> ModuleType:
-        """The experiment whose flags the settings are."""
-        return sys.modules[type(self.settings).__module__]
 
-    @property
-    def command(self) -> str:
-        """The command that runs this setting alone."""
-        flags = f"--setting {self.settings.setting} --seeds {self.settings.seeds}"
-        return f"python -m {self.module.__name__} {flags}"
+SETTINGS = {**diag_nets.SETTINGS, **loss_surface.SETTINGS, **fc_nets.SETTINGS}
+TITLES = {  # in the paper's order
+    "d1": "D1 · diagonal nets, SGD",
+    "d2": "D2 · diagonal nets, GD and SGD",
+    "d3": "D3 · over the loss",
+    "1d": "F1 · 1-D regression",
+    "1d-overregularized": "F2 · 1-D, over-regularized",
+    "two-layer": "T1 · teacher-student, two layers",
+    "three-layer": "T3 · teacher-student, three layers",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -89,25 +89,16 @@ def run(config: Config) -> list[Chapter]:
 
 def tasks(config: Config, runs_dir: str) -> list[Task]:
     """The paper's settings in its order."""
-    common = {
+    common: dict[str, Any] = {
         "seeds": config.seeds,
         "seed": config.seed,
         "spectra_records": config.spectra_records,
         "runs_dir": runs_dir,
     }
-
-    def task(title: str, settings: toys.Config, **changes: int) -> Task:
-        return Task(title, replace(settings, **(common | changes)))
-
-    fc = fc_nets.SETTINGS
+    of = {"d3": {"frames": config.frames}, "two-layer": {"seeds": 8 * config.seeds}}
     return [
-        task("D1 · diagonal nets, SGD", diag_nets.SETTINGS["d1"]),
-        task("D2 · diagonal nets, GD and SGD", diag_nets.SETTINGS["d2"]),
-        task("D3 · over the loss", loss_surface.SETTINGS["d3"], frames=config.frames),
-        task("F1 · 1-D regression", fc["1d"]),
-        task("F2 · 1-D, over-regularized", fc["1d-overregularized"]),
-        task("T1 · teacher-student, two layers", fc["two-layer"], seeds=8 * config.seeds),
-        task("T3 · teacher-student, three layers", fc["three-layer"]),
+        Task(title, replace(SETTINGS[name], **(common | of.get(name, {}))))
+        for name, title in TITLES.items()
     ]
 
 
@@ -139,42 +130,43 @@ def _quiet_chapter(task: Task) -> Chapter:
 
 def chapter_of(task: Task) -> Chapter:
     """Runs one setting, and compares each of its published numbers with the runs."""
-    finding = task.module.run(task.settings)
+    settings = task.settings
+    module = sys.modules[type(settings).__module__]  # not in the task: modules can't be pickled
+    finding = module.run(settings)
     rows = finding.rows
-    found = [verdicts.verdict(row, rows) for row in rows]
+    compared = [(row, verdicts.verdict(row, rows)) for row in rows if row.published is not None]
     evidence = [
-        verdicts.evidence(row, each, rows)
-        for row, each in zip(rows, found, strict=True)
-        if each is not None and each.word == verdicts.DIFFERS
+        verdicts.evidence(row, found, rows)
+        for row, found in compared
+        if found.word == verdicts.DIFFERS
     ]
-    diverged = any(row.published is not None and not len(row.values) for row in rows)
-    if diverged and isinstance(task.settings, diag_nets.Config):
-        evidence.append(survival(task.settings))
-    return Chapter(task.title, task.command, rows, found, finding.figures, evidence)
+    if isinstance(settings, diag_nets.Config) and not all(len(row.values) for row, _ in compared):
+        evidence.append(survival(settings))
+    command = f"python -m {module.__name__} --setting {settings.setting} --seeds {settings.seeds}"
+    return Chapter(task.title, command, compared, finding.figures, evidence)
 
 
 def survival(settings: diag_nets.Config) -> str:
     """What SGD does around the step size at which all seeds diverged, as a sentence of evidence."""
-    step_size, decay = settings.step_sizes[-1], settings.decay_times[-1]
     shares = (0.9, 0.92, 0.94, 0.96, 0.98)
+    last = lambda values: (values[-1],) * len(shares)
     near = replace(
         settings,
         exp_name=f"{settings.setting}-survival",
-        step_sizes=tuple(round(share * step_size, 4) for share in shares),
-        decay_times=(decay,) * len(shares),
-        decay_factors=(settings.decay_factors[-1],) * len(shares),
-        warmup_gains=(0.0,) * len(shares),
-        batch_sizes=(settings.batch_sizes[-1],) * len(shares),
+        step_sizes=tuple(round(share * settings.step_sizes[-1], 4) for share in shares),
+        decay_times=last(settings.decay_times),
+        decay_factors=last(settings.decay_factors),
+        warmup_gains=last(settings.warmup_gains),
+        batch_sizes=last(settings.batch_sizes),
         spectra_records=1,
     )
-    found = {(row.schedule, row.name): row for row in diag_nets.run(near).rows}
-    parts = []
-    for schedule in dict.fromkeys(schedule for schedule, _ in found):
-        test, support = found[schedule, "test_loss"], found[schedule, "support"]
-        parts.append(
-            f"{schedule}: {test.share_diverged:.0%} diverged, of the rest test loss "
-            f"{test.show(test.percentile(50))}, ‖u⊙v‖₀ {support.show(support.percentile(50))}"
-        )
+    rows = diag_nets.run(near).rows
+    supports = [row for row in rows if row.name == "support"]
+    parts = [
+        f"{test.schedule}: {test.share_diverged:.0%} diverged, of the rest test loss "
+        f"{test.show(test.percentile(50))}, ‖u⊙v‖₀ {support.show(support.percentile(50))}"
+        for test, support in zip((r for r in rows if r.name == "test_loss"), supports, strict=True)
+    ]
     return "SGD at smaller step sizes, same decay: " + "; ".join(parts) + "."
 
 

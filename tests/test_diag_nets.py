@@ -1,6 +1,5 @@
 """The command as its user runs it, in small."""
 
-import json
 from dataclasses import replace
 
 import jax
@@ -43,17 +42,14 @@ def test_the_run_folder_holds_everything(finding):
     assert names == {"config.json", "manifest.json", "summary.json", "results.nc", "figures"}
     figures = {path.name for path in (folder / "figures").iterdir()}
     assert figures == {"diag_nets_d1.png", "diag_nets_d1.pdf"}
-    assert json.loads((folder / "config.json").read_text())["seeds"] == 3
     start = records.read_json(folder / "manifest.json")["starts"][0]
-    assert start["seed"] == 0 and start["versions"]["jax"] and "finished" in start
-    assert len(start["devices"]) == 8
+    assert start["seed"] == 0 and start["versions"]["jax"] and len(start["devices"]) == 8
+    assert records.read_json(folder / "summary.json")["rows"][0]["values"] == 3
     with xarray.open_dataset(folder / "results.nc") as found:
-        assert found.identical(dataset) and found["train_loss"].dtype == float
+        assert found.identical(dataset)
     assert dataset["train_loss"].dims == ("seed", "schedule", "step")
     assert dataset["rank"].dims == ("seed", "schedule", "spectra_step")
-    assert dataset.sizes["spectra_step"] == 5
-    assert dataset["spectra_step"][0] == 0 and dataset["spectra_step"][-1] == dataset["step"][-1]
-    assert dataset["shown_rank"].dims == ("schedule", "step")
+    assert dataset["spectra_step"].size == 5 and dataset["spectra_step"][-1] == dataset["step"][-1]
 
 
 def test_what_is_recorded_is_what_it_is_called(finding):
@@ -101,10 +97,8 @@ def test_schedules_keep_their_order_and_gradient_descent_is_the_loop(finding):
 
 def test_diverged_runs_are_missing_values_and_are_counted(finding):
     dataset = finding.dataset
-    assert (
-        np.isnan(dataset["train_loss"][:, 2, -1]).all()
-        and np.isnan(dataset["rank"][:, 2, -1]).all()
-    )
+    assert np.isnan(dataset["train_loss"][:, 2, -1]).all()
+    assert np.isnan(dataset["rank"][:, 2, -1]).all()
     assert np.isfinite(dataset["train_loss"][:, [0, 1, 3]]).all()
     shares = {row.schedule: row.share_diverged for row in finding.rows}
     assert list(shares.values()) == [0.0, 0.0, 1.0, 0.0]
@@ -115,11 +109,8 @@ def test_diverged_runs_are_missing_values_and_are_counted(finding):
 
 
 def test_equal_schedules_have_labels_of_their_own():
-    equal = replace(
-        SMALL, step_sizes=(0.2, 0.2, 0.2, 0.5), **dict.fromkeys(["decay_times"], (1.0,) * 4)
-    )
-    labels = toys.resolve("diag_nets", replace(equal, batch_sizes=(1,) * 4), TOY).labels
-    assert len(set(labels)) == 4
+    equal = replace(SMALL, step_sizes=(0.2,) * 4, batch_sizes=(1,) * 4, decay_factors=(1.0,) * 4)
+    assert len(set(toys.resolve("diag_nets", equal, TOY).labels)) == 4
 
 
 def test_the_decay_comes_after_the_step_that_it_names():
@@ -131,36 +122,10 @@ def test_the_decay_comes_after_the_step_that_it_names():
     np.testing.assert_allclose(sizes, [0.282] * 4 + [0.282 / 4.8] * 2)
 
 
-@pytest.mark.parametrize(
-    ("wrong", "flag"),
-    [
-        ({"seeds": 0}, "--seeds"),
-        ({"step_sizes": (float("nan"),) * 4}, "--step_sizes"),
-        ({"decay_factors": (1.0,)}, "--decay_factors"),
-        ({"step_sizes": (), "decay_times": (), "decay_factors": ()}, "--step_sizes"),
-        ({"batch_sizes": (1, 1, 1, 21)}, "--batch_sizes"),
-        ({"support": 31}, "--support"),
-        ({"exp_name": "a/b"}, "--exp_name"),
-        ({"runs_dir": "gs://bucket/runs"}, "--runs_dir"),
-    ],
-)
-def test_bad_settings_are_refused_before_anything_is_written(wrong, flag, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=flag):
-        diag_nets.run(replace(SMALL, **wrong))
+def test_a_support_beyond_the_dimension_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="--support"):
+        diag_nets.run(replace(SMALL, support=31, runs_dir=str(tmp_path)))
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_papers_settings_are_recognized():
-    d1 = SETTINGS["d1"]
-    assert diag_nets.published(replace(d1, seeds=5, exp_name="x", runs_dir="y", spectra_records=3))
-    assert not diag_nets.published(replace(d1, n=81))
-    for name, setting in SETTINGS.items():
-        schedules = len(setting.step_sizes)
-        assert {len(values) for values in diag_nets.published(setting).values()} == {schedules}
-        assert setting.setting == name
-    plan = toys.resolve("diag_nets", d1, problems.PROBLEMS["diagonal"]())
-    assert len(plan.record_steps) == 348 and len(plan.spectra_steps) == 40
 
 
 def numpy_descent(steps, *, eta, momentum=0.0, decay=0.0, rho=0.0, examples=False, average=0.0):
@@ -186,13 +151,13 @@ def numpy_descent(steps, *, eta, momentum=0.0, decay=0.0, rho=0.0, examples=Fals
     return losses
 
 
-def losses_of(batch_size, at, **flags):
-    """Recorded losses of one run with a constant step size of 0.1."""
+def losses_of(at, **flags):
+    """Losses of full-batch descent at the steps `at`, with a constant step size of 0.1."""
     steps = int(at[-1]) + 1
-    shared = {"num_steps": steps, "batch_size": batch_size, "at": at, "snapshots_at": at[-1:]}
-    run = make_run(TOY, **shared, watched=False, descent=Descent(**flags))
+    probe = (lambda initial, params: TOY.mean_loss(params, TOY.train), at)
+    run = make_run(TOY, num_steps=steps, batch_size=20, probes=[probe], descent=Descent(**flags))
     constant = Schedule(*map(np.asarray, (0.1, 0.0, 1.0, steps, 1.0, 1.0)))
-    return np.asarray(jax.jit(run)(seed_keys(0, 1)[0], constant)[0]["train_loss"])
+    return np.asarray(jax.jit(run)(seed_keys(0, 1)[0], constant)[0])
 
 
 @pytest.mark.parametrize(
@@ -209,11 +174,11 @@ def losses_of(batch_size, at, **flags):
 def test_the_flags_of_descent_do_what_they_say(flags, loop):
     at = np.array([0, 1, 2, 50, 119])
     expected = numpy_descent(at, eta=0.1, **loop)
-    np.testing.assert_allclose(losses_of(20, at, **flags), expected, rtol=1e-8)
+    np.testing.assert_allclose(losses_of(at, **flags), expected, rtol=1e-8)
 
 
 def test_label_noise_and_the_valley_floor_are_there():
     at = np.array([0, 50, 999])
-    plain, noisy = losses_of(20, at), losses_of(20, at, label_noise=2.0)
+    plain, noisy = losses_of(at), losses_of(at, label_noise=2.0)
     assert plain[0] == noisy[0] and noisy[-1] > 10 * plain[-1]
-    assert (losses_of(20, at, valley_steps=300) < 0.2 * plain).all()
+    assert (losses_of(at, valley_steps=300) < 0.2 * plain).all()

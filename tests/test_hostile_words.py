@@ -31,8 +31,8 @@ def chapter(folder, word):
     figure = folder / f"f{word.replace('/', '')}.png"
     figure.write_bytes(b"png")
     row = Row(word, word, "loss", ".2g", 0.5, np.array([0.4, 0.6]), 0.0)
-    found = verdicts.Verdict(verdicts.DIFFERS, False, word, 0.5)
-    return report.Chapter(word, COMMAND, [row], [found], [figure], [word])
+    found = verdicts.Verdict(verdicts.DIFFERS, word, 0.5)
+    return report.Chapter(word, COMMAND, [(row, found)], [figure], [word])
 
 
 class Outline(HTMLParser):

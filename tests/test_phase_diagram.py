@@ -33,15 +33,14 @@ def finished(tmp_path_factory):
 def assert_cell(config, cell, seed, decay_time=0.5, **changes):
     """What the diagram has there is what a run alone gives."""
     toy, last = problems.PROBLEMS[config.problem](), np.array([config.num_steps - 1])
-    shared = {"num_steps": config.num_steps, "batch_size": 1, "at": last, "snapshots_at": last}
+    probes = [(toy.measure, last), (toy_runs.snapshot, last)]
+    run = toy_runs.make_run(toy, num_steps=config.num_steps, batch_size=1, probes=probes)
     point = {"step_size": 0.2, "warmup_gain": 0.0, "warmup_exponent": 1.0, "init_scale": 1.0}
     point |= {"decay_step": int(decay_time * config.num_steps), "decay_factor": 4.0} | changes
-    run = jax.jit(toy_runs.make_run(toy, **shared))
     schedule = toy_runs.Schedule(**{name: np.asarray(value) for name, value in point.items()})
-    rows, snapshots = run(toy_runs.seed_keys(0, 3)[seed], schedule)
-    for name in rows:
-        np.testing.assert_allclose(cell[name], rows[name][0], rtol=1e-9)
-    for name, value in toy.spectra(toy_runs.parameters(toy, snapshots[0])).items():
+    rows, snapshots = jax.jit(run)(toy_runs.seed_keys(0, 3)[seed], schedule)
+    spectra = toy.spectra(toy_runs.parameters(toy, snapshots[0]))
+    for name, value in ({name: row[0] for name, row in rows.items()} | spectra).items():
         np.testing.assert_allclose(cell[name], value, rtol=1e-9)
 
 
@@ -74,33 +73,17 @@ def test_the_folder_holds_figures_and_shares_and_is_read_again(finished, capsys)
     ("axis", "values"), [("decay_time", (0.3, 0.9)), ("init_scale", (0.5, 1.0))]
 )
 def test_every_axis_varies_what_it_names(axis, values, tmp_path):
-    config = replace(
-        SMALL,
-        problem="two-layer",
-        axis=axis,
-        values=values,
-        step_sizes=(0.1, 0.2),
-        runs_dir=str(tmp_path),
-    )
-    dataset = phase_diagram.run(config)
-    assert_cell(
-        config,
-        dataset.sel({"seed": 1, "step_size": 0.2, axis: values[0]}),
-        seed=1,
-        **{axis: values[0]},
-    )
+    where = {"problem": "two-layer", "axis": axis, "values": values, "runs_dir": str(tmp_path)}
+    config = replace(SMALL, **where, step_sizes=(0.1, 0.2))
+    dataset, changed = phase_diagram.run(config), {axis: values[0]}
+    assert_cell(config, dataset.sel(seed=1, step_size=0.2, **changed), seed=1, **changed)
 
 
 @pytest.mark.parametrize(
     ("wrong", "flag"),
     [
-        ({"values": ()}, "--values"),
         ({"axis": "init_scale", "values": (0.5, -1.0)}, "--values"),
-        ({"values": (1.5,)}, "--values"),
-        ({"values": (41.0,)}, "--values"),
         ({"axis": "init_scale", "batch_size": 41}, "--batch_size"),
-        ({"step_sizes": (float("nan"),)}, "--step_sizes"),
-        ({"trend_records": 4}, "--trend_records"),
         ({"num_steps": 30}, "--num_steps"),
     ],
 )

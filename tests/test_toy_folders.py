@@ -89,10 +89,9 @@ def test_a_finished_chunk_is_not_computed_again(whole, runs_dir):
     np.testing.assert_array_equal(more.max(("schedule", "step")), np.arange(130) < 128)
 
 
-@pytest.mark.parametrize("damage", [lambda x: x[: len(x) // 2], lambda x: x[:-40] + 40 * b"x"])
-def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, damage, caplog):
+def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, caplog):
     path = chunk_of(runs_dir)
-    path.write_bytes(damage(path.read_bytes()))
+    path.write_bytes(path.read_bytes()[:-40] + 40 * b"x")
     assert run(runs_dir)[1].identical(whole[1])
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
 
@@ -103,7 +102,7 @@ def test_chunks_of_other_settings_are_not_taken(runs_dir, change):
     path = runs_dir / "diag_nets" / "d1" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     plan = toys.resolve("diag_nets", replace(CONFIG, runs_dir=str(runs_dir), **change), TOY)
-    assert ensemble.results(plan).identical(ensemble.simulate(plan))
+    assert ensemble.results(plan).identical(ensemble.simulate(plan, {}, lambda: None))
 
 
 def test_a_finished_run_is_read_again(whole, capsys):
@@ -122,22 +121,17 @@ def test_other_settings_under_the_same_name_are_refused_by_flag(whole):
     assert run(whole[0].parents[1], seed=1, exp_name="two")[0].name == "two"
 
 
-@pytest.mark.parametrize("left", ["cut", "empty", "arrays.npz"])
-def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path, left):
-    """Cut short, or a folder of the version that wrote arrays.npz."""
+def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "diag_nets" / "d1")
-    content = (folder / "results.nc").read_bytes()
-    (folder / "results.nc").write_bytes(content[: len(content) // 2] if left == "cut" else b"")
-    if left == "arrays.npz":
-        (folder / "results.nc").rename(folder / "arrays.npz")
+    path = folder / "results.nc"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     with pytest.raises(ValueError, match=r"results\.nc") as refused:
         run(tmp_path)
     line = cli.describe(refused.value)
-    assert str(folder) in line and "--exp_name" in line and line.isprintable() and len(line) < 500
-    if left == "cut":  # what the message advises
-        assert run(tmp_path, exp_name="again")[1].identical(whole[1])
-        shutil.rmtree(folder)
-        assert run(tmp_path)[1].identical(whole[1])
+    assert str(folder) in line and "--exp_name" in line
+    assert run(tmp_path, exp_name="again")[1].identical(whole[1])  # what the message advises
+    shutil.rmtree(folder)
+    assert run(tmp_path)[1].identical(whole[1])
 
 
 def test_a_read_only_place_is_refused_before_anything_is_computed(tmp_path):

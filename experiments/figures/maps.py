@@ -79,14 +79,10 @@ def draw(fig: Any, ax: Any, panel: Map) -> None:
         ax.annotate(style.literal(label), (x, y), bbox=box, **place)
     ax.set(title=style.literal(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
     ax.grid(False)
-    bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9)
+    ticks = LogLocator(numticks=6) if panel.log_z else None  # of contours the default is one each
+    bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9, ticks=ticks)
     if panel.classes:
         bar.set_ticks(range(len(panel.classes)), labels=list(panel.classes))
-    elif panel.log_z and z.count():
-        powers = np.arange(np.ceil(np.log10(z.min())), np.floor(np.log10(z.max())) + 1)
-        if len(powers) > 1:
-            bar.set_ticks(10.0 ** powers[:: -(-len(powers) // 6)])
-            bar.minorticks_off()
 
 
 def curve_legend(fig: Any, labels: Sequence[str]) -> None:

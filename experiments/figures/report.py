@@ -12,12 +12,8 @@ from experiments.storage import records
 
 TITLE = "The paper's toy experiments, reproduced"
 HEADINGS = (
-    "setting",
-    "quantity",
-    "published",
-    "our median [5 %, 95 %]",
-    "diverged",
-    "verdict",
+    *("setting", "quantity", "published", "our median [5 %, 95 %]"),
+    *("diverged", "verdict"),
 )
 
 
@@ -26,15 +22,20 @@ class Chapter(NamedTuple):
 
     title: str
     command: str
-    rows: list[tables.Row]
-    verdicts: list[Verdict | None]  # one per row, None if nothing is published
+    compared: list[tuple[tables.Row, Verdict]]  # rows with a published number
     figures: list[Path]
     evidence: list[str]
 
 
 def write(folder: Path, seeds: int, chapters: Sequence[Chapter], seconds: float) -> None:
     """Writes verdicts.json, report.md and report.html; figures are embedded in both reports."""
-    records.write_json(folder / "verdicts.json", summary(chapters, seconds))
+    rows = [
+        {"chapter": chapter.title, "runs": len(row.values)} | row.entry() | found._asdict()
+        for chapter in chapters
+        for row, found in chapter.compared
+    ]
+    summary = {"score": score(chapters), "seconds": round(seconds, 1), "rows": rows}
+    records.write_json(folder / "verdicts.json", summary)
     for kind in ("md", "html"):
         text = rendered(kind, seeds, chapters, seconds)
         style.write(folder / f"report.{kind}", text.encode())
@@ -64,7 +65,7 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
 
 def score(chapters: Sequence[Chapter]) -> str:
     """How many of the published numbers agree, by kind."""
-    words = [found.word for chapter in chapters for found in chapter.verdicts if found]
+    words = [found.word for chapter in chapters for _, found in chapter.compared]
     inside, ordered = words.count(AGREES), words.count(ORDERED)
     share = (inside + ordered) / len(words)
     return (
@@ -90,7 +91,7 @@ def introduction(seeds: int, chapters: Sequence[Chapter], seconds: float) -> lis
 
 
 def table(chapter: Chapter) -> list[tuple[str, ...]]:
-    """Cells under HEADINGS, for the rows that have a published number."""
+    """Cells under HEADINGS, a line per published number."""
     return [
         (
             row.schedule,
@@ -100,20 +101,8 @@ def table(chapter: Chapter) -> list[tuple[str, ...]]:
             f"{row.share_diverged:.0%}",
             found.word + (f" ({found.confidence:.0%})" if found.word == ORDERED else ""),
         )
-        for row, found in zip(chapter.rows, chapter.verdicts, strict=True)
-        if found is not None and row.published is not None
+        for row, found in chapter.compared
     ]
-
-
-def summary(chapters: Sequence[Chapter], seconds: float) -> dict[str, Any]:
-    """The content of verdicts.json: the score, and every row with its verdict."""
-    rows = [
-        {"chapter": chapter.title, "runs": len(row.values)} | row.entry() | found._asdict()
-        for chapter in chapters
-        for row, found in zip(chapter.rows, chapter.verdicts, strict=True)
-        if found is not None
-    ]
-    return {"score": score(chapters), "seconds": round(seconds, 1), "rows": rows}
 
 
 def _escaped_for_markdown(value: Any) -> Any:

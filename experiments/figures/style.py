@@ -1,26 +1,21 @@
 """One look for all figures, whatever the user's settings of matplotlib are. No JAX."""
 
-import contextlib
 import functools
 import io
 import logging
-import os
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 from experiments.storage import files
 
 # Okabe & Ito's palette, which all common kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LOOK = Path(__file__).with_name("look.mplstyle")
-Options = ParamSpec("Options")
+Draw = TypeVar("Draw", bound=Callable[..., list[Path]])
 
 
-def drawing(
-    draw: Callable[Concatenate[Path, Options], list[Path]],
-) -> Callable[Concatenate[Path, Options], list[Path]]:
+def drawing(draw: Draw) -> Draw:
     """Runs `draw(path, ...)` in our look; if it fails, warns and returns no files.
 
     A run's results are saved before its figures are drawn, so a broken installation of fonts or a
@@ -28,33 +23,19 @@ def drawing(
     """
 
     @functools.wraps(draw)
-    def drawn(path: Path, *args: Options.args, **kwargs: Options.kwargs) -> list[Path]:
+    def drawn(path: Path, *args: Any, **kwargs: Any) -> list[Path]:
         try:
-            matplotlib = _matplotlib()
-            settings = matplotlib.rc_params_from_file(LOOK)  # over the defaults as released
-            with matplotlib.rc_context({k: v for k, v in settings.items() if k != "backend"}):
+            import matplotlib.style
+
+            # "default" are the settings as released: the user's would change the figure.
+            with matplotlib.style.context(["default", LOOK]):
                 return draw(path, *args, **kwargs)
         except Exception as error:  # fonts, disk, memory: whatever it is, the results are saved
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             logging.getLogger(__name__).warning("The figure %s is not drawn (%s)", path, reason)
             return []
 
-    return drawn
-
-
-def _matplotlib() -> Any:
-    """Imports matplotlib without the user's settings: a bad one would end the import."""
-    first = "matplotlib" not in sys.modules
-    users = {name: os.environ.get(name, "") for name in ("MPLBACKEND", "MATPLOTLIBRC")}
-    os.environ.update(MPLBACKEND="", MATPLOTLIBRC=os.devnull)
-    try:
-        import matplotlib
-    finally:
-        os.environ.update(users)
-    if first and users["MPLBACKEND"]:  # a notebook that plots after us needs its backend
-        with contextlib.suppress(ValueError):
-            matplotlib.rcParams["backend"] = users["MPLBACKEND"]
-    return matplotlib
+    return cast(Draw, drawn)
 
 
 def sheet(

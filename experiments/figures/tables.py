@@ -1,4 +1,4 @@
-"""The summary of an ensemble next to the published numbers, as JSON and as a table. No JAX."""
+"""Results of an ensemble: a table next to the published numbers, and curves. No JAX."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,10 +7,46 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from experiments.figures import plots, terminal
-from experiments.storage import records
 
 if TYPE_CHECKING:
     import xarray
+
+
+class Quantity(NamedTuple):
+    """How a variable is shown: its name, its format in a table, its axis in a figure."""
+
+    name: str
+    form: str
+    unit: str  # with a % in it, shares are drawn in percent
+    log: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name with a capital."""
+        return self.name[0].upper() + self.name[1:]
+
+    @property
+    def scale(self) -> float:
+        """What a figure multiplies the variable by."""
+        return 100.0 if "%" in self.unit else 1.0
+
+
+QUANTITIES = {
+    "train_loss": Quantity("training loss", ".2g", "loss", log=True),
+    "test_loss": Quantity("test loss", ".2g", "loss", log=True),
+    "noise_level": Quantity("training loss before the decay", ".2g", "loss", log=True),
+    "support": Quantity("‖u⊙v‖₀", ".0f", "entries of the predictor"),
+    "balancedness": Quantity("‖u² − v²‖₁", ".2g", "imbalance of the layers", log=True),
+    "rank": Quantity("Jacobian rank", ".0f", "rank"),
+    "gradient_dimension": Quantity("gradient dimension", ".0f", "units"),
+    "nuclear_norm": Quantity("Σ singular values of features", ".3g", "nuclear norm", log=True),
+    "effective_rank": Quantity("effective rank of features", ".2f", "entropy (nats)"),
+    "active_1": Quantity("active units, layer 1", ".1%", "share (%)"),
+    "active_2": Quantity("active units, layer 2", ".1%", "share (%)"),
+    "sparsity_1": Quantity("feature sparsity, layer 1", ".1%", "active entries (%)"),
+    "sparsity_2": Quantity("feature sparsity, layer 2", ".1%", "active entries (%)"),
+    "flips_1": Quantity("ReLUs flipped, layer 1", ".3f", "share (%)"),
+}
 
 
 class Finding(NamedTuple):
@@ -42,8 +78,10 @@ class Row(NamedTuple):
         levels = {f"p{level}": self.percentile(level) for level in (1, 5, 50, 95, 99)}
         return self._asdict() | {"values": len(self.values)} | levels
 
-    def show(self, value: float) -> str:
-        """A value in the quantity's format; a dash for NaN."""
+    def show(self, value: float | None) -> str:
+        """A value in the quantity's format; a dash for NaN, and nothing for None."""
+        if value is None:
+            return ""
         return "–" if np.isnan(value) else format(value, self.form)
 
     def interval(self) -> str:
@@ -53,27 +91,20 @@ class Row(NamedTuple):
 
 
 def rows(
-    dataset: "xarray.Dataset",
-    quantities: Mapping[str, tuple[str, str]],
-    published: Mapping[str, Sequence[float | None]],
+    dataset: "xarray.Dataset", names: Sequence[str], published: Mapping[str, Sequence[float | None]]
 ) -> list[Row]:
-    """A row per schedule and quantity (variable -> name and format) that the dataset has."""
+    """A row per schedule and variable, of the last record."""
     out = []
     diverged = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
     for j, schedule in enumerate(dataset["schedule"].values):
-        for name, (quantity, form) in quantities.items():
-            if name in dataset:
-                last = dataset[name].isel({dataset[name].dims[-1]: -1}).values[:, j]
-                paper = published[name][j] if name in published else None
-                values = last[np.isfinite(last) & ~diverged[:, j]]
-                share = float(diverged[:, j].mean())
-                out.append(Row(str(schedule), quantity, name, form, paper, values, share))
+        for name in names:
+            last = dataset[name].isel({dataset[name].dims[-1]: -1}).values[:, j]
+            paper = published[name][j] if name in published else None
+            values = last[np.isfinite(last) & ~diverged[:, j]]
+            share = float(diverged[:, j].mean())
+            quantity, form, *_ = QUANTITIES[name]
+            out.append(Row(str(schedule), quantity, name, form, paper, values, share))
     return out
-
-
-def write(folder: Path, rows: Sequence[Row]) -> None:
-    """Writes summary.json: every row with its percentiles and the number of its values."""
-    records.write_json(folder / "summary.json", {"rows": [row.entry() for row in rows]})
 
 
 def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:
@@ -89,26 +120,35 @@ def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:
         table.add_row(
             row.schedule if new else "",
             row.quantity,
-            "" if row.published is None else row.show(row.published),
+            row.show(row.published),
             row.interval(),
             f"{row.share_diverged:.0%}" if new else "",
         )
     terminal.show(table, folder)
 
 
-def diverged_panel(
-    dataset: "xarray.Dataset", marks: Mapping[str, Sequence[float]]
-) -> list[plots.Panel]:
-    """The share of diverged runs at each record; no panel if none diverges."""
-    share = 100 * dataset["train_loss"].isnull().mean(dim="seed").expand_dims(seed=1)
-    panel = plots.Panel("Diverged runs", "share (%)", lines(share), marks=marks, ylim=(-3, 103))
-    return [panel] if bool((share > 0).any()) else []
+def draw(
+    stem: Path,
+    dataset: "xarray.Dataset",
+    names: Sequence[str],
+    marks: Mapping[str, Sequence[float]],
+    title: str,
+) -> list[Path]:
+    """A panel per variable [seed, schedule, record], a label per schedule; STEM.png and STEM.pdf.
 
+    If runs diverged, a last panel shows how many.
+    """
 
-def lines(array: "xarray.DataArray") -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Curves for `plots.Panel`: by schedule, (records, values [seeds, records])."""
-    axis = array.dims[-1]
-    return {
-        str(schedule): (array[axis].values, array.values[:, j])
-        for j, schedule in enumerate(array["schedule"].values)
-    }
+    def panel(array: "xarray.DataArray", title: str, unit: str, **look) -> plots.Panel:
+        records, array = array[array.dims[-1]].values, array.transpose("schedule", "seed", ...)
+        lines = {str(each["schedule"].values): (records, each.values) for each in array}
+        return plots.Panel(title, unit, lines, marks=marks, **look)
+
+    panels = []
+    for name in names:
+        look = QUANTITIES[name]
+        panels.append(panel(look.scale * dataset[name], look.title, look.unit, log_y=look.log))
+    diverged = 100 * dataset["train_loss"].isnull().mean("seed").expand_dims(seed=1)
+    if bool((diverged > 0).any()):
+        panels.append(panel(diverged, "Diverged runs", "share (%)", ylim=(-3, 103)))
+    return plots.figure(stem, panels, title=title)

@@ -2,9 +2,9 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from experiments.toy.problems import Toy
 from experiments.toy.run import Descent, Schedule
 
 PLACE = ("exp_name", "runs_dir", "hosts")  # flags that say where, and not what
+DENSITY = ("seeds", "seed", "spectra_records", "gd_jitter", "grid", "low", "high", "frames")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Config:
     step_sizes: tuple[ranges.Positive, ...] = ()
     """Step size at the start of each schedule."""
     decay_times: tuple[ranges.Share, ...] = ()
-    """ranges.Share of the run after which each schedule decays; 1 is never."""
+    """Share of the run after which each schedule decays; 1 is never."""
     decay_factors: tuple[ranges.Positive, ...] = ()
     """What each schedule divides its step size by."""
     warmup_gains: tuple[ranges.AboveMinusOne, ...] = ()
@@ -73,7 +74,7 @@ class Config:
     hosts: Hosts = ALONE
 
 
-ConfigT = TypeVar("ConfigT", bound=Config)
+Published = Mapping[str, Sequence[float | None]]  # variable -> a number per schedule
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,10 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
     first, last = (0 if config.spectra_records > 1 else len(at) - 1), len(at) - 1
     spread = np.rint(np.linspace(first, last, config.spectra_records)).astype(int)
     labels = [label(config, j, examples) for j in range(len(config.step_sizes))]
+    # Labels are coordinates of the results, where equal ones could not be told apart.
     labels = [f"{x} #{j + 1}" if labels.count(x) > 1 else x for j, x in enumerate(labels)]
     decays = zip(labels, config.decay_times, config.decay_factors, strict=True)
+    fill = lambda value: jnp.full(len(labels), value)
     return Plan(
         config=config,
         toy=toy,
@@ -117,7 +120,14 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
         fingerprint=fingerprint(config),
         record_steps=at,
         spectra_steps=at[np.unique(spread)],
-        schedules=schedules(config),
+        schedules=Schedule(
+            jnp.asarray(config.step_sizes),
+            jnp.asarray(config.warmup_gains),
+            fill(config.warmup_exponent),
+            jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
+            jnp.asarray(config.decay_factors),
+            fill(config.init_scale),
+        ),
         groups={
             size: np.flatnonzero(np.equal(config.batch_sizes, size))
             for size in sorted(set(config.batch_sizes))
@@ -134,10 +144,13 @@ def fingerprint(config: Any) -> str:
     return hashlib.sha256(f"{jax.__version__} {flags}".encode()).hexdigest()
 
 
-def like(config: ConfigT, setting: ConfigT) -> ConfigT:
-    """`config` but for flags that say how often, where and how densely it is measured."""
-    free = (*PLACE, "seeds", "seed", "spectra_records", "gd_jitter")
-    return replace(config, **{field: getattr(setting, field) for field in free})
+def published(
+    config: Config, settings: Mapping[str, Config], numbers: Mapping[str, Published]
+) -> Published:
+    """The paper's numbers, if `config` is its setting: all flags but those of PLACE and DENSITY."""
+    setting, free = settings[config.setting], {*PLACE, *DENSITY}
+    same = lambda name: name in free or getattr(config, name) == getattr(setting, name)
+    return numbers[config.setting] if all(same(f.name) for f in fields(config)) else {}
 
 
 def record_steps(num_steps: int, logarithmic: bool) -> np.ndarray:
@@ -151,19 +164,6 @@ def record_steps(num_steps: int, logarithmic: bool) -> np.ndarray:
     intervals = 249 if num_steps > 50_000 else 150
     spread = np.rint(np.arange(intervals) * num_steps / intervals).astype(int)
     return np.union1d(np.arange(min(100, num_steps)), spread)
-
-
-def schedules(config: Config) -> Schedule:
-    """The points of the sweep, one per schedule."""
-    fill = lambda value: jnp.full(len(config.step_sizes), value)
-    return Schedule(
-        jnp.asarray(config.step_sizes),
-        jnp.asarray(config.warmup_gains),
-        fill(config.warmup_exponent),
-        jnp.asarray([int(share * config.num_steps) for share in config.decay_times]),
-        jnp.asarray(config.decay_factors),
-        fill(config.init_scale),
-    )
 
 
 def label(config: Config, j: int, examples: int) -> str:

@@ -4,21 +4,23 @@
 over seed, schedule and step, those of singular values over spectra_step.
 """
 
-from collections.abc import Callable
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from experiments.figures import progress, terminal
+from experiments.figures import progress, tables, terminal
 from experiments.launch import hosts, lock
 from experiments.launch.signals import Stopped, deferred
 from experiments.storage import arrays, records
-from experiments.toy import chunks
-from experiments.toy.config import PLACE, Plan
+from experiments.toy.config import PLACE, Plan, Published
 from experiments.toy.problems import Toy
-from experiments.toy.run import make_run, parameters, seed_keys
+from experiments.toy.run import make_run, parameters, seed_keys, snapshot
 from sgd_sparse_jax import train
 
 if TYPE_CHECKING:
@@ -26,6 +28,38 @@ if TYPE_CHECKING:
 
 RUNS_AT_A_TIME = 64  # per device: what fills a core
 SNAPSHOTS_AT_A_TIME = 256
+Chunk = dict[str, np.ndarray]
+
+
+class Chunks:
+    """Name of a chunk -> its arrays, in FOLDER/chunks/NAME.npz; the part of a dict that sweeps use.
+
+    The name has to identify all that the arrays depend on. A damaged file counts as missing, with a
+    warning in the log. With several hosts, process 0 writes, and all find what it finds.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder / "chunks"
+
+    def get(self, name: str) -> Chunk | None:
+        """The arrays; None if there are none."""
+        path, found = self.folder / f"{name}.npz", None
+        if hosts.is_first() and path.exists():
+            try:
+                found = arrays.read_npz(path)
+            except ValueError as error:
+                logging.getLogger(__name__).warning("%s; it is computed again.", error)
+        if hosts.agreed(found is not None) and found is None:
+            found = arrays.read_npz(path)
+        return found
+
+    def __setitem__(self, name: str, chunk: Chunk) -> None:
+        if hosts.is_first():
+            self.folder.mkdir(exist_ok=True)
+            arrays.write_npz(self.folder / f"{name}.npz", chunk)
+
+
+Store = Chunks | dict[str, Chunk]
 
 
 def results(plan: Plan) -> "xarray.Dataset":
@@ -33,10 +67,22 @@ def results(plan: Plan) -> "xarray.Dataset":
     return in_folder(plan.folder, plan.config, lambda *how: simulate(plan, *how))
 
 
+def summarized(
+    plan: Plan, names: Sequence[str], published: Published, title: str
+) -> tuple["xarray.Dataset", list[tables.Row]]:
+    """The plan's results, and a row per variable: process 0 prints them and writes summary.json."""
+    dataset = results(plan)
+    hosts.leave_the_rest_to_first()
+    rows = tables.rows(dataset, names, published)
+    records.write_json(plan.folder / "summary.json", {"rows": [row.entry() for row in rows]})
+    tables.show(plan.folder, rows, title=title)
+    return dataset, rows
+
+
 def in_folder(
     folder: Path,
     config: Any,
-    compute: Callable[[chunks.Store, Callable[[], None]], "xarray.Dataset"],
+    compute: Callable[[Store, Callable[[], None]], "xarray.Dataset"],
 ) -> "xarray.Dataset":
     """`compute(store, on_chunk)`, saved in the run's folder; read from there if it is finished.
 
@@ -61,81 +107,82 @@ def in_folder(
 
         def finish() -> None:
             arrays.save_dataset(folder, dataset)
-            records.finish_manifest(folder)
-            chunks.drop(folder)
+            records.finish_manifest(folder)  # before the chunks go: a kill in between loses nothing
+            drop_chunks()
 
+        drop_chunks = lambda: shutil.rmtree(folder / "chunks", ignore_errors=True)
         hosts.on_first(lambda: records.open_run(folder, config, may_change=PLACE))
         if records.is_finished(folder):
             terminal.show(f"{folder} is finished: its results are shown again.")
-            hosts.on_first(lambda: chunks.drop(folder))
+            hosts.on_first(drop_chunks)
             return arrays.load_dataset(folder)
         hosts.on_first(start)
-        dataset = compute(chunks.Chunks(folder), stop_if_requested)
+        dataset = compute(Chunks(folder), stop_if_requested)
         hosts.on_first(finish)
     return dataset
 
 
-def simulate(
-    plan: Plan, store: chunks.Store | None = None, on_chunk: Callable[[], None] = lambda: None
-) -> "xarray.Dataset":
-    """All seeds x schedules, blocks of seeds at a time, a share of each on every device.
+def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.Dataset":
+    """All seeds x schedules, chunks of seeds at a time, a share of each on every device.
 
-    Finished blocks are found in `store`, others are added; `on_chunk()` is called after each.
+    Finished chunks are found in `store`, others are added; `on_chunk()` is called after each.
     """
-    store = {} if store is None else store
-    seeds, spectra, parts = plan.config.seeds, make_spectra(plan.toy), []
+    config, at, spectra, parts = plan.config, plan.record_steps, make_spectra(plan.toy), []
+    seeds, keys = config.seeds, seed_keys(config.seed, config.seeds)
     with progress.of_runs(seeds * len(plan.labels)) as advance:
         for batch_size, members in plan.groups.items():
-            width = min(seeds, max(1, RUNS_AT_A_TIME * jax.device_count() // len(members)))
-            compute, blocks = make_block(plan, batch_size, width, spectra), []
+            run = make_run(
+                plan.toy,
+                num_steps=config.num_steps,
+                batch_size=batch_size,
+                probes=[(plan.toy.measure, at), (snapshot, at)],
+                gd_jitter=config.gd_jitter,
+                descent=plan.descent,
+            )
+            sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
+            points = jax.tree.map(itemgetter(members), plan.schedules)
+            done, width = [], max(1, RUNS_AT_A_TIME * jax.device_count() // len(members))
+            width = min(seeds, width)
             for first in range(0, seeds, width):
                 name = f"{plan.fingerprint}-batch{batch_size}-seeds{first}-{first + width}"
-                block = store.get(name)
-                if block is None:
-                    block = store[name] = compute(first)
-                blocks.append(block)
-                advance(len(block["end/theta"]) * len(members))
+                chunk = store.get(name)
+                if chunk is None:
+                    # The last chunk repeats early seeds: another width would be another program,
+                    # in which chaotic runs end elsewhere.
+                    places = np.arange(first, first + width) % seeds
+                    chunk = _reduced(plan, first, *sweep(keys[places], points), spectra)
+                    store[name] = chunk
+                done.append(chunk)
+                advance(len(chunk["end/theta"]) * len(members))
                 on_chunk()
-            found = {name: [b[name] for b in blocks if name in b] for name in blocks[0]}
+            # What is shown of one seed is in the first chunk alone.
+            found = {name: [c[name] for c in done if name in c] for name in done[0]}
             parts.append({name: np.concatenate(each) for name, each in found.items()})
     order = np.argsort(np.concatenate(list(plan.groups.values())))
     whole = {name: np.concatenate([p[name] for p in parts], 1)[:, order] for name in parts[0]}
     return _dataset(plan, whole)
 
 
-def make_block(
-    plan: Plan, batch_size: int, width: int, spectra: Callable
-) -> Callable[[int], chunks.Chunk]:
-    """The schedules of one batch size, in one program: first of `width` seeds -> arrays.
+def _reduced(
+    plan: Plan, first: int, measured: Chunk, snapshots: np.ndarray, spectra: Callable
+) -> Chunk:
+    """What is kept of a chunk of seeds that begins with `first`: snapshots at all steps are large.
 
-    These are [seeds, schedules, ...] under AXIS/NAME, by their further axis: "step",
-    "spectra_step", "end" (of the run); "shown" are all records of one seed, in the first block.
+    Arrays [seeds, schedules, ...] under AXIS/NAME, by their further axis: "step", "spectra_step",
+    "end" (of the run); "shown" are all records of one seed, in the first chunk.
     """
-    config, at, members = plan.config, plan.record_steps, plan.groups[batch_size]
-    steps = {"num_steps": config.num_steps, "at": at, "snapshots_at": at}
-    batches = {"batch_size": batch_size, "gd_jitter": config.gd_jitter}
-    run = make_run(plan.toy, **steps, **batches, descent=plan.descent)
-    points = jax.tree.map(lambda leaf: leaf[members], plan.schedules)
-    sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
-    keys = seed_keys(config.seed, config.seeds)
-
-    def block_from(first: int) -> chunks.Chunk:
-        places = np.arange(first, first + width) % config.seeds  # the last repeats early seeds
-        measured, snapshots = sweep(keys[places], points)
-        sampled = spectra(snapshots[:, :, np.isin(at, plan.spectra_steps)])
-        block = {f"step/{name}": values for name, values in measured.items()}
-        block |= {f"spectra_step/{name}": values for name, values in sampled.items()}
-        block |= {"end/theta": snapshots[:, :, [0, -1]]}
-        block = {name: values[: config.seeds - first] for name, values in block.items()}
-        if first == 0:
-            finite = np.isfinite(measured["train_loss"]).all((1, 2))
-            seed = int(np.argmax(finite))  # the first that diverged in no schedule, else seed 0
-            shown = {"theta": snapshots[[seed]], **spectra(snapshots[[seed]])}
-            shown["seed"] = np.full((1, len(members)), seed)
-            block |= {f"shown/{name}": values for name, values in shown.items()}
-        return block
-
-    return block_from
+    sampled = spectra(snapshots[:, :, np.isin(plan.record_steps, plan.spectra_steps)])
+    chunk = {f"step/{name}": values for name, values in measured.items()}
+    chunk |= {f"spectra_step/{name}": values for name, values in sampled.items()}
+    chunk |= {"end/theta": snapshots[:, :, [0, -1]]}
+    chunk = {name: values[: plan.config.seeds - first] for name, values in chunk.items()}
+    if first == 0:
+        finite = np.isfinite(measured["train_loss"]).all((1, 2))
+        seed = int(np.argmax(finite))  # the first that diverged in no schedule, else seed 0
+        shown = {"theta": snapshots[[seed]], **spectra(snapshots[[seed]])}
+        shown["seed"] = np.full((1, snapshots.shape[1]), seed)
+        chunk |= {f"shown/{name}": values for name, values in shown.items()}
+    return chunk
 
 
 def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
@@ -162,30 +209,37 @@ def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     return spectra
 
 
-def _dataset(plan: Plan, whole: chunks.Chunk) -> "xarray.Dataset":
+def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
     """Labels the axes; records of a run that diverged are NaN from there on."""
     import xarray
 
+    axes = {  # of the arrays under AXIS/
+        "step": ("seed", "schedule", "step"),
+        "spectra_step": ("seed", "schedule", "spectra_step"),
+        "end": ("seed", "schedule", "end", "parameter"),
+        "shown": ("schedule", "step", "parameter"),
+    }
     lost = diverged(whole["step/train_loss"])
-    sampled = np.isin(plan.record_steps, plan.spectra_steps)
-    lost_at = {"step": lost, "spectra_step": lost[..., sampled]}
+    lost_at = {
+        "step": lost,
+        "spectra_step": lost[..., np.isin(plan.record_steps, plan.spectra_steps)],
+    }
     variables: dict = {}
     for path, array in whole.items():
         axis, name = path.split("/")
         if axis == "shown":
-            axes = ("schedule", "step", "parameter")[: array.ndim - 1]
-            variables[f"shown_{name}"] = (axes, array[0])
-        elif axis == "end":
-            variables[name] = (("seed", "schedule", "end", "parameter"), array)
-        else:
-            variables[name] = (("seed", "schedule", axis), np.where(lost_at[axis], np.nan, array))
-    steps = {"step": plan.record_steps, "spectra_step": plan.spectra_steps}
+            name, array = f"shown_{name}", array[0]
+        elif axis in lost_at:
+            array = np.where(lost_at[axis], np.nan, array)
+        variables[name] = (axes[axis][: array.ndim], array)
     coords = {
         "seed": np.arange(plan.config.seeds),
         "schedule": plan.labels,
+        "step": plan.record_steps,
+        "spectra_step": plan.spectra_steps,
         "end": ["start", "end"],
     }
-    return xarray.Dataset(variables, coords | steps)
+    return xarray.Dataset(variables, coords)
 
 
 def diverged(losses: np.ndarray) -> np.ndarray:

@@ -1,6 +1,5 @@
-"""The paper's toy problems: data, network, and what is watched in it."""
+"""The paper's toy problems: data, network, and what is measured in it."""
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -18,13 +17,15 @@ from sgd_sparse_jax.types import Batch, LossFn, Network, Params, Scalar
 SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # float64 is part of these definitions
 RANK_TOL = 1e-4
 
+MakeNetwork = Callable[[ArrayLike], Network]  # of the scale of its initialization
+
 
 class Toy(NamedTuple):
     """All that a sweep over schedules and seeds does not vary."""
 
     train: Batch
     test: Batch
-    network: Callable[[ArrayLike], Network]  # of the scale of its initialization
+    network: MakeNetwork
     loss: LossFn
     watch: Callable[[Params, Params], dict]  # (initial, current): cheap, taken at every record
     spectra: Callable[[Params], dict]  # singular values: taken at some of them
@@ -39,6 +40,14 @@ class Toy(NamedTuple):
     def mean_loss(self, params: Params, batch: Batch) -> Scalar:
         """The loss over all of `batch`."""
         return self.loss(self.predict(params, batch.x), batch.y).mean()
+
+    def measure(self, initial: Params, params: Params) -> dict:
+        """Both losses and `watch`: the probe of every run."""
+        losses = {
+            "train_loss": self.mean_loss(params, self.train),
+            "test_loss": self.mean_loss(params, self.test),
+        }
+        return losses | self.watch(initial, params)
 
 
 def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float = 0.1) -> Toy:
@@ -63,8 +72,9 @@ def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float =
     return Toy(*_batches(drawn), network, half_squared, watch, spectra, decay_after_step=True)
 
 
-def regression_1d(units: int = 100) -> Toy:
-    """F1, F2: twelve points on a line; w1 = +-2.5, b1 = 2.5 N(0, 1), w2 = 4 N(0, 1), ReLU."""
+def regression_1d() -> Toy:
+    """F1, F2: twelve points on a line, 100 ReLUs; w1 = +-2.5, b1 = 2.5 N(0, 1), w2 = 4 N(0, 1)."""
+    units = 100
     network = lambda scale: from_linen(
         MLP(
             (units,),
@@ -74,43 +84,39 @@ def regression_1d(units: int = 100) -> Toy:
         )
     )
     train, test = _batches(data.regression_1d())
-    kept = partial(measure.distinct_units, corr_threshold=0.999)
+    distinct = partial(measure.distinct_units, corr_threshold=0.999)
+    features = _watch_features(network, train, corr_threshold=0.999)
 
-    def gradient_dimension(params: Params):
+    def watch(initial: Params, params: Params) -> dict:
         predict = lambda p, x: network(1.0).apply(p, {}, x).out
         rows = measure.jacobian(predict, params, train.x)
-        return {
-            "gradient_dimension": measure.gradient_dimension(
-                kept,
-                rows.reshape(len(rows), 3, units),  # bias, weight, outgoing weight
-            )
-        }
+        rows = rows.reshape(len(rows), 3, units)  # bias, weight, outgoing weight
+        dimension = measure.gradient_dimension(distinct, rows)
+        return {"gradient_dimension": dimension} | features(initial, params)
 
     low, high = float(train.x.min()), float(train.x.max())
+    # As many points as parameters: fewer would bound the rank of the Jacobian.
     points = jnp.linspace(low, high, 3 * units)[:, None]
-    watch = _watch_features(network, train, corr_threshold=0.999, more=gradient_dimension)
     spectra = _two_layer_spectra(network, train, points)
     return Toy(train, test, network, squared, watch, spectra, decay_after_step=False)
 
 
-def two_layer(units: int = 20) -> Toy:
-    """T1: teacher-student on the circle, weights N(0, .5^2) and 0, no biases."""
+def two_layer() -> Toy:
+    """T1: teacher-student on the circle, 20 ReLUs, weights N(0, .5^2) and 0, no biases."""
     network = lambda scale: from_linen(
-        MLP((units,), biases=False, kernel_init=(gaussian(0.5 * scale), gaussian(0.0)))
+        MLP((20,), biases=False, kernel_init=(gaussian(0.5 * scale), gaussian(0.0)))
     )
     train, test = _batches(data.teacher_student(1, n=15))
     watch = _watch_features(network, train)
-    spectra = _two_layer_spectra(network, train, test.x[: 3 * units])
+    spectra = _two_layer_spectra(network, train, test.x[:60])  # the number of parameters
     return Toy(train, test, network, squared, watch, spectra, decay_after_step=False)
 
 
-def three_layer(widths: tuple[int, int] = (10, 10)) -> Toy:
-    """T3: teacher-student in five dimensions, weights N(0, .8^2), torch's default biases."""
-    network = lambda scale: from_linen(MLP(widths, kernel_init=gaussian(0.8 * scale)))
+def three_layer() -> Toy:
+    """T3: teacher-student in five dimensions, 10 + 10 ReLUs, N(0, .8^2), torch's default biases."""
+    network = lambda scale: from_linen(MLP((10, 10), kernel_init=gaussian(0.8 * scale)))
     train, test = _batches(data.teacher_student(6, n=50, teacher=data.DEEP_TEACHER))
-    sizes = (train.x.shape[1], *widths, 1)
-    parameters = sum((i + 1) * o for i, o in itertools.pairwise(sizes))
-    points = test.x[: min(parameters, 1000)]
+    points = test.x[:181]  # the number of parameters
 
     def spectra(params: Params) -> dict:
         apply = network(1.0).apply
@@ -141,27 +147,26 @@ def _batches(drawn: data.Problem) -> tuple[Batch, Batch]:
     return as_batch(drawn.train), as_batch(drawn.test)
 
 
-def _watch_features(network, train: Batch, *, corr_threshold: float = 0.99, more=lambda params: {}):
+def _watch_features(network: MakeNetwork, train: Batch, *, corr_threshold: float = 0.99):
     """Per hidden layer: share of active units, feature sparsity, ReLUs flipped since the start."""
 
     def watch(initial: Params, params: Params) -> dict:
-        features = lambda params: network(1.0).apply(params, {}, train.x).features
-        seen: dict = more(params)
+        features = lambda params: network(1.0).apply(params, {}, train.x).features.values()
+        seen: dict = {}
         for layer, (phi, before) in enumerate(
-            zip(features(params).values(), features(initial).values(), strict=True), 1
+            zip(features(params), features(initial), strict=True), 1
         ):
-            active, distinct = measure.feature_sparsity(
+            # Signed: the paper's code counts what isn't zero here, what is positive in deep nets.
+            seen[f"active_{layer}"], seen[f"sparsity_{layer}"] = measure.feature_sparsity(
                 measure.unit_rows(phi), corr_threshold, signed=True
             )
-            seen[f"active_{layer}"] = active
-            seen[f"sparsity_{layer}"] = distinct
             seen[f"flips_{layer}"] = measure.relu_flips(before, phi)
         return seen
 
     return watch
 
 
-def _two_layer_spectra(network, train: Batch, points: jax.Array):
+def _two_layer_spectra(network: MakeNetwork, train: Batch, points: jax.Array):
     """Jacobian rank at `points`; nuclear norm of the features times their outgoing weights."""
 
     def spectra(params: Params) -> dict:

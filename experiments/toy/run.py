@@ -1,7 +1,7 @@
 """One run of a toy problem as a function of its key and its schedule: what a sweep maps over."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from experiments.toy.problems import Toy
 from sgd_sparse_jax import data, measure, train
-from sgd_sparse_jax.types import Batch, Noise, Params, TrainState
+from sgd_sparse_jax.types import Batch, Params, TrainState
 
 
 class Descent(NamedTuple):
@@ -53,54 +53,48 @@ def step_size(schedule: Schedule, toy: Toy, num_steps: int) -> optax.Schedule:
     return decayed(train.power_warmup(size, gain, exponent, num_steps), schedule, toy)
 
 
-def optimizer(schedule: Schedule, toy: Toy, descent: Descent, num_steps: int):
-    """SGD with the schedule's step sizes, momentum and weight decay."""
-    decay = [optax.add_decayed_weights(descent.weight_decay)] if descent.weight_decay else []
-    sizes = step_size(schedule, toy, num_steps)
-    return optax.chain(*decay, optax.sgd(sizes, momentum=descent.momentum or None))
-
-
-def ascent(descent: Descent) -> Callable | None:
-    """The gradient maker of `make_step`: SAM's, or None for the plain one."""
-    makers = {"batch": train.sharpness_aware, "examples": train.example_sharpness_aware}
-    return makers[descent.sam_of](descent.sam_rho) if descent.sam_rho else None
-
-
-def label_noise(schedule: Schedule, toy: Toy, descent: Descent) -> Noise | None:
-    """Noise on labels that decays with the step size; None for none."""
-    if not descent.label_noise:
-        return None
-    constant = lambda step: jnp.asarray(descent.label_noise)
-    return data.gaussian_label_noise(decayed(constant, schedule, toy))
-
-
 def make_run(
     toy: Toy,
     *,
     num_steps: int,
     batch_size: int,
-    at: np.ndarray,
-    snapshots_at: np.ndarray,
+    probes: Sequence[tuple[Callable[[Params, Params], Any], np.ndarray]],
     gd_jitter: float = 0.0,
-    watched: bool = True,
     descent: Descent = PLAIN,
-):
-    """(key, schedule) -> (records at `at`, parameters [snapshots, p] at `snapshots_at`) of one run.
+) -> Callable[[jax.Array, Schedule], tuple]:
+    """run(key, schedule) -> the records of each probe.
 
-    Every record has the losses, and those of `toy.watch` unless `watched` is False.
+    A probe is (f, steps): f(initial, params) is taken before each of the increasing steps. `params`
+    are the weights, their average or the valley floor below them, as `descent` chooses.
     """
+    # The thresholds of supports and ranks are below float32's resolution.
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
     n = len(toy.train.y)
     everything = batch_size == n
+    ascents = {"batch": train.sharpness_aware, "examples": train.example_sharpness_aware}
+
+    def measured(state: TrainState) -> Params:
+        if descent.valley_steps:
+            loss = lambda params: toy.mean_loss(params, toy.train)
+            return measure.valley_floor(loss, state.params, num_steps=descent.valley_steps)
+        return state.average if descent.average else state.params
+
+    def fetch(key, idx) -> Batch:
+        return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
 
     def run(key: jax.Array, schedule: Schedule):
         drawing, running, jittering = jr.split(key, 3)
         network = toy.network(schedule.init_scale)
-        tx = optimizer(schedule, toy, descent, num_steps)
+        sizes = step_size(schedule, toy, num_steps)
+        # Not `momentum=0.0`: optax would keep a trace of zeros in the state of every run.
+        tx = optax.sgd(sizes, momentum=descent.momentum or None)
+        if descent.weight_decay:
+            tx = optax.chain(optax.add_decayed_weights(descent.weight_decay), tx)
         initial, _ = network.init(drawing, toy.train.x)
-        if everything:
-            initial = _jittered(jittering, initial, gd_jitter)
+        if everything:  # gradient descent draws nothing: this is its seed
+            flat, unravel = ravel_pytree(initial)
+            initial = unravel(flat * (1 + gd_jitter * jr.normal(jittering, flat.shape, flat.dtype)))
         averaged = bool(descent.average)
         state = train.init_state(
             drawing, network, tx, toy.train.x, averaged=averaged, params=initial
@@ -109,35 +103,18 @@ def make_run(
             train.make_objective(network, toy.loss),
             tx,
             ema_decay=descent.average if averaged else None,
-            gradient=ascent(descent),
+            gradient=ascents[descent.sam_of](descent.sam_rho) if descent.sam_rho else None,
         )
-
-        def measured(state: TrainState) -> Params:
-            if descent.valley_steps:
-                loss = lambda params: toy.mean_loss(params, toy.train)
-                return measure.valley_floor(loss, state.params, num_steps=descent.valley_steps)
-            return state.average if descent.average else state.params
-
-        def record(state: TrainState) -> dict:
-            params = measured(state)
-            losses = {
-                "train_loss": toy.mean_loss(params, toy.train),
-                "test_loss": toy.mean_loss(params, toy.test),
-            }
-            return losses | (toy.watch(initial, params) if watched else {})
-
-        def fetch(key, idx) -> Batch:
-            return toy.train if everything else Batch(toy.train.x[idx], toy.train.y[idx])
-
+        noise = None
+        if descent.label_noise:
+            level = lambda step: jnp.asarray(descent.label_noise)
+            noise = data.gaussian_label_noise(decayed(level, schedule, toy))
         _, records = train.record_run(
             running,
             train.full_batch(n) if everything else train.with_replacement(n, batch_size),
-            train.make_segment(step, fetch, noise=label_noise(schedule, toy, descent)),
+            train.make_segment(step, fetch, noise=noise),
             state,
-            [
-                train.Probe(record, at),
-                train.Probe(lambda state: ravel_pytree(measured(state))[0], snapshots_at),
-            ],
+            [train.Probe(lambda state, f=f: f(initial, measured(state)), at) for f, at in probes],
             num_steps,
         )
         return records
@@ -145,9 +122,9 @@ def make_run(
     return run
 
 
-def _jittered(key: jax.Array, params: Params, jitter: float) -> Params:
-    flat, unravel = ravel_pytree(params)
-    return unravel(flat * (1 + jitter * jr.normal(key, flat.shape, flat.dtype)))
+def snapshot(initial: Params, params: Params) -> jax.Array:
+    """A probe of all parameters, [p]; `parameters` is its inverse."""
+    return ravel_pytree(params)[0]
 
 
 def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:
