@@ -33,6 +33,7 @@ class Config(toys.Config):
     """u at initialization; v is 0."""
 
 
+# The step sizes and decays of the released notebooks.
 SETTINGS = {
     "d1": Config(
         step_sizes=(0.25, 0.282, 0.282, 0.282),
@@ -81,14 +82,8 @@ def run(config: Config) -> tables.Finding:
     ranges.check(config)
     if config.support > config.d:
         raise ValueError(f"--support is {config.support}, more than --d {config.d}.")
-    toy = problems.diagonal(
-        n=config.n,
-        d=config.d,
-        support=config.support,
-        data_seed=config.data_seed,
-        alpha=config.alpha,
-    )
-    plan = toys.resolve("diag_nets", config, toy)
+    problem = {name: getattr(config, name) for name in ("n", "d", "support", "data_seed", "alpha")}
+    plan = toys.resolve("diag_nets", config, problems.diagonal(**problem))
     published = toys.published(config, SETTINGS, PUBLISHED)
     title = f"Diagonal nets, {config.seeds} seeds"
     dataset, rows = ensemble.summarized(plan, COLUMNS, published, title)

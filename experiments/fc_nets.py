@@ -33,9 +33,10 @@ ONE_D = Config(
     step_sizes=(2e-4, 2e-4),
     decay_times=(0.02, 0.5),
     decay_factors=(2.5, 3.0),
+    # The notebook's warm-up grows as 1 + (400 f - 1) t up to the decay at f.
     warmup_gains=(400 * 0.02 - 1, 400 * 0.5 - 1),
     batch_sizes=(1, 1),
-    num_steps=31_623,
+    num_steps=31_623,  # 10 ** 4.5
 )
 SETTINGS = {
     "1d": ONE_D,
@@ -169,7 +170,7 @@ def draw_neurons(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> list
     ]
     title = f"Incoming weights of each unit, seed {seed}"
     colours = {"path": "0.7", "teacher": "black"}
-    return plots.figure(stem, panels, columns=4, title=title, colours=colours)
+    return plots.figure(stem, panels, title=title, colours=colours)
 
 
 if __name__ == "__main__":

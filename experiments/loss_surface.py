@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.figures import animation, maps, plots, tables
+from experiments.figures import maps, plots, tables
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.ranges import CountOrNone, Finite, TwoOrMore
 from experiments.toy import config as toys, ensemble, problems, run as toy_runs
@@ -99,6 +99,7 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
     """The plane through initialization, sparse solution and end of the flow, and all over it."""
     snapshots = jnp.asarray(dataset["shown_theta"].values)
     unravel = lambda theta: toy_runs.parameters(toy, theta)
+    # The minimum with u = v >= 0, of all that u * v = θ* allows the one of least norm.
     root = jnp.sqrt(jnp.asarray(data.sparse_regression(0, n=20, d=30, support=3).target))
     sparse, flow = {"u": root, "v": root}, unravel(snapshots[0, -1])
     plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)
@@ -115,7 +116,7 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
         measure.loss_map(jax.jit(lambda params: toy.mean_loss(params, batch)), plane, at, at)
     )
     places = np.asarray(jax.jit(jax.vmap(jax.vmap(place)))(snapshots))
-    paths = dict(zip(WAYS, places, strict=True))
+    paths: dict[str, np.ndarray] = dict(zip(WAYS, places, strict=True))
     points = {"init": plane.origin, "flow": flow, "√θ*": sparse}
     seeds = dataset["shown_seed"].values.astype(int)  # GD and SGD may show different ones
     return Surface(
@@ -143,7 +144,7 @@ def draw(folder: Path, surface: Surface, frames: int) -> list[Path]:
             "towards the flow's solution",
             surface.at,
             surface.at,
-            np.clip(z, 1e-7, 100.0),
+            np.clip(z, 1e-7, 100.0),  # the contours' range; √θ* itself has loss 0
             zlabel="½ mean squared error",
             log_z=True,
             overlay={way: (path[:, 0], path[:, 1]) for way, path in surface.paths.items()},
@@ -169,7 +170,7 @@ def draw(folder: Path, surface: Surface, frames: int) -> list[Path]:
         ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
         titles = [f"Training loss, step {surface.steps[end - 1]:,}" for end in ends]
         path = folder / "loss_surface.gif"
-        figures += animation.write(path, planes[0], ends.tolist(), titles)
+        figures += maps.animate(path, planes[0], ends.tolist(), titles)
     return figures
 
 

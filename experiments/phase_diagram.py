@@ -158,7 +158,7 @@ def simulate(
             num_steps=config.num_steps,
             batch_size=batch_size,
             probes=[(train_loss, at), (toy.measure, last), (toy_runs.snapshot, last)],
-            gd_jitter=1e-9,
+            gd_jitter=1e-9,  # as in the other experiments
         )
         losses, found, snapshots = train.sweep(
             run,
@@ -196,6 +196,7 @@ def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     def panel(title: str, z: np.ndarray, zlabel: str = "", **look) -> maps.Map:
         return maps.Map(title, "step size", AXES[config.axis], x, y, z.T, zlabel, **look)
 
+    # No median of codes: a point of as many converged as period-2 runs isn't stabilized.
     codes = dataset["outcome"].values
     counts = np.stack([(codes == code).sum(0) for code in range(len(measure.OUTCOMES))])
     panels = [

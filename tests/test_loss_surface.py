@@ -40,10 +40,3 @@ def test_the_surface_is_the_loss_and_the_path_lies_where_it_was(finding):
     i = np.abs(surface.at).argmin()
     assert abs(np.log(surface.train[i, i] / flow[0][0])) < 0.7
     assert surface.test[:, -1].min() < surface.test[:, 0].min()  # the right edge is nearer to √θ*
-
-
-@pytest.mark.parametrize(("flag", "value"), [("low", 3.0), ("step_sizes", (0.1,))])
-def test_bad_settings_are_refused_before_anything_is_written(flag, value, tmp_path):
-    with pytest.raises(ValueError, match=f"--{flag}"):
-        loss_surface.run(replace(SMALL, runs_dir=str(tmp_path), **{flag: value}))
-    assert list(tmp_path.iterdir()) == []

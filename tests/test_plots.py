@@ -10,7 +10,7 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from experiments.figures import animation, maps, plots
+from experiments.figures import maps, plots
 
 X = np.arange(8)
 
@@ -49,8 +49,9 @@ def test_curves_are_the_median_and_the_band_of_the_finite_runs(tmp_path, figures
     y[0] = np.inf
     lines, points = {"many": (X, y), "one": (X, X)}, {"data": (X, -X)}
     drawn = plots.Panel("T", "y", lines, xlabel="x", marks={"one": [2]}, points=points)
-    plots.figure(tmp_path / "f", [drawn], colours={"data": "black"})
-    (ax,) = figures[0].axes
+    plots.figure(tmp_path / "f", [drawn, panel("a", square=3.0)], colours={"data": "black"})
+    ax, square = figures[0].axes
+    assert square.get_aspect() == 1 and square.get_xlim() == square.get_ylim() == (-3, 3)
     assert (ax.get_title(), ax.get_xlabel(), ax.get_ylabel()) == ("T", "x", "y")
     median, single, mark, dots = ax.get_lines()
     low, middle, high = np.percentile(y[1:], (5, 50, 95), axis=0)
@@ -100,12 +101,6 @@ def test_what_an_axis_cannot_show_is_a_gap(tmp_path, figures, log_y):
     want[3] = want[6] = np.nan
     np.testing.assert_array_equal(axes["one run"].get_lines()[0].get_ydata(), want)
     assert {ax.get_yscale() for ax in axes.values()} == {"log" if log_y else "linear"}
-
-
-def test_a_square_panel_has_one_scale(tmp_path, figures):
-    plots.figure(tmp_path / "f", [panel("a", square=3.0)])
-    (ax,) = figures[0].axes
-    assert ax.get_aspect() == 1 and ax.get_xlim() == ax.get_ylim() == (-3, 3)
 
 
 def test_a_map_shows_its_values_where_its_axes_say(figures, tmp_path):
@@ -177,7 +172,7 @@ def draw_all(folder):
     paths = [
         *plots.figure(folder / "new" / "a.b", [panel("ηθ", log_y=True)], title="cost: 5 $"),
         *maps.figure(folder / "maps", [cells(z, log_z=True), cells(z, classes="abcde")]),
-        *animation.write(folder / "a.gif", cells(z, overlay=over), [2, 4, 6], ["Same"] * 3),
+        *maps.animate(folder / "a.gif", cells(z, overlay=over), [2, 4, 6], ["Same"] * 3),
     ]
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 

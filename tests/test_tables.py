@@ -1,7 +1,6 @@
 """Our numbers next to the published ones, on any terminal."""
 
 import io
-import os
 import subprocess
 import sys
 
@@ -88,25 +87,3 @@ def test_output_that_nobody_takes_ends_no_run(redirect):
     run = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert run.returncode == 0
     assert len(run.stderr.splitlines()) == (redirect == ">/dev/full")
-
-
-@pytest.mark.slow
-def test_a_command_finishes_in_odd_surroundings(tmp_path):
-    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.family: none\n")
-    odd = {
-        "MPLBACKEND": "module://matplotlib_inline.no_such_backend",
-        "MATPLOTLIBRC": str(tmp_path),
-        "PYTHONIOENCODING": "ascii",
-        "LC_ALL": "C",
-        "TERM": "dumb",
-        "COLUMNS": "1",
-    }
-    flags = "--n 10 --d 12 --support 3 --seeds 2 --num_steps 300 --spectra_records 2 --exp_name ⊙"
-    command = [sys.executable, "-m", "experiments.diag_nets", *flags.split()]
-    run = subprocess.run(
-        [*command, "--runs_dir", str(tmp_path)], env=os.environ | odd, capture_output=True
-    )
-    assert (run.returncode, run.stderr) == (0, b"")
-    assert b"median [5 %, 95 %]" in run.stdout
-    figures = {path.name for path in (tmp_path / "diag_nets" / "⊙" / "figures").iterdir()}
-    assert figures == {"diag_nets_d1.png", "diag_nets_d1.pdf"}

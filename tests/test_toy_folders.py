@@ -4,15 +4,12 @@ import json
 import os
 import shutil
 import signal
-import threading
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from experiments import diag_nets
-from experiments.launch import cli
 from experiments.launch.signals import Stopped
 from experiments.storage import arrays, records
 from experiments.toy import config as toys, ensemble, problems
@@ -38,20 +35,13 @@ def whole(tmp_path_factory, compiled_once):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, compiled_once):
-    """A run that got SIGTERM in its first chunk."""
-    runs_dir = tmp_path_factory.mktemp("stopped")
-    folder = runs_dir / "diag_nets" / "d1"
-
-    def terminate():
-        while not (folder / "manifest.json").exists():
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=terminate)
-    thread.start()
-    with pytest.raises(Stopped):
+    """A run that got SIGTERM when its first chunk was on disk."""
+    runs_dir, write = tmp_path_factory.mktemp("stopped"), arrays.write_npz
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+        patch.setattr(arrays, "write_npz", lambda *what: (write(*what), terminate()))
         run(runs_dir)
-    thread.join()
+    folder = runs_dir / "diag_nets" / "d1"
     assert len(list((folder / "chunks").iterdir())) == 1 and not records.is_finished(folder)
     return runs_dir
 
@@ -67,11 +57,6 @@ def test_seeds_do_not_depend_on_how_many_there_are_nor_on_chunks(whole, tmp_path
         np.testing.assert_allclose(few[name], whole[1][name][:2], rtol=1e-10, atol=1e-14)
 
 
-def chunk_of(runs_dir):
-    (path,) = (runs_dir / "diag_nets" / "d1" / "chunks").glob("*.npz")
-    return path
-
-
 def test_a_run_that_was_stopped_continues_to_the_same_numbers(whole, runs_dir, caplog):
     folder = runs_dir / "diag_nets" / "d1"
     scratch = [folder / "chunks" / f".x.npz-{32 * 'a'}", folder / f".config.json-{32 * '0'}"]
@@ -83,25 +68,25 @@ def test_a_run_that_was_stopped_continues_to_the_same_numbers(whole, runs_dir, c
 
 
 def test_a_finished_chunk_is_not_computed_again(whole, runs_dir):
-    chunk = arrays.read_npz(chunk_of(runs_dir))
-    arrays.write_npz(chunk_of(runs_dir), chunk | {"step/support": chunk["step/support"] + 1})
+    (path,) = runs_dir.glob("diag_nets/d1/chunks/*.npz")
+    chunk = arrays.read_npz(path)
+    arrays.write_npz(path, chunk | {"step/support": chunk["step/support"] + 1})
     more = run(runs_dir)[1]["support"] - whole[1]["support"]
     np.testing.assert_array_equal(more.max(("schedule", "step")), np.arange(130) < 128)
 
 
 def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, caplog):
-    path = chunk_of(runs_dir)
+    (path,) = runs_dir.glob("diag_nets/d1/chunks/*.npz")
     path.write_bytes(path.read_bytes()[:-40] + 40 * b"x")
     assert run(runs_dir)[1].identical(whole[1])
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"step_sizes": (0.2, 0.282, 0.282, 0.282)}])
-def test_chunks_of_other_settings_are_not_taken(runs_dir, change):
+def test_chunks_of_other_settings_are_not_taken(runs_dir):
     """As where somebody copies a folder to start from, and edits its config.json."""
     path = runs_dir / "diag_nets" / "d1" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    plan = toys.resolve("diag_nets", replace(CONFIG, runs_dir=str(runs_dir), **change), TOY)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
+    plan = toys.resolve("diag_nets", replace(CONFIG, runs_dir=str(runs_dir), seed=1), TOY)
     assert ensemble.results(plan).identical(ensemble.simulate(plan, {}, lambda: None))
 
 
@@ -118,29 +103,14 @@ def test_other_settings_under_the_same_name_are_refused_by_flag(whole):
     with pytest.raises(ValueError, match="seed 0 -> 1") as refused:
         run(whole[0].parents[1], seed=1)
     assert str(whole[0]) in str(refused.value) and "spectra_records" not in str(refused.value)
-    assert run(whole[0].parents[1], seed=1, exp_name="two")[0].name == "two"
 
 
 def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "diag_nets" / "d1")
     path = folder / "results.nc"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=r"results\.nc") as refused:
+    with pytest.raises(ValueError, match="--exp_name") as refused:
         run(tmp_path)
-    line = cli.describe(refused.value)
-    assert str(folder) in line and "--exp_name" in line
-    assert run(tmp_path, exp_name="again")[1].identical(whole[1])  # what the message advises
-    shutil.rmtree(folder)
+    assert str(path) in str(refused.value)
+    shutil.rmtree(folder)  # what the message advises
     assert run(tmp_path)[1].identical(whole[1])
-
-
-def test_a_read_only_place_is_refused_before_anything_is_computed(tmp_path):
-    tmp_path.chmod(0o500)
-    user = os.geteuid()
-    try:
-        os.seteuid(user or 65534)  # root may write anywhere
-        with pytest.raises(OSError) as refused:
-            run(tmp_path)
-    finally:
-        os.seteuid(user)
-    assert str(tmp_path) in cli.describe(refused.value) and not list(tmp_path.iterdir())

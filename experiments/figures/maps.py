@@ -1,5 +1,6 @@
-"""Maps: values over two axes as cells or contours, with a colour bar. No JAX."""
+"""Maps: values over two axes as cells or contours, and curves that grow on one. No JAX."""
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +9,7 @@ import numpy as np
 
 from experiments.figures import style
 
+# Of Okabe & Ito's palette (see `style`), from blue to red in the order of measure.OUTCOMES.
 CLASS_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
 CURVE_COLOURS = (style.COLOURS[0], style.COLOURS[4], style.COLOURS[1])
 
@@ -46,6 +48,38 @@ def figure(
     return style.save(fig, stem)
 
 
+@style.drawing
+def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str]) -> list[Path]:
+    """Writes a GIF of twelve frames a second that holds its last frame for two seconds.
+
+    Frame i shows the first `lengths[i]` points of the overlay's curves, under `titles[i]`.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    fig, (ax,) = style.sheet(1, 1, (4.2, 3.6), None)
+    fig.set_dpi(120)
+    canvas = FigureCanvasAgg(fig)
+    draw(fig, ax, frame)
+    curve_legend(fig, list(frame.overlay))
+    canvas.draw()
+    fig.set_layout_engine("none")  # or the map would move as the title changes
+    images = []
+    for length, title in zip(lengths, titles, strict=True):
+        ax.set_title(style.literal(title))
+        for curve, (x, y) in zip(ax.lines, frame.overlay.values(), strict=False):
+            curve.set_data(x[:length], y[:length])
+        canvas.draw()
+        images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+    # Pillow itself, not matplotlib's PillowWriter: that gives all frames one duration.
+    duration = [1000 // 12] * (len(images) - 1) + [2000]
+    content = io.BytesIO()
+    images[0].save(
+        content, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
+    )
+    return [style.write(path, content.getvalue())]
+
+
 def draw(fig: Any, ax: Any, panel: Map) -> None:
     """Draws one map, and next to it the colour bar or the names of its classes."""
     from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
@@ -55,6 +89,7 @@ def draw(fig: Any, ax: Any, panel: Map) -> None:
     look: dict[str, Any] = {"cmap": "Greys" if panel.filled else "viridis"}
     if panel.classes:
         count = len(panel.classes)
+        # Bounds between the codes: the colour of a class doesn't depend on which others occur.
         look["cmap"] = ListedColormap(list(CLASS_COLOURS[:count]))
         look["norm"] = BoundaryNorm(np.arange(count + 1) - 0.5, count)
     elif panel.log_z:

@@ -23,12 +23,12 @@ class Panel(NamedTuple):
 
     title: str
     ylabel: str
-    lines: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    lines: Mapping[str, Any]
     xlabel: str = "SGD step"
     log_y: bool = False
     log_x: bool = False
     marks: Mapping[str, Sequence[float]] = {}
-    points: Mapping[str, tuple[np.ndarray, np.ndarray]] = {}
+    points: Mapping[str, Any] = {}
     ylim: tuple[float, float] | None = None
     square: float | None = None
 
@@ -82,7 +82,7 @@ def _draw(ax: Any, panel: Panel, looks: Mapping[str, Mapping[str, Any]]) -> None
         reach = (-panel.square, panel.square)
         ax.set(xlim=reach, ylim=reach, aspect="equal")
     if panel.log_x:
-        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xscale("symlog", linthresh=1)  # step 0 has a place
     if panel.log_y:
         ax.set_yscale("log")
 

@@ -39,7 +39,7 @@ class Live:
         self.since = done, time.perf_counter()
         self.numbers = ""
         self.board = None
-        if board:
+        if board:  # of the extra `tensorboard`
             from tensorboardX import SummaryWriter
 
             self.board = SummaryWriter(str(board))

@@ -45,6 +45,18 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
     """The report as "md" or "html"; all texts are escaped, so that none is taken for mark-up."""
     import jinja2
 
+    introduction = [
+        score(chapters),
+        f"{seeds} seeds per schedule (T1: {8 * seeds}), of the initialization where it is random "
+        "and of SGD; the data are the paper's. The original printed one seed. Runs with large "
+        "steps are chaotic: rounding decides where a run ends, on the original's machine as on "
+        "this one. So a published number agrees when it lies inside the 1-99 % range of our runs "
+        "that did not diverge, or else when the order to the setting's first schedule (of the "
+        "first: to the last) is the published one with a bootstrap confidence of 95 % or more. "
+        "Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
+        f"Made in {seconds:.0f} s, including compilation and figures (finished settings are read "
+        "and not run again).",
+    ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=kind == "html",
@@ -54,7 +66,7 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
     )
     return environment.get_template(f"report.{kind}.j2").render(
         title=TITLE,
-        introduction=introduction(seeds, chapters, seconds),
+        introduction=introduction,
         headings=HEADINGS,
         chapters=chapters,
         table=table,
@@ -72,22 +84,6 @@ def score(chapters: Sequence[Chapter]) -> str:
         f"{inside + ordered} of {len(words)} published numbers agree ({share:.0%}): {inside} lie "
         f"inside our 1-99 % range, {ordered} more stand in the claimed order."
     )
-
-
-def introduction(seeds: int, chapters: Sequence[Chapter], seconds: float) -> list[str]:
-    """The paragraphs above the tables."""
-    return [
-        score(chapters),
-        f"{seeds} seeds per schedule (T1: {8 * seeds}), of the initialization where it is random "
-        "and of SGD; the data are the paper's. The original printed one seed. Runs with large "
-        "steps are chaotic: rounding decides where a run ends, on the original's machine as on "
-        "this one. So a published number agrees when it lies inside the 1-99 % range of our runs "
-        "that did not diverge, or else when the order to the setting's first schedule (of the "
-        "first: to the last) is the published one with a bootstrap confidence of 95 % or more. "
-        "Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
-        f"Made in {seconds:.0f} s, including compilation and figures (finished settings are read "
-        "and not run again).",
-    ]
 
 
 def table(chapter: Chapter) -> list[tuple[str, ...]]:
@@ -113,6 +109,7 @@ def _escaped_for_markdown(value: Any) -> Any:
     return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
 
 
+# Figures inside the page: a report is one file that can be sent.
 def _data_uri(path: Path) -> str:
     kind = path.suffix.removeprefix(".")
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -35,7 +35,7 @@ QUANTITIES = {
     "train_loss": Quantity("training loss", ".2g", "loss", log=True),
     "test_loss": Quantity("test loss", ".2g", "loss", log=True),
     "noise_level": Quantity("training loss before the decay", ".2g", "loss", log=True),
-    "support": Quantity("‖u⊙v‖₀", ".0f", "entries of the predictor"),
+    "support": Quantity("‖u⊙v‖₀", ".0f", "non-zero entries"),
     "balancedness": Quantity("‖u² − v²‖₁", ".2g", "imbalance of the layers", log=True),
     "rank": Quantity("Jacobian rank", ".0f", "rank"),
     "gradient_dimension": Quantity("gradient dimension", ".0f", "units"),
@@ -95,6 +95,7 @@ def rows(
 ) -> list[Row]:
     """A row per schedule and variable, of the last record."""
     out = []
+    # Values of a run that diverged late may still be finite, and are left out all the same.
     diverged = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
     for j, schedule in enumerate(dataset["schedule"].values):
         for name in names:
@@ -148,6 +149,7 @@ def draw(
     for name in names:
         look = QUANTITIES[name]
         panels.append(panel(look.scale * dataset[name], look.title, look.unit, log_y=look.log))
+    # A seed axis of length 1: there is no band.
     diverged = 100 * dataset["train_loss"].isnull().mean("seed").expand_dims(seed=1)
     if bool((diverged > 0).any()):
         panels.append(panel(diverged, "Diverged runs", "share (%)", ylim=(-3, 103)))

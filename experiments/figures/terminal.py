@@ -23,8 +23,7 @@ def show(*parts: Any) -> None:
             console.print(part) if isinstance(part, Table) else print(part)
         if sys.stdout:  # None if closed
             sys.stdout.flush()
-    except UnicodeError as error:
+    except (OSError, UnicodeError) as error:
         logging.getLogger(__name__).warning("Standard output can't show the results (%s)", error)
-    except OSError as error:
-        logging.getLogger(__name__).warning("Standard output fails (%s)", error)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, OSError):  # or each further line would be another warning
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -28,9 +28,10 @@ def verdict(row: Row, rows: Sequence[Row]) -> Verdict:
     quantity; its confidence is the share of bootstrap resamples of both sets of seeds whose medians
     stand in the published order. A published value stands for all that round to its digits.
     """
-    half_digit = 0.5 * 10.0 ** int(Decimal(str(row.published)).as_tuple().exponent)
+    published = row.published or 0.0
+    half_digit = 0.5 * 10.0 ** int(Decimal(str(published)).as_tuple().exponent)
     low, high = row.percentile(1) - half_digit, row.percentile(99) + half_digit
-    inside = len(row.values) >= ENOUGH and low <= row.published <= high
+    inside = len(row.values) >= ENOUGH and low <= published <= high
     same = [other for other in rows if other.name == row.name and other.published is not None]
     other = same[-1] if row is same[0] else same[0]
     confidence = order_confidence(row, other)

@@ -150,7 +150,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                     # The last chunk repeats early seeds: another width would be another program,
                     # in which chaotic runs end elsewhere.
                     places = np.arange(first, first + width) % seeds
-                    chunk = _reduced(plan, first, *sweep(keys[places], points), spectra)
+                    chunk = _reduced(plan, first, spectra, *sweep(keys[places], points))
                     store[name] = chunk
                 done.append(chunk)
                 advance(len(chunk["end/theta"]) * len(members))
@@ -164,7 +164,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
 
 
 def _reduced(
-    plan: Plan, first: int, measured: Chunk, snapshots: np.ndarray, spectra: Callable
+    plan: Plan, first: int, spectra: Callable, measured: Chunk, snapshots: np.ndarray
 ) -> Chunk:
     """What is kept of a chunk of seeds that begins with `first`: snapshots at all steps are large.
 

@@ -30,19 +30,23 @@ class Descent(NamedTuple):
 PLAIN = Descent()
 
 
+Leaf = jax.Array | np.ndarray  # of schedules: scalars, or one value per schedule
+
+
 class Schedule(NamedTuple):
     """eta (1 + gain t^exponent), t = step / num_steps, up to `decay_step`; then over the factor."""
 
-    step_size: jax.Array
-    warmup_gain: jax.Array
-    warmup_exponent: jax.Array
-    decay_step: jax.Array
-    decay_factor: jax.Array
-    init_scale: jax.Array
+    step_size: Leaf
+    warmup_gain: Leaf
+    warmup_exponent: Leaf
+    decay_step: Leaf
+    decay_factor: Leaf
+    init_scale: Leaf
 
 
 def decayed(start: optax.Schedule, schedule: Schedule, toy: Toy) -> optax.Schedule:
     """`start`, over the schedule's factor from its decay on."""
+    # Not optax.piecewise_constant_schedule: that branches in Python on its factors.
     boundary = schedule.decay_step + toy.decay_after_step
     return train.piecewise_decay(start, [boundary], [schedule.decay_factor])
 
