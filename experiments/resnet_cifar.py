@@ -5,8 +5,7 @@
         --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 --l2_reg=0.0 \\
         --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg
 
-The flags are those of the released code. The same command again continues from the newest
-checkpoint.
+The flags are the released code's. The same command again continues from the newest checkpoint.
 """
 
 from collections.abc import Sequence

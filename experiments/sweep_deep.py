@@ -4,7 +4,7 @@
         --lr_schedule constant piecewise_05epochs --l2_reg 0.0005 --exp_name sota_setting
 
 Every flag of experiments.resnet_cifar takes several values here. The same command again runs what
-is missing. A run that diverges is a result: it is in the table, and the others go on.
+is missing. A run that diverges is a result: it is in the table, and the others continue.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ def run(grid: Any) -> Path:
     settings = expand(grid)
     for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
         setup.validate(config)
-    for first, *_ in settings.values():
+    for first, *_ in settings.values():  # seeds share their data and sizes
         setup.resolve(first)  # missing data, too large a batch
     folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
     everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
@@ -113,7 +113,7 @@ def expand(grid: Any) -> dict[str, list[Config]]:
         chosen = dict(zip(varied, point, strict=True))
         label = ", ".join(f"{name} {value}" for name, value in chosen.items()) or "one setting"
         suffix = "".join(f"-{k}{v}" for k, v in chosen.items() if k not in IN_NAME)
-        name = grid.exp_name + suffix.replace("/", "_")
+        name = grid.exp_name + suffix.replace("/", "_")  # of --model_path
         settings[label] = [
             Config(**single | chosen | {"exp_name": name, "seed": seed})
             for seed in dict.fromkeys(grid.seed)

@@ -18,7 +18,7 @@ TEXT = SCRIPT.read_text(encoding="utf-8")
 
 @pytest.fixture
 def submit(tmp_path):
-    """(shell commands in place of srun's) -> exit code, words of the srun and scontrol calls."""
+    """(shell commands in place of srun's) -> exit code, the arguments of srun and scontrol."""
     for name, ending in (("srun", 'eval "$FAKE_SRUN"'), ("scontrol", "exit $FAKE_SCONTROL")):
         fake = tmp_path / "bin" / name
         fake.parent.mkdir(exist_ok=True)
@@ -70,10 +70,10 @@ def test_the_processes_get_the_signals_that_the_shell_handles(submit):
 def test_every_start_is_the_same_command_in_the_same_place(submit, tmp_path):
     environment = tmp_path / "environment"
     commands = f'echo "$JAX_COMPILATION_CACHE_DIR" > "{environment}"; exit 0'
-    _, words, _ = submit(commands, "--lr_init=0.75", "--exp_name=two words")
-    at = words.index("python")
-    assert words[at : at + 3] == ["python", "-m", "experiments.resnet_cifar"]
-    config = cli.parse(resnet_cifar.Config, words[at + 3 :])
+    _, called, _ = submit(commands, "--lr_init=0.75", "--exp_name=two words")
+    at = called.index("python")
+    assert called[at : at + 3] == ["python", "-m", "experiments.resnet_cifar"]
+    config = cli.parse(resnet_cifar.Config, called[at + 3 :])
     assert config.hosts.distributed and not config.hosts.coordinator
     assert (config.lr_init, config.exp_name) == (0.75, "two words")
     assert config.runs_dir == str(tmp_path / "shared runs")

@@ -24,16 +24,16 @@ class Config:
     """Trains an image classifier as the paper's deep experiments do."""
 
     dataset: str = "cifar10"
-    """Data set: cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
-    cifar10_dog_cat, gaussians_binary, uniform_noise; NAME_gs for grey-scale."""
+    """cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
+    cifar10_dog_cat, gaussians_binary or uniform_noise; NAME_gs for grey-scale."""
     frac_train: ranges.PositiveShare = 1.0
     """Share of the training set to use: its first part."""
     p_label_noise: ranges.Share = 0.0
-    """Share of training labels that are wrong from the start."""
+    """Share of training labels that are wrong, the same ones throughout training."""
     noise_type: Literal["sym", "asym"] = "sym"
-    """Wrong labels: sym, uniform among the others; asym, what the class is mistaken for."""
+    """Wrong labels: sym, uniform over the other classes; asym, the class it is confused with."""
     sgd_p_label_noise: ranges.Share = 0.0
-    """Share of each batch's labels drawn anew, uniform over all classes, at every step."""
+    """Share of each batch's labels that are replaced at every step, uniform over all classes."""
     ln_schedule: str = "constant"
     """Schedule of sgd_p_label_noise, by the names of lr_schedule."""
     no_data_augm: bool = False
@@ -52,7 +52,7 @@ class Config:
     model_path: str = ""
     """Start from the weights of this run folder, or of one of its saved states."""
     epochs: ranges.Count = 100
-    """Length of the run, which the schedule is stretched over."""
+    """Length of the run and of its schedule."""
     batch_size: ranges.Count = 128
     """Examples per step, over all devices."""
     lr_init: ranges.Positive = 0.1
@@ -70,48 +70,47 @@ class Config:
     swa_tau: ranges.Fraction = 0.999
     """Decay of the moving average of the weights, taken at every step."""
     eval_iter_freq: ranges.CountOrAll = -1
-    """Steps between evaluations, a checkpoint follows each; -1: every 5 epochs."""
+    """Steps between evaluations, each followed by a checkpoint; -1: every 5 epochs."""
     batch_size_eval: ranges.Count = 512
     """Images per evaluation batch."""
     n_final_eval: ranges.CountOrAll = 10_000
-    """Test images that an evaluation sees (-1: all)."""
+    """Test images of an evaluation (-1: all)."""
     sparsity_images: ranges.Count = 10_752
-    """Training images for training loss, error and sparsity (21 batches of 512)."""
+    """Training images for loss, error and sparsity (21 batches of 512)."""
     bn_images: ranges.Count = 5120
-    """Training images for the averaged weights' BatchNorm moments; after all epochs, all."""
+    """Training images for the averaged weights' BatchNorm moments; all after the last epoch."""
     jacobian_examples: ranges.CountOrNone = 0
-    """Training images for the rank of the Jacobian, in float64 (0: no rank; slow above 50)."""
+    """Training images for the rank of the Jacobian, in float64 (0: off; slow above 50)."""
     jacobian_tol: ranges.Positive = 1e-4
-    """The rank counts singular values above this multiple of the largest."""
+    """Singular values above this multiple of the largest count for the rank."""
     save_model_each_k_epochs: ranges.CountOrNone = 0
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
     max_steps: ranges.CountOrNone = 0
-    """Stop after so many steps (0: all epochs); a later call may raise it and goes on."""
+    """Stop after this step (0: after all epochs); a later start with a larger one continues."""
     save_every_seconds: Annotated[float, ranges.Range(0, math.inf, "[]")] = 300.0
-    """Between evaluations, seconds from one checkpoint to the next (0: after every call)."""
+    """Seconds between checkpoints from one evaluation to the next (0: after every call)."""
     keep: ranges.Count = 2
-    """How many of the newest checkpoints stay."""
+    """Number of newest checkpoints that are kept."""
     fork_from: str = ""
-    """Begin at a saved state of this run folder, which may have had other settings."""
+    """Start from a saved state of this run folder, with other flags."""
     fork_step: ranges.CountOrNone = 0
-    """The step of that state; steps are counted on from there."""
+    """The step of that state, from which steps count on."""
     steps_per_call: ranges.CountOrNone = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
     deterministic: bool = False
-    """Two runs of one command give the same metrics, byte for byte: times are left out, and
-    accelerators sum in a fixed order."""
+    """Byte-for-byte reproducible metrics: no times, and accelerators sum in a fixed order."""
     seed: ranges.Seed = 0
     """Seed of initialization, order of examples, augmentation and label noise."""
     exp_name: str = "other"
-    """Name of the experiment; the run's folder adds the settings that tell runs apart."""
+    """Name of the experiment, with which the run's folder begins."""
     data_dir: str = ""
-    """Where the data are (else TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    """Folder of the data (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     runs_dir: str = "runs"
-    """Where run folders go."""
+    """Folder of the run folders."""
     tensorboard: bool = False
-    """Write the rows for TensorBoard too, under tensorboard/ in the run's folder."""
+    """Also write metrics for TensorBoard, under tensorboard/ in the run's folder."""
     debug: bool = False
-    """Stop at the first operation that makes a NaN, with a traceback (slow)."""
+    """Stop at the first operation that returns NaN, with a traceback (slow)."""
     hosts: Hosts = ALONE
 
 

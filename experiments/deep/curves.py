@@ -16,7 +16,7 @@ def rows_of(folder: Path) -> Rows:
     """The evaluations of a run, one at least."""
     rows = records.read_records(folder)
     if not rows:
-        raise ValueError(f"{folder} has lost its metrics.jsonl; remove that folder and run again.")
+        raise ValueError(f"{folder} has no records in metrics.jsonl; remove it and run again.")
     return rows
 
 
@@ -77,6 +77,7 @@ def _panel(title: str, unit: str, curves: Mapping[str, tuple[Sequence[Rows], str
         epochs = np.array([row["epoch"] for row in longest], float)
         values = np.full((len(runs), len(longest)), np.nan)
         for i, rows in enumerate(runs):
+            # jacobian_rank and window_loss are missing from some rows.
             values[i, : len(rows)] = [row.get(name, np.nan) for row in rows]
         lines[label] = epochs, values
     return plots.Panel(title, unit, lines, "epoch", log_y=unit in ("nats", "Euclidean norm"))

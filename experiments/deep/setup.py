@@ -33,7 +33,7 @@ Weights = tuple[types.Params, types.Stats]
 class Plan:
     """A run, ready to start; its seeds are split once, its schedules built once."""
 
-    config: Config
+    config: Config  # as given: what saved states and config.json are compared with
     folder: Path
     about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
     images: data.Images  # the training set, cut to its share and with its wrong labels
@@ -42,7 +42,7 @@ class Plan:
     network: types.Network
     weights: Weights | None  # initial weights that replace the drawn ones
     parent: Path | None  # the saved state to fork from
-    step_size: optax.Schedule
+    step_size: optax.Schedule  # of `tx`; rows record its value
     tx: optax.GradientTransformation
     noise: types.Noise | None
     sampler: types.Sampler
@@ -60,7 +60,7 @@ class Plan:
 def validate(config: Config) -> None:
     """Raises ValueError for flags that can't be met, whatever the data; touches nothing."""
     flags.check(config)
-    build(config, classes=2)
+    build(config, classes=2)  # names, widths and schedules are wrong whatever the data
     schedules(config, steps_per_epoch=1)
     with naming("runs_dir or --exp_name"):
         train.checkpoint_path(flags.folder_of(config))
@@ -98,6 +98,7 @@ def resolve(config: Config) -> Plan:
     model = build(config, classes)
     network = models.from_linen(model)
     step_size, label_noise = schedules(config, steps_per_epoch)
+    # fold_in(key, 1) is split(key)[1] in JAX: keys of one level are all made in one way.
     init_key, train_key, eval_key = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
@@ -123,7 +124,7 @@ def resolve(config: Config) -> Plan:
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         num_steps=num_steps,
-        evaluations=frozenset({*range(0, num_steps, eval_every), num_steps}),
+        evaluations=frozenset({*range(0, num_steps, eval_every), num_steps}),  # first and last
         kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
         # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
         steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
@@ -188,6 +189,7 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, opt
 def optimizer(config: Config, step_size: optax.Schedule) -> optax.GradientTransformation:
     """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too."""
     penalty = optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity()
+    # Momentum 0.0 would allocate a trace as large as the weights; None has none.
     return optax.chain(penalty, optax.sgd(step_size, momentum=config.momentum or None))
 
 
@@ -240,14 +242,13 @@ def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> types.Seg
     objective = train.make_objective(plan.network, train.cross_entropy)
     step = train.make_step(objective, plan.tx, ema_decay=plan.config.swa_tau)
     shard = train.split_examples(mesh)
+    # Unrolling would compile that many copies of the network.
     return train.make_segment(step, fetch, shard, unroll=1, noise=plan.noise)
 
 
 def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
-    """A data set on every device, its images as rows of the values that are stored.
-
-    A TPU would pad the axes of an image, to four times the bytes, in a copy at every call.
-    """
+    """A data set on every device, each image as a row of stored values."""
+    # A TPU would pad the axes of an image, to four times the bytes, in a copy at every call.
     rows = np.asarray(images.images).reshape(len(images.images), -1)
     arrays: Any = (rows, np.asarray(images.labels))
     return Batch(*train.replicate(arrays, mesh))

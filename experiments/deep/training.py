@@ -107,6 +107,7 @@ def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, 
     So a folder that can't hold a state is noticed before anything is trained, and a fork needs its
     parent at its first start only.
     """
+    # Weights are an argument: as constants they would be compiled into the program.
     init = jax.jit(partial(setup.initial_state, plan))
     like = setup.on_all_devices(jax.eval_shape(init, plan.init_key, plan.weights))
     if (found := train.restore(checkpoints, like, plan.about)) is not None:
@@ -137,7 +138,7 @@ def train_on(
     )
     fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
     evaluate = metrics.make_evaluation(plan, mesh, *fetches)
-    live = start_recording(plan, start) if hosts.is_first() else None
+    live = start_recording(plan, start) if hosts.is_first() else None  # one process writes
 
     def record(step: int, since: Since, state: TrainState) -> dict[str, Any]:
         row = complete(plan, step, since, evaluate(state))
@@ -152,7 +153,7 @@ def train_on(
             stack.callback(live.close)
         kept = train.open_checkpoints(plan.folder / "models", keep=None)
         models = stack.enter_context(kept) if plan.kept else None
-        if start == plan.config.fork_step:
+        if start == plan.config.fork_step:  # 0 without a fork: no window ends at the first step
             row = record(start, since, state)
         for window in train.windows(
             plan.train_key,
@@ -173,6 +174,7 @@ def train_on(
             if step in plan.evaluations or interrupts.saves:
                 train.save(checkpoints, state, plan.about, {"window": since._asdict(), "row": row})
                 interrupts.saved()
+            # A signal that arrives in the last call changes nothing: the run is finished.
             if interrupts.stops and step < plan.num_steps:
                 by = interrupts.signal.name or "Another host"
                 raise Stopped(
@@ -199,7 +201,7 @@ def start_recording(plan: Plan, start: int) -> progress.Live:
 def warn_of_changes(folder: Path) -> None:
     """Logs the code and packages whose versions differ from those of the previous start."""
     versions = [start["versions"] | {"code": start["git"]} for start in records.read_starts(folder)]
-    old, new = versions[-2:][0], versions[-1]
+    old, new = versions[-2:][0], versions[-1]  # the same at the first start
     for name, version in new.items():
         if old.get(name, version) != version:
             message = "%s: %s was %s and is now %s."
@@ -221,7 +223,7 @@ def complete(plan: Plan, step: int, since: Since, values: dict[str, Any]) -> dic
     row = {
         "step": step,
         "epoch": step / plan.steps_per_epoch,
-        "lr": float(np.asarray(plan.step_size(step))),
+        "lr": float(np.asarray(plan.step_size(step))),  # of the step that follows
     }
     if since.steps:
         row["window_loss"] = since.loss_sum / since.steps

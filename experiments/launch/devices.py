@@ -1,6 +1,6 @@
 """How JAX is set up before an experiment computes anything."""
 
-import logging
+import contextlib
 import os
 
 import jax
@@ -18,17 +18,14 @@ DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its use
 def set_up_toys(cpu_devices: int | None = None) -> None:
     """Float64, and on CPUs as many devices: by default what the user has set, or one per core.
 
-    If JAX has started, its devices stay, with a warning: only the speed depends on them.
+    If JAX has started, its devices stay: only the speed depends on them.
     """
     _update(jax_enable_x64=True, **DEFAULTS)
     named = jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
     # The older way is --xla_force_host_platform_device_count.
     if cpu_devices or not (named or "device_count" in os.environ.get("XLA_FLAGS", "")):
-        try:
+        with contextlib.suppress(RuntimeError):
             _update(jax_num_cpu_devices=cpu_devices or cores())
-        except RuntimeError:
-            message = "JAX has started already: the run has its %d device(s), not one per core."
-            logging.getLogger(__name__).warning(message, jax.device_count())
 
 
 def set_up_deep(*, deterministic: bool) -> None:

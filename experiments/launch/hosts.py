@@ -45,7 +45,7 @@ def join(hosts: Hosts) -> None:
             "--process_id is below --num_processes."
         )
     if not hosts.distributed or jax.distributed.is_initialized():
-        devices.start()
+        devices.start()  # so that a missing driver is noticed before anything is written
         return
     jax.config.update("jax_enable_preemption_service", False)  # it would replace our handlers
     _say(  # now, because JAX aborts the process when the time is up

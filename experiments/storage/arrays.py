@@ -48,6 +48,7 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
 def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Reads what `write_npz` wrote; ValueError if the file is anything else."""
     whole = path.read_bytes()
+    # First of all: numpy and zipfile raise many kinds of errors for a damaged file.
     content, checksum = whole[:-32], whole[-32:]
     if hashlib.sha256(content).digest() != checksum:
         raise ValueError(f"{path} is damaged")

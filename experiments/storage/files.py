@@ -17,7 +17,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # else a crash could leave the new name with no content
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # the first error matters more

@@ -46,9 +46,9 @@ def open_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> 
     for place in (folder, folder / "chunks", folder / "figures"):
         for unfinished in place.glob(files.TEMPORARY):
             unfinished.unlink()
-    drop_records_after(folder, math.inf)
+    drop_records_after(folder, math.inf)  # rewrites the file only if its last line is torn
     path = folder / "config.json"
-    requested = json.loads(_to_json(dataclasses.asdict(config)))
+    requested = json.loads(_to_json(dataclasses.asdict(config)))  # tuples become lists
     found = read_json(path) if path.exists() else requested
     shown = lambda flags, name: json.dumps(flags[name])[:60] if name in flags else "absent"
     changed = [
@@ -116,7 +116,7 @@ def append_record(folder: Path, record: Mapping[str, Any]) -> None:
     with files.named(path), path.open("ab") as file:
         file.write(f"{_to_json(record)}\n".encode())
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # a checkpoint that follows relies on it
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
@@ -134,6 +134,7 @@ def drop_records_after(folder: Path, step: float) -> None:
 
 def git_revision() -> str | None:
     """The commit of this code, with a `+` if files differ from it; None outside git."""
+    # Untracked files count as none: runs and data lie in the working tree.
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         found = subprocess.run(

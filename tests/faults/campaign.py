@@ -17,7 +17,7 @@ from faults import KINDS, Victim, finished
 from experiments.storage import records
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120  # seconds until a process that was asked to stop, or left alone, hangs
+PATIENCE = 120  # seconds without an end until a process counts as hung
 MANY = 40  # lives of one run: so many mean that it gets nowhere
 EARLY = 0.1  # share of faults that come while the command starts up
 LATE = 0.1  # share of faults that come when all is computed, and the figures are drawn
@@ -58,7 +58,7 @@ class Life(NamedTuple):
     rows: list[dict[str, Any]]
     from_step: int | None  # None where it ended before its entry in the manifest
     code: int | None  # None: it hung
-    said: list[str]  # lines of stderr
+    stderr: list[str]  # lines of stderr
 
 
 class Run(NamedTuple):
@@ -72,7 +72,7 @@ class Run(NamedTuple):
 class Campaign:
     """All faults of an experiment at random times, over as many runs as that takes.
 
-    `disk` is where a run is while it goes on, `place` where it and its logs are kept.
+    `disk` holds a run until it is finished, `place` finished runs and all logs.
     """
 
     def __init__(self, experiment: Experiment, place: Path, disk: Path, seed: str):
@@ -108,7 +108,7 @@ class Campaign:
                 assert len(lives) < MANY, f"{name} comes to no end"
                 log = self.place / f"{name}-{len(lives)}.log"
                 lives.append(self._life(runs_dir, log, lives[-1].kind if lives else ""))
-                if lives[-1].said and "to start from the beginning" in lives[-1].said[-1]:
+                if lives[-1].stderr and "to start from the beginning" in lives[-1].stderr[-1]:
                     shutil.rmtree(self.experiment.folder(runs_dir) / self.experiment.saves)
             ran_in = self.experiment.folder(runs_dir)
             shutil.move(ran_in, self.place / name)  # off the small disk: it has room for one run
@@ -162,13 +162,13 @@ class Campaign:
             rows=rows,
             from_step=mine[0].get("from_step", 0) if mine else None,
             code=code,
-            said=[line for line in log.read_text().splitlines() if line.strip()],
+            stderr=[line for line in log.read_text().splitlines() if line.strip()],
         )
 
     def _lasts_to_a_moment(self, process: subprocess.Popen, runs_dir: Path, noted: int) -> bool:
         """Waits for a random moment, of the start-up or of the work; whether it still runs then.
 
-        A moment of the work is told by what is done by then: clocks differ from life to life.
+        A moment of the work is a share of what it saves: times differ from life to life.
         """
         share, goal, rest = self.rng.random(), self.rng.random() ** 2, self.rng.random()
         progress = lambda: self.experiment.progress(self.experiment.folder(runs_dir))

@@ -20,7 +20,7 @@ class Victim(NamedTuple):
     disk: Path
 
 
-# What was done, in words; None where there was nothing to damage, and the process was only killed.
+# What was done; None if there was nothing to damage, and the process was only killed.
 Fault = Callable[[Victim, random.Random], contextlib.AbstractContextManager[str | None]]
 
 
@@ -28,8 +28,8 @@ Fault = Callable[[Victim, random.Random], contextlib.AbstractContextManager[str 
 def mounted(folder: Path, mebibytes: int) -> Iterator[bool]:
     """`folder` as a small disk of its own, where this user may mount one; whether it is."""
     folder.mkdir()
-    words = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
-    done = _succeeds(words)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+    done = _succeeds(command)
     try:
         yield done
     finally:
@@ -162,8 +162,8 @@ def _read_only(folder: Path) -> Iterator[None]:
             _succeeds(["umount", "-l", str(folder)])
 
 
-def _succeeds(words: list[str]) -> bool:
+def _succeeds(command: list[str]) -> bool:
     try:
-        return subprocess.run(words, capture_output=True, check=False).returncode == 0
+        return subprocess.run(command, capture_output=True, check=False).returncode == 0
     except OSError:
         return False

@@ -66,7 +66,7 @@ def of_rows(life: Life, wanted: list[dict[str, Any]]) -> Iterator[Finding]:
 
 def of_resume(experiment: Experiment, life: Life) -> Iterator[Finding]:
     """A start continues from the newest state on disk, or says why from an older one."""
-    says = lambda pattern: any(re.search(pattern, line) for line in life.said)
+    says = lambda pattern: any(re.search(pattern, line) for line in life.stderr)
     if experiment.saves == "chunks":
         for name, identity in life.before.items():
             again = life.seen.get(name, identity) != identity
@@ -85,7 +85,7 @@ def of_resume(experiment: Experiment, life: Life) -> Iterator[Finding]:
 
 def of_end(experiment: Experiment, life: Life, folder: Path) -> Iterator[Finding]:
     """A documented exit code, and one line that has the folder and, after a stop, the step."""
-    is_signal, last = life.kind.startswith("SIG"), life.said[-1] if life.said else ""
+    is_signal, last = life.kind.startswith("SIG"), life.stderr[-1] if life.stderr else ""
     if is_signal and life.from_step is None and life.code == -getattr(signal, life.kind):
         return  # Python was still importing: a signal ends it as any program
     expected = rf"^error: .*{re.escape(str(folder))}"
@@ -101,7 +101,7 @@ def of_end(experiment: Experiment, life: Life, folder: Path) -> Iterator[Finding
     documented |= is_signal and life.code in (STOPPED, INTERRUPTED)
     right = life.code == 0 or by_kill or (documented and re.search(expected, last))
     # Orbax may say that it waits for a save; every other line is for the reader.
-    lines = [line for line in life.said if "Waiting for previous save" not in line]
+    lines = [line for line in life.stderr if "Waiting for previous save" not in line]
     if not right or len(lines) > 4 or any("Traceback" in line for line in lines):
         what = f"{life.kind or 'no fault'} ({life.detail}), exit code {life.code}: "
         yield Finding("unclear ends", life.kind or life.after, what + " | ".join(lines[-5:]))
