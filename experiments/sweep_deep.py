@@ -68,9 +68,10 @@ def run(grid: Any) -> Path:
     settings = expand(grid)
     for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
         setup.validate(config)
-    for first, *_ in settings.values():  # seeds share their data and sizes
-        setup.resolve(first)  # missing data, too large a batch
     folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
+    with hosts.together(folder):
+        for first, *_ in settings.values():  # seeds share their data and sizes
+            setup.resolve(first)  # missing data, too large a batch
     everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
     hosts.on_first(lambda: records.open_run(folder, grid, may_change=everything))
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
