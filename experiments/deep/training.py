@@ -83,7 +83,9 @@ def run(config: Config) -> Path:
 def _run_in_folder(plan: Plan, signal: StopRequest) -> None:
     folder, config = plan.folder, plan.config
     hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it also raises
+    # Orbax logs what it also raises; asyncio logs the writes that orbax abandons after the first.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
     with jax.debug_nans(config.debug), states as checkpoints:
         state, known = starting_state(plan, checkpoints)
