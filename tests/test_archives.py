@@ -18,16 +18,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy.io import savemat
 
 from sgd_sparse_jax import data
 from sgd_sparse_jax.data import archives
 from sgd_sparse_jax.data.images import STORED
 
 N = {"train": 15, "test": 5}
-CIFAR = {
-    "cifar10": {f"data_batch_{i}.bin": slice(3 * i - 3, 3 * i) for i in range(1, 6)},
-    "cifar100": {"train.bin": slice(0, 15)},
-}
 
 
 @functools.cache
@@ -44,11 +41,15 @@ def official(name, split):
 
 
 def tarred(name):
-    """As the official one: records of labels and planes, in files that are not in order."""
-    out, test = io.BytesIO(), {"test_batch.bin" if name == "cifar10" else "test.bin": slice(0, 5)}
+    """CIFAR: records of labels and planes, in files that are not in order."""
+    files = {"train.bin": ("train", slice(None)), "test.bin": ("test", slice(None))}
+    if name == "cifar10":
+        files = {f"data_batch_{i}.bin": ("train", slice(3 * i - 3, 3 * i)) for i in range(1, 6)}
+        files["test_batch.bin"] = ("test", slice(None))
+    out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as tar:
-        for file, part in reversed([*CIFAR[name].items(), *test.items()]):
-            pixels, labels = (a[part] for a in official(name, "test" if file in test else "train"))
+        for file, (split, part) in reversed(files.items()):
+            pixels, labels = (array[part] for array in official(name, split))
             planes = pixels.transpose(0, 3, 1, 2).reshape(len(pixels), -1)
             coarse = [7 * labels[:, None] % 20] * (name == "cifar100")
             records = np.concatenate([*coarse, labels[:, None], planes], 1).astype(np.uint8)
@@ -65,15 +66,13 @@ def idx(array):
 
 
 def mat(pixels, labels):
-    from scipy.io import savemat
-
-    file, y = io.BytesIO(), np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+    file, y = io.BytesIO(), np.where(labels == 0, 10, labels)[:, None]
     savemat(file, {"X": pixels.transpose(1, 2, 3, 0), "y": y})
     return file.getvalue()
 
 
 def zipped():
-    """As the official one: shuffled members, one grey image, annotations behind tabs."""
+    """Tiny ImageNet: members out of order, one grey image, annotations behind tabs."""
     wnids, root = STORED["tiny_imagenet"].class_names, "tiny-imagenet-200"
     members, lines, counts = {}, [], {}
     for split in N:
@@ -95,32 +94,31 @@ def zipped():
     return out.getvalue()
 
 
-@functools.cache
 def contents(name):
     """The contents of a data set's archives, in the order of its source."""
-    if name in CIFAR:
+    if name.startswith("cifar"):
         return [tarred(name)]
-    if name == "svhn":
-        return [mat(*official(name, split)) for split in N]
     if name == "tiny_imagenet":
         return [zipped()]
     parts = [official(name, split) for split in N]
+    if name == "svhn":
+        return [mat(*part) for part in parts]
     return [idx(array) for pixels, labels in parts for array in (pixels[..., 0], labels)]
 
 
 @pytest.fixture
 def place(monkeypatch):
-    """Writes the archives of a data set into a folder, and has them be the official ones there."""
+    """Writes the archives of a data set into a folder, and makes them the official ones."""
 
     def write(name, folder, address=None):
         folder.mkdir(parents=True, exist_ok=True)
-        entries = []
-        for archive, content in zip(archives.SOURCES[name].archives, contents(name), strict=True):
-            file = archive.url.rpartition("/")[2]
+        rows = []
+        for (url, *_), content in zip(archives.SOURCES[name].archives, contents(name), strict=True):
+            file = url.rpartition("/")[2]
             (folder / file).write_bytes(content)
-            url, proof = f"{address}/{file}", hashlib.sha256(content).hexdigest()
-            entries.append(archives.Archive(url if address else archive.url, len(content), proof))
-        source = archives.SOURCES[name]._replace(archives=tuple(entries))
+            proof = hashlib.sha256(content).hexdigest()
+            rows.append((f"{address}/{file}" if address else url, str(len(content)), proof))
+        source = archives.SOURCES[name]._replace(archives=rows)
         monkeypatch.setitem(archives.SOURCES, name, source)
         return folder / file
 
@@ -147,7 +145,7 @@ def server(tmp_path, monkeypatch):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.rglob("*") if path.is_file())
+    return [path for path in folder.rglob("*") if path.is_file()]
 
 
 def assert_official(name, split, root):
@@ -155,6 +153,7 @@ def assert_official(name, split, root):
     np.testing.assert_array_equal(found.labels, labels)
     assert found.images.shape == pixels.shape and found.images.dtype == np.uint8
     assert isinstance(found.images, np.memmap) and found.class_names == STORED[name].class_names
+    assert found.source == f"{name} {archives.SOURCES[name].version}"
     if name != "tiny_imagenet":
         np.testing.assert_array_equal(found.images, pixels)
         return
@@ -169,12 +168,9 @@ def test_an_archive_brought_by_hand_is_read_once_and_needs_no_network(tmp_path, 
     place(name, manual / name if name == "mnist" else manual)
     for split in N:
         assert_official(name, split, tmp_path)
-    (manual.parent / "manual").rename(tmp_path / "elsewhere")
+    manual.rename(tmp_path / "elsewhere")
     assert_official(name, "train", tmp_path)
     assert [path.name for path in (tmp_path / name).iterdir()] == ["decoded"]
-    source = archives.SOURCES[name]
-    found = data.load_images(name, "test", data_dir=tmp_path)
-    assert data.fingerprint(found)["source"] == f"{name} {source.version}"
 
 
 def test_without_network_one_line_says_where_to_get_the_data(tmp_path, place, server, monkeypatch):
@@ -190,16 +186,13 @@ def test_without_network_one_line_says_where_to_get_the_data(tmp_path, place, se
     assert "\n" not in message and str(root / "downloads" / "manual") in message
     # The command of the message, on a machine with network.
     place("cifar10", tmp_path / "server", server[0])
-    command = re.search("`(.*)`", message)
-    assert command is not None
-    variable, _, _, program = shlex.split(command[1])
+    variable, _, _, program = shlex.split(re.findall("`(.*)`", message)[0])
     monkeypatch.setenv(*variable.split("=", 1))
     exec(program, {})
     for split in N:
         assert_official("cifar10", split, root)
     assert server[1] == ["GET"]  # one download serves both
-    arrays = [f"{split}_{what}.npy" for split in ("test", "train") for what in ("images", "labels")]
-    assert files(root) == ["source.json", *arrays]
+    assert {path.parent for path in files(root)} == {root / "cifar10" / "decoded"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "other", "silent"])
@@ -222,31 +215,22 @@ def test_a_failed_download_leaves_nothing(tmp_path, place, server, monkeypatch, 
     assert ("404" in str(error.value)) == (fault == "missing")
 
 
-def test_another_file_in_place_of_an_archive_is_named_and_stays(tmp_path, place, server):
-    place("cifar10", tmp_path / "server", server[0])
-    path = place("cifar10", tmp_path / "downloads" / "manual", server[0])
-    path.write_bytes(b"another")
-    with pytest.raises(ValueError, match=str(path)):
-        data.load_images("cifar10", "train", data_dir=tmp_path)
-    path.rename(tmp_path / "moved away")
-    assert_official("cifar10", "train", tmp_path)
-    # A folder that can't be written is named before any download.
-    with pytest.raises(PermissionError, match="moved away/cifar10"):
-        data.load_images("cifar10", "train", data_dir=tmp_path / "moved away")
-    assert server[1] == ["GET"]
+def test_a_folder_that_cannot_be_written_is_named_before_any_download(tmp_path, place, server):
+    path = place("cifar10", tmp_path / "server", server[0])
+    with pytest.raises(PermissionError, match=f"{path}/cifar10"):
+        data.load_images("cifar10", "train", data_dir=path)
+    assert server[1] == []
 
 
 def test_the_table_of_archives_agrees_with_the_one_of_tfds():
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.download import checksums
 
-    # As TFDS has them on disk: what it holds in memory, other tests' downloads have added to.
     known = checksums.get_all_url_infos.__wrapped__()
     svhn = Path(tfds.__file__).parent / "datasets" / "svhn_cropped" / "checksums.tsv"
     known |= checksums.load_url_infos(svhn)
     assert set(archives.SOURCES) == set(STORED)
-    for name, source in archives.SOURCES.items():
-        for url, size, sha256 in source.archives:
-            assert re.fullmatch("[0-9a-f]{64}", sha256)
-            if name != "tiny_imagenet":  # TFDS has no such data set
-                assert (known[url].size, known[url].checksum) == (size, sha256)
+    rows = [row for source in archives.SOURCES.values() for row in source.archives]
+    for url, size, sha256 in rows:
+        if "tiny-imagenet" not in url:  # TFDS has no such data set
+            assert (known[url].size, known[url].checksum) == (int(size), sha256)

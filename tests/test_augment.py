@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from sgd_sparse_jax.data import crop_and_flip, random_crop, random_flip
@@ -15,34 +14,35 @@ def distinct(b, h=8, w=8, c=3, dtype=np.float32):
     return jnp.asarray(1 + np.arange(b * h * w * c).reshape(b, h, w, c), dtype)
 
 
-def test_a_crop_is_a_window_and_every_image_has_its_own():
+def test_a_crop_is_a_window_of_its_own_mirrored_or_not():
     images = np.asarray(distinct(64))
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     found = []
-    for image, crop in zip(padded, np.asarray(random_crop(jr.key(0), images)), strict=True):
+    for image, crop in zip(padded, np.asarray(crop_and_flip(jr.key(0), images)), strict=True):
         windows = {(i, j): image[i : i + 8, j : j + 8] for i in range(9) for j in range(9)}
-        found += [at for at, window in windows.items() if np.array_equal(window, crop)]
+        seen = {1: crop, -1: crop[:, ::-1]}
+        found += [
+            (*at, way)
+            for at, window in windows.items()
+            for way in seen
+            if np.array_equal(window, seen[way])
+        ]
     assert len(found) == 64  # the pixels are distinct: exactly one window fits each crop
-    assert len(set(found)) > 32
+    assert len({at[:2] for at in found}) > 32 and {at[2] for at in found} == {1, -1}
 
 
-@pytest.mark.parametrize("padding", [0, 2, 4])
-def test_all_windows_are_equally_likely(padding):
-    size = 2 * padding + 1
-    marker = jnp.zeros((200 * size**2, size, size, 1), jnp.uint8).at[:, padding, padding].set(1)
-    crops = np.asarray(random_crop(jr.key(1), marker, padding=padding))
+def test_all_windows_are_equally_likely():
+    marker = jnp.zeros((200 * 81, 9, 9, 1), jnp.uint8).at[:, 4, 4].set(1)
+    crops = np.asarray(random_crop(jr.key(1), marker))
     assert (crops.sum((1, 2, 3)) == 1).all()  # the marker stays in view whatever the offset
     counts = crops.sum((0, 3), dtype=int)
-    chi_squared, mean = ((counts - 200) ** 2 / 200).sum(), size**2 - 1
-    assert counts.min() > 0 and chi_squared <= mean + 5 * np.sqrt(2 * mean)
+    assert counts.min() > 0 and ((counts - 200) ** 2 / 200).sum() <= 80 + 5 * np.sqrt(160)
 
 
-def test_flip_is_horizontal_and_an_involution():
+def test_half_of_the_images_are_mirrored():
     images = distinct(256)
     flipped = random_flip(jr.key(3), images)
-    same = np.asarray((flipped == images).all((1, 2, 3)))
     mirrored = np.asarray((flipped == images[:, :, ::-1]).all((1, 2, 3)))
-    assert (same ^ mirrored).all()
     assert abs(mirrored.mean() - 0.5) < 5 * 0.5 / 16
     np.testing.assert_array_equal(random_flip(jr.key(3), flipped), images)
 
@@ -51,7 +51,6 @@ def test_crop_and_flip_are_independent():
     n = 4000
     marker = jnp.zeros((n, 9, 9, 2)).at[:, 4, 4, 0].set(1).at[:, :, :5, 1].set(1)
     out = np.asarray(crop_and_flip(jr.key(4), marker))
-    assert len(np.unique(out[..., 0].reshape(n, 81).argmax(1))) == 81
     unflipped = np.asarray(crop_and_flip(jr.key(4), marker, flip=False))
     changed = (out != unflipped).any((1, 2, 3))
     above = unflipped[:, :4, :, 0].any((1, 2))  # mirroring must not depend on where the window is
@@ -59,19 +58,11 @@ def test_crop_and_flip_are_independent():
     assert abs(rates[0] - rates[1]) < 5 * np.sqrt(0.25 * 4 / n)
 
 
-def test_the_key_decides_and_dtype_and_shape_stay():
-    for dtype in (jnp.uint8, jnp.float32):
-        images = distinct(32, 5, 7, 1).astype(dtype)
-        first, again = crop_and_flip(jr.key(6), images), crop_and_flip(jr.key(6), images)
-        assert first.dtype == dtype and first.shape == images.shape
-        np.testing.assert_array_equal(first, again)
-        assert not np.array_equal(first, crop_and_flip(jr.key(7), images))
-
-
-def test_vmapped_is_looped():
+def test_vmapped_is_looped_and_other_keys_draw_others():
     keys, images = jr.split(jr.key(8), 3), distinct(24).reshape(3, 8, 8, 8, 3)
     looped = jnp.stack([crop_and_flip(k, x) for k, x in zip(keys, images, strict=True)])
     np.testing.assert_array_equal(jax.vmap(crop_and_flip)(keys, images), looped)
+    assert not np.array_equal(crop_and_flip(keys[1], images[0]), looped[0])
 
 
 def test_sharded_is_unsharded_and_no_image_travels():
@@ -81,6 +72,6 @@ def test_sharded_is_unsharded_and_no_image_travels():
     images = distinct(32, dtype=np.uint8)
     compiled = program.lower(jr.key(9), images).compile()
     out = compiled(jax.device_put(jr.key(9), whole), jax.device_put(images, split))
-    assert out.sharding.is_equivalent_to(split, 4)
+    assert out.sharding.is_equivalent_to(split, 4) and out.dtype == images.dtype
     np.testing.assert_array_equal(out, crop_and_flip(jr.key(9), images))
     assert "u8[32," not in compiled.as_text()  # a whole batch on one device would have this shape

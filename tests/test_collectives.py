@@ -29,7 +29,7 @@ class Net(nn.Module):
 
     @nn.compact
     def __call__(self, x, train=False):
-        norm = LAYERS.batch_norm(train) if self.batch_norm else LAYERS.group_norm(2)
+        norm = LAYERS.norm(train, groups=0 if self.batch_norm else 2)
         return LAYERS.dense(CLASSES)(LAYERS.pool(nn.relu(norm(LAYERS.conv(4)(x)))))
 
 

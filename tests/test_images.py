@@ -7,11 +7,11 @@ import resource
 import shutil
 import struct
 import sys
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
 
 from sgd_sparse_jax import data
@@ -55,68 +55,55 @@ def write_arrays(root, name="cifar10", **train):
     return root
 
 
-def write_tfds(root, version="3.0.2", classes=CLASSES, size=(32, 32), ids=True, first=0):
-    """A folder that TFDS prepared itself, in array_record form."""
+def write_tfds(root, version="3.0.2", classes=CLASSES, size=(32, 32), ids=True):
+    """A folder that TFDS prepared itself, in array_record form; ids are ordered as numbers."""
     import tensorflow_datasets as tfds
-    from tensorflow_datasets.core import registered
+
+    class Prepared(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
+        def _split_generators(self, dl_manager):  # its own needs TensorFlow
+            return {split: self.examples(split) for split in self._split_datasets}
+
+        def examples(self, split):
+            for i, (pixels, label) in enumerate(zip(PIXELS[split], LABELS[split], strict=True)):
+                example = {"image": Image.fromarray(pixels).resize(size), "label": int(label)}
+                yield i, example | ({"id": f"{split}_{99_990 + i}"} if ids else {})
 
     features = {
         "image": tfds.features.Image(shape=(*size, 3)),
         "label": tfds.features.ClassLabel(names=classes),
     } | ({"id": tfds.features.Text()} if ids else {})
-
-    with registered.skip_registration():
-
-        class Builder(tfds.core.GeneratorBasedBuilder):
-            name, VERSION = "cifar10", tfds.core.Version(version)
-
-            def _info(self):
-                described = tfds.features.FeaturesDict(features)
-                return tfds.core.DatasetInfo(builder=self, features=described)
-
-            def _split_generators(self, dl_manager):
-                return {split: self._generate_examples(split) for split in N}
-
-            def _generate_examples(self, split):
-                for i, pixels in enumerate(PIXELS[split], first):
-                    image = Image.fromarray(pixels).resize(size)
-                    example = {"id": f"{split}_{i:05d}", "image": image}
-                    example["label"] = int(LABELS[split][i - first])
-                    yield i, {key: example[key] for key in features}
-
-    config = tfds.download.DownloadConfig(try_download_gcs=False)
-    builder = Builder(data_dir=str(root), file_format="array_record")
-    builder.download_and_prepare(download_config=config)
+    Prepared(
+        name="cifar10",
+        version=version,
+        features=tfds.features.FeaturesDict(features),
+        split_datasets=N,
+        data_dir=str(root),
+        file_format="array_record",
+    ).download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
     return root / "cifar10" / version
 
 
 def as_tfrecord(folder):
     """The same as stock TFDS writes it, in two shards; TFDS needs TensorFlow for that."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(folder)
     info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
     for split in info["splits"]:
-        raw = tfds.decode.DeserializeMethod.RAW_BYTES
-        source = builder.as_data_source(split["name"], deserialize_method=raw)
-        cut = len(source) // 3
-        split["shardLengths"] = [str(cut), str(len(source) - cut)]
-        for shard, part in enumerate((range(cut), range(cut, len(source)))):
-            name = f"cifar10-{split['name']}.tfrecord-{shard:05d}-of-00002"
-            with (folder / name).open("wb") as file:
-                for i in part:
-                    file.write(struct.pack("<Q", len(source[i])) + b"crc." + source[i] + b"crc.")
-    for path in folder.glob("*.array_record-*"):
+        path = folder / f"cifar10-{split['name']}.array_record-00000-of-00001"
+        records = ArrayRecordReader(str(path)).read_all()
         path.unlink()
+        cut = len(records) // 3
+        split["shardLengths"] = [str(cut), str(len(records) - cut)]
+        for shard, part in enumerate((records[:cut], records[cut:])):
+            name = f"cifar10-{split['name']}.tfrecord-{shard:05d}-of-00002"
+            framed = [struct.pack("<Q", len(each)) + b"crc." + each + b"crc." for each in part]
+            (folder / name).write_bytes(b"".join(framed))
     (folder / "dataset_info.json").write_text(json.dumps(info))
-    return folder
 
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
-    """Data folders with the two forms of a prepared folder; ids are ordered as numbers."""
+    """Data folders with the two forms of a prepared folder."""
     root = tmp_path_factory.mktemp("forms")
-    write_tfds(root / "array_record", first=99_990)
+    write_tfds(root / "array_record")
     shutil.copytree(root / "array_record", root / "tfrecord")
     as_tfrecord(root / "tfrecord" / "cifar10" / "3.0.2")
     return root
@@ -131,42 +118,33 @@ def prepared(request, forms, tmp_path):
 # Arrays of a user.
 
 
-@pytest.mark.parametrize(
-    "images", [PIXEL, np.asfortranarray(PIXEL), PIXEL.transpose(0, 3, 1, 2)], ids=["C", "F", "CHW"]
-)
-def test_arrays_with_one_meaning_are_read(tmp_path, images):
-    kinds = [LABEL.astype(dtype) for dtype in (np.int64, np.uint8, np.uint64, ">i4", float)]
-    for labels in (*kinds, LABEL[:, None].astype(np.uint8)):
-        found = assert_official(write_arrays(tmp_path, images=images, labels=labels))
-        assert isinstance(found.images, np.memmap) and data.fingerprint(found)["source"] == ""
+def test_arrays_with_one_meaning_are_read(tmp_path):
+    labels = [LABEL.astype(dtype) for dtype in (np.int64, np.uint8, np.uint64, ">i4", float)]
+    images = [np.asfortranarray(PIXEL), PIXEL.transpose(0, 3, 1, 2)]
+    changes = [{"labels": each} for each in (*labels, LABEL[:, None])]
+    for change in (*changes, *({"images": each} for each in images)):
+        found = assert_official(write_arrays(tmp_path, **change))
+        assert isinstance(found.images, np.memmap) and found.source == ""
     write_arrays(tmp_path, "mnist", images=PIXEL[:, :28, :28, 0])  # one channel, and no axis for it
     found = data.load_images("mnist", "train", data_dir=tmp_path)
     np.testing.assert_array_equal(found.images, PIXEL[:, :28, :28, :1])
 
 
-def other_arrays():
-    yield from ({"images": PIXEL / 255}, {"images": PIXEL.astype(np.int64)})
-    yield from ({"images": PIXEL.reshape(60, -1)}, {"images": PIXEL[:0], "labels": LABEL[:0]})
-    yield from ({"labels": LABEL[:-1]}, {"labels": np.eye(10, dtype=np.int32)[LABEL]})
-    yield from ({"labels": LABEL + 1}, {"labels": LABEL - 1}, {"labels": LABEL + 0.5})
-    yield {"labels": LABEL.astype(np.int64) + 2**32}
-    yield {"labels": np.where(LABEL, LABEL, np.nan)}
-    yield from ({"labels": LABEL.astype(dtype)} for dtype in ("U1", object))
-
-
-@pytest.mark.parametrize("arrays", list(other_arrays()))
-def test_other_arrays_are_refused_by_name_and_stay(tmp_path, arrays):
-    write_arrays(tmp_path, **arrays)
-    path = tmp_path / "cifar10" / f"train_{list(arrays)[-1]}.npy"
-    before, message = path.read_bytes(), refused(tmp_path)
-    assert str(path) in message and "elete" not in message and path.read_bytes() == before
-
-
-@pytest.mark.parametrize("size", [0, 60, 150])
-def test_truncated_arrays_and_missing_ones_are_named(tmp_path, size):
+def test_other_arrays_are_refused_by_name_and_stay(tmp_path):
+    one_hot, huge = np.eye(10, dtype=np.int32)[LABEL], LABEL.astype(np.int64) + 2**32
+    others = [LABEL[:-1], one_hot, huge, LABEL + 1, LABEL - 1, LABEL + 0.5]
+    others += [np.where(LABEL, LABEL, np.nan), LABEL.astype("U1"), LABEL.astype(object)]
+    cases = [{"labels": labels} for labels in others]
+    cases += [{"images": PIXEL / 255}, {"images": PIXEL.reshape(60, -1)}]
+    for arrays in (*cases, {"images": PIXEL[:0], "labels": LABEL[:0]}):
+        write_arrays(tmp_path, **arrays)
+        path = tmp_path / "cifar10" / f"train_{list(arrays)[-1]}.npy"
+        before, message = path.read_bytes(), refused(tmp_path)
+        assert str(path) in message and "elete" not in message and path.read_bytes() == before
     path = write_arrays(tmp_path) / "cifar10" / "train_labels.npy"
-    path.write_bytes(path.read_bytes()[:size])
-    assert str(path) in refused(tmp_path)
+    for size in (150, 60, 0):
+        path.write_bytes(path.read_bytes()[:size])
+        assert str(path) in refused(tmp_path)
     path.unlink()  # what is left isn't completed by other data
     assert str(path) in refused(tmp_path)
 
@@ -174,69 +152,69 @@ def test_truncated_arrays_and_missing_ones_are_named(tmp_path, size):
 # Folders prepared by TFDS.
 
 
-def test_a_prepared_folder_is_decoded_once(prepared):
+def test_a_prepared_folder_is_decoded_once_until_it_changes(prepared):
     for split in N:
         found = assert_official(prepared, split)
-        assert isinstance(found.images, np.memmap)
-        assert data.fingerprint(found)["source"] == "cifar10 3.0.2"
-    shutil.rmtree(prepared / "cifar10" / "3.0.2")
-    assert_official(prepared)
-    assert "tensorflow" not in sys.modules
-
-
-def test_what_was_decoded_is_decoded_again_when_its_source_changes(prepared):
-    assert_official(prepared)
-    decoded = prepared / "cifar10" / "decoded" / "train_images.npy"
+        assert isinstance(found.images, np.memmap) and found.source == "cifar10 3.0.2"
+    decoded, folder = (prepared / "cifar10" / name for name in ("decoded", "3.0.2"))
     before = decoded.stat().st_ino
     assert_official(prepared)
     assert decoded.stat().st_ino == before
-    os.utime(max((prepared / "cifar10" / "3.0.2").glob("*train*")), (1, 1))
+    os.utime(max(folder.glob("*train*")), (1, 1))
     assert_official(prepared)
     assert decoded.stat().st_ino != before
-    newest = write_tfds(prepared, "10.0.0", ids=False)
-    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.0"
-    found = load(prepared)
-    assert sorted(found.labels) == sorted(LABEL) and list(found.labels) != list(LABEL)  # no ids
-    for version in ("9.0.0", "incomplete.ABC_11.0.0", "config/9.9.9"):
-        other = prepared / "cifar10" / version
-        other.mkdir(parents=True)
-        (other / "dataset_info.json").write_text("not this one")
-    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.0"
-    newest.rename(prepared / "cifar10" / "config" / "10.0.1")
-    assert data.fingerprint(load(prepared))["source"] == "cifar10 10.0.1"
-
-
-def test_a_damaged_decoded_array_is_cured_as_its_message_says(prepared):
-    assert_official(prepared)
-    decoded = prepared / "cifar10" / "decoded"
     (decoded / "train_images.npy").write_bytes(b"\x93NUMPY")
     assert f"Delete {decoded}" in refused(prepared)
     shutil.rmtree(decoded)
     assert_official(prepared)
+    shutil.rmtree(folder)
+    assert_official(prepared)
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_newest_version_is_read_and_without_ids_in_the_order_of_its_records(tmp_path):
+    newest = write_tfds(tmp_path, "10.0.0", ids=False)
+    for version in ("9.0.0", "incomplete.ABC_11.0.0", "config/9.9.9"):
+        other = tmp_path / "cifar10" / version
+        other.mkdir(parents=True)
+        (other / "dataset_info.json").write_text("not this one")
+    found = load(tmp_path)
+    assert sorted(found.labels) == sorted(LABEL) and list(found.labels) != list(LABEL)
+    newest.rename(tmp_path / "cifar10" / "config" / "10.0.1")
+    assert found.source == "cifar10 10.0.0" and load(tmp_path).source == "cifar10 10.0.1"
+
+
+def test_a_module_that_a_prepared_folder_names_is_not_imported(prepared, monkeypatch):
+    """TFDS would import it: reading a folder from elsewhere could run anything."""
+    sprung, module = prepared / "sprung", prepared / "trapped.py"
+    module.write_text(f"open({str(sprung)!r}, 'w').close()\nclass Feature: pass")
+    monkeypatch.syspath_prepend(prepared)
+    named = json.dumps({"pythonClassName": "trapped.Feature", "text": {}})
+    (prepared / "cifar10" / "3.0.2" / "features.json").write_text(named)
+    assert_official(prepared)
+    assert not sprung.exists()
 
 
 @pytest.mark.parametrize("cut", [0, 0.5, -100, None])
 def test_a_damaged_prepared_folder_is_named_and_leaves_nothing(prepared, cut):
     folder = prepared / "cifar10" / "3.0.2"
+    path = max(folder.glob("*train*")) if cut is not None else folder / "dataset_info.json"
+    content = path.read_bytes()
     if cut is None:  # fewer examples than announced
-        path = folder / "dataset_info.json"
-        content = path.read_bytes().replace(b'"60"', b'"61"').replace(b'"40"', b'"41"')
+        content = content.replace(b'"60"', b'"61"').replace(b'"40"', b'"41"')
     else:
-        path = max(folder.glob("*train*"))
-        content = path.read_bytes()
         content = content[: cut if cut < 0 else int(cut * len(content))]
     path.write_bytes(content)
     assert str(folder) in refused(prepared)
     assert [path.name for path in (prepared / "cifar10").iterdir()] == ["3.0.2"]
 
 
-def test_another_data_set_in_a_prepared_folder_is_named(tmp_path, prepared):
-    for i, other in enumerate(({"classes": CLASSES[::-1]}, {"size": (16, 16)})):
-        folder = write_tfds(tmp_path / str(i), **other)
-        assert str(folder) in refused(tmp_path / str(i))
-    (prepared / "cifar10").rename(prepared / "svhn_cropped")  # as TFDS calls it
+@pytest.mark.parametrize("other", [{"classes": CLASSES[::-1]}, {"size": (16, 16)}])
+def test_another_data_set_in_a_prepared_folder_is_named(tmp_path, other):
+    assert str(write_tfds(tmp_path, **other)) in refused(tmp_path)
+    (tmp_path / "cifar10").rename(tmp_path / "svhn_cropped")  # as TFDS calls it
     with pytest.raises(ValueError, match="svhn_cropped"):
-        data.load_images("svhn", "train", data_dir=prepared)
+        data.load_images("svhn", "train", data_dir=tmp_path)
 
 
 def test_a_full_disk_means_memory(prepared, caplog):
@@ -249,9 +227,7 @@ def test_a_full_disk_means_memory(prepared, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not isinstance(found.images, np.memmap) and f"{prepared}/cifar10" in caplog.text
     assert [path.name for path in (prepared / "cifar10").iterdir()] == ["3.0.2"]
-    later = assert_official(prepared)
-    assert isinstance(later.images, np.memmap)
-    assert data.fingerprint(found) == data.fingerprint(later)
+    assert data.fingerprint(found) == data.fingerprint(assert_official(prepared))
 
 
 def test_many_at_once_are_as_good_as_one(prepared):
@@ -275,20 +251,19 @@ def test_the_argument_comes_before_the_environment_and_that_before_the_home(tmp_
     assert len(load(tmp_path / "argument").labels) == 5
 
 
-@pytest.mark.parametrize("name", ["a b", "η[1]*?", "back\\slash", "~tilde", "'\"$HOME"])
-def test_odd_but_legal_paths_are_folders_like_any_other(forms, tmp_path, monkeypatch, name):
+@pytest.mark.parametrize("name", ["a b", "η[1:2]*?", "back\\slash", "~tilde", "'\"$HOME"])
+@pytest.mark.parametrize("prepared", ["array_record"], indirect=True)
+def test_odd_but_legal_paths_are_folders_like_any_other(prepared, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(forms / "tfrecord", tmp_path / name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_official(tmp_path / name)
-    write_arrays(tmp_path / name)
+    prepared.rename(tmp_path / name)
     os.symlink(name, "link")
-    for path in ("link", f"./{name}", f"{name}/../{name}/"):
+    for path in (tmp_path / name, "link", f"./{name}", f"{name}/../{name}/"):
         assert_official(path)
+    write_arrays(tmp_path / name)
+    assert_official("link")
 
 
-@pytest.mark.parametrize("url", ["gs://bucket/data", "s3://bucket", "http://a.b/c", "gs:/a/Path"])
+@pytest.mark.parametrize("url", ["gs://bucket/data", "http://a.b/c", "gs:/a/Path"])
 def test_urls_are_refused_and_no_folder_is_made(tmp_path, monkeypatch, url):
     monkeypatch.chdir(tmp_path)
     assert url in refused(url)

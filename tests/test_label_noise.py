@@ -6,6 +6,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from scipy import stats
 
 from sgd_sparse_jax import data
 from sgd_sparse_jax.train import make_segment, piecewise_decay
@@ -14,29 +15,23 @@ from sgd_sparse_jax.types import Batch, TrainState
 B, STEPS, KEY = 3, 12, jr.key(7)
 CONSTANT = optax.constant_schedule(0.4)
 ROUNDING = 1e-14  # of a Gaussian's inverse error function, compiled inside a loop and outside
+LABELS = (np.arange(1000) % 10).astype(np.int32)
 
 
-def labels_of(noise):
-    """A compiled segment whose losses are the labels that its steps see; all of them are zero."""
+def segment_of(scale):
+    """A compiled segment whose losses are the noise that its steps see."""
     step = lambda state, batch: (state._replace(step=state.step + 1), batch.y)
     fetch = lambda key, idx: Batch(idx, jnp.zeros(len(idx)))
-    return jax.jit(make_segment(step, fetch, noise=noise, unroll=1))
+    return jax.jit(make_segment(step, fetch, noise=data.gaussian_label_noise(scale), unroll=1))
 
 
 def seen(segment, cuts=(STEPS,), key=KEY, start=0):
-    """Labels [steps, b]."""
+    """Noise [steps, b] of a run that is cut into pieces."""
     state, rows = TrainState(jnp.int32(start), {}, {}, (), ()), []
     for length in cuts:
         state, labels = segment(key, state, jnp.zeros((length, B), jnp.int32))
         rows.append(labels)
     return np.concatenate(rows)
-
-
-def test_noise_of_scale_zero_is_no_noise_to_the_bit():
-    batch = Batch(jnp.ones((4, 2)), jr.normal(KEY, (4, 3), jnp.float32))
-    zero = data.gaussian_label_noise(optax.constant_schedule(0.0))(KEY, jnp.int32(3), batch)
-    jax.tree.map(np.testing.assert_array_equal, zero, batch)
-    assert zero.y.dtype == batch.y.dtype
 
 
 def test_noise_is_centred_with_its_variance_and_independent_between_labels():
@@ -51,34 +46,29 @@ def test_noise_is_centred_with_its_variance_and_independent_between_labels():
     covariance = standard.T @ standard / keys
     bound = 5 * np.sqrt((1 + np.eye(labels)) / keys)
     assert (np.abs(covariance - np.eye(labels)) < bound).all()
-    fourth = (standard**4).mean()  # 3 for a Gaussian, with variance 96 of one draw
-    assert abs(fourth - 3) < 5 * np.sqrt(96 / standard.size)
+    assert stats.kstest(standard.ravel(), "norm").statistic < 1.95 / standard.size**0.5
 
 
 def test_noise_follows_its_schedule_the_key_and_the_step_alone():
-    constant = labels_of(data.gaussian_label_noise(CONSTANT))
+    constant = segment_of(CONSTANT)
     plain = seen(constant)
     assert len(np.unique(np.stack([plain, seen(constant, key=jr.key(8))]))) == 2 * STEPS * B
-    np.testing.assert_allclose(seen(constant, (5, 7)), plain, rtol=ROUNDING)
-    np.testing.assert_allclose(seen(constant, (7,), start=5), plain[5:], rtol=ROUNDING)
-    decay = labels_of(data.gaussian_label_noise(piecewise_decay(CONSTANT, [4, 9], [2.0, 5.0])))
+    np.testing.assert_allclose(seen(constant, (6, 6)), plain, rtol=ROUNDING)
+    np.testing.assert_allclose(seen(constant, (6,), start=6), plain[6:], rtol=ROUNDING)
+    decayed = seen(segment_of(piecewise_decay(CONSTANT, [4, 9], [2.0, 5.0])), (6, 6))
     factors = np.array([1.0] * 4 + [2.0] * 5 + [10.0] * 3)[:, None]
-    np.testing.assert_allclose(plain / seen(decay, (8, 4)), factors * np.ones(B), ROUNDING)
+    np.testing.assert_allclose(plain / decayed, factors * np.ones(B), ROUNDING)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
 def test_a_share_of_the_labels_is_drawn_again_among_all_classes(share):
     labels = jnp.arange(20_000) % 10
     noise = data.uniform_label_noise(lambda step: jnp.where(step < 5, share, 0.0), 10)
     before, after = (noise(KEY, jnp.int32(step), Batch(labels, labels)).y for step in (4, 5))
     assert before.dtype == labels.dtype and (after == labels).all()
     np.testing.assert_allclose((before != labels).mean(), 0.9 * share, atol=0.012)
-    if share == 1:
-        counts = np.bincount(np.asarray(before), minlength=10)
-        np.testing.assert_allclose(counts / len(before), 0.1, atol=0.01)
-
-
-LABELS = (np.arange(1000) % 10).astype(np.int32)
+    counts = np.bincount(np.asarray(before), minlength=10)
+    np.testing.assert_allclose(counts / len(before), 0.1, atol=0.01)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.137, 0.29, 1.0])
@@ -92,7 +82,7 @@ def test_exactly_the_share_of_labels_is_wrong_and_spread_over_the_others(share):
 
 
 def test_confusions_change_their_classes_alone():
-    confusions = data.confusions("cifar10")
+    confusions = data.confusions("cifar10_gs")
     wrong = data.corrupt_labels(LABELS, 1.0, 10, 0, confusions)
     names = data.IMAGE_SETS["cifar10"].class_names
     became = {names[a]: names[b] for a, b in zip(LABELS, wrong, strict=True)}
@@ -102,30 +92,14 @@ def test_confusions_change_their_classes_alone():
     hit = data.corrupt_labels(LABELS, 0.3, 10, 0, confusions) != LABELS
     uniform = data.corrupt_labels(LABELS, 0.3, 10, 0) != LABELS
     assert 0 < hit.sum() < uniform.sum() and (hit <= uniform).all()  # the same examples are chosen
+    for name, classes in (("cifar100", 100), ("svhn", 10)):
+        assert data.confusions(name) == {c: (c + 1) % classes for c in range(classes)}
 
 
-def test_confusions_are_known_of_some_data_sets_and_of_their_grey_forms():
-    known = {name for name in data.IMAGE_SETS if data.confusions(name)}
-    assert known == {"cifar10", "cifar100", "svhn", "cifar10_gs", "cifar100_gs", "svhn_gs"}
-    for name in known:
-        classes = range(len(data.IMAGE_SETS[name].class_names))
-        assert all(a != b and {a, b} <= set(classes) for a, b in data.confusions(name).items())
-
-
-@pytest.mark.parametrize(
-    ("n", "share", "count"),
-    [
-        *((50_000, 0.29, 14_500), (50_000, 0.57, 28_500), (50_000, 1.0, 50_000), (64, 0.2, 12)),
-        *((50_000, 0.0, 0), (50_000, 2e-5, 1), (1000, np.float64(0.137), 137)),
-    ],
-)
-def test_a_share_is_the_whole_part_of_the_decimal_number_as_written(n, share, count):
-    assert data.share_of(n, share) == count
-
-
-@pytest.mark.parametrize("share", [-0.1, 1.1, float("nan"), float("inf"), 1e-6])
-def test_a_share_outside_0_1_or_of_no_example_is_refused_by_name(share):
-    with pytest.raises(ValueError, match="--frac"):
-        data.share_of(50_000, share, "--frac")
-    with pytest.raises(ValueError, match="share"):
-        data.corrupt_labels(LABELS, share, 10, 0)
+def test_a_share_is_the_whole_part_of_the_decimal_number_as_written():
+    for share, count in ((0.29, 14_500), (0.57, 28_500), (1.0, 50_000), (0.0, 0), (2e-5, 1)):
+        assert data.share_of(50_000, share) == data.share_of(50_000, np.float64(share)) == count
+    assert data.share_of(64, 0.2) == 12
+    for share in (-0.1, 1.1, float("nan"), float("inf"), 1e-6):
+        with pytest.raises(ValueError, match="--frac"):
+            data.share_of(50_000, share, "--frac")

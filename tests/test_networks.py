@@ -94,6 +94,7 @@ def test_a_network_computes_and_trains_as_the_references(key):
         state, *values = train(*state)
         found.append(values)
         seen.append(state[1])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(seen)} <= {"float64"}
     assert_golden(found[0][0][:2], golden["train_logits"][:2])
     assert_golden([values[1:3] for values in found], golden["losses"])
     assert_golden([values[3] for values in found], golden["grad_norms"])
@@ -112,20 +113,6 @@ def test_a_network_computes_and_trains_as_the_references(key):
     np.testing.assert_allclose(positive, golden["feature_positive_fraction"], rtol=rtol)
 
 
-def test_running_moments_follow_the_precision():
-    for dtype, stored in (
-        (jnp.float64, "float64"),
-        (jnp.float32, "float32"),
-        (jnp.bfloat16, "float32"),
-    ):
-        model = models.build("resnet18_plain", classes=3, width=2, dtype=dtype)
-        out = jax.eval_shape(model.init, jr.key(0), jnp.zeros((2, 28, 28, 1), jnp.float32))
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(out)} == {stored}
-        logits, features = jax.eval_shape(model.apply, out, jnp.zeros((2, 28, 28, 1), jnp.float32))
-        assert logits.dtype.name == stored and logits.shape == (2, 3)
-        assert features["block1"].dtype == dtype
-
-
 def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
     model = models.build("resnet18_plain", classes=1000, width=64)
     params = jax.jit(model.init)(jr.key(3), jnp.zeros((1, 32, 32, 3), jnp.float32))["params"]
@@ -140,48 +127,36 @@ def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        ({"name": "resnet19"}, "resnet19.*resnet18_plain"),
-        ({"width": 0}, "width"),
-        ({"classes": 0}, "classes"),
-        ({"name": "resnet18", "dropout": 1.0}, "dropout"),
-        ({"name": "resnet18", "softplus": -1}, "softplus"),
-        ({"dropout": 0.1}, "resnet18_plain .*dropout"),
-        ({"name": "resnet_tiny_gn", "width": 5}, "width"),
-    ],
+    ("name", "wrong"),
+    [("resnet19", {}), ("resnet18_plain", {"dropout": 0.1}), ("resnet_tiny_gn", {"width": 5})],
 )
-def test_what_cannot_be_built_is_refused(wrong, words):
-    with pytest.raises(ValueError, match=words):
-        models.build(**({"name": "resnet18_plain", "classes": 10, "width": 8} | wrong))
+def test_what_cannot_be_built_is_refused(name, wrong):
+    with pytest.raises(ValueError, match=[name, *wrong][-1]):
+        models.build(name, classes=10, **wrong)
 
 
 @pytest.mark.parametrize(
     ("name", "width", "classes", "count"),
     [
         ("densenet100_12", None, 10, 769_162),
-        ("densenet100_12", None, 100, 800_032),
-        ("wrn28", 10, 10, 36_479_194),
         ("wrn28", 10, 100, 36_536_884),
         ("resnet18_plain", 64, 10, 11_173_962),
         ("resnet34", 64, 10, 21_282_122),
-        ("resnet34_plain", 64, 10, 21_282_122),
-        ("resnet18", 64, 10, 11_172_170),
-        ("resnet18", 64, 2, 11_172_170 - 9 * 513),
+        ("resnet18", 64, 2, 11_172_170 - 9 * 513),  # one logit for two classes
     ],
 )
 def test_published_counts_of_parameters(name, width, classes, count):
-    params, *_ = shapes(name, (1, 32, 32, 3), classes=classes, width=width)
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    variables, *_ = shapes(name, (1, 32, 32, 3), classes=classes, width=width)
+    assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
 
 
 @functools.cache
 def shapes(name, shape, **options):
-    """Parameters, logits and features without computing any."""
+    """Variables, logits and features without computing any."""
     model = models.build(name, **options)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     (logits, features), variables = jax.eval_shape(model.init_with_output, jr.key(0), x)
-    return variables["params"], logits, features
+    return variables, logits, features
 
 
 @pytest.mark.parametrize("name", models.NETWORKS)
@@ -189,11 +164,12 @@ def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
     """And vectors of 100 numbers, as images of one row (gaussians_binary)."""
     last = {}
     for shape in ((4, 28, 28, 1), (4, 32, 32, 3), (4, 64, 64, 3), (4, 1, 100, 1)):
-        params, logits, features = shapes(name, shape, classes=7, width=2, dtype=jnp.bfloat16)
-        assert logits.shape == (4, 7) and logits.dtype == jnp.float32
+        variables, logits, features = shapes(name, shape, classes=2, width=2, dtype=jnp.bfloat16)
+        assert logits.shape == (4, 2) and logits.dtype == jnp.float32
         assert list(features) == [f"block{i}" for i in range(1, len(features) + 1)]
         assert all(phi.size for phi in features.values())
-        assert {leaf.dtype.name for leaf in jax.tree.leaves(params)} == {"float32"}
+        assert features["block1"].dtype == jnp.bfloat16
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"float32"}
         last[shape] = features
     # The stem of stride 2 gives 64 x 64 images the maps of 32 x 32 ones; VGG has no stem.
     small, large = last[4, 32, 32, 3], last[4, 64, 64, 3]
@@ -201,87 +177,34 @@ def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
     of = lambda phi: (*(factor * n for n in phi.shape[1:3]), phi.shape[3])
     maps = [block for block, phi in small.items() if phi.ndim == 4]
     assert [large[block].shape[1:] for block in maps] == [of(small[block]) for block in maps]
+    *_, head = (v for k, v in variables["params"].items() if k.startswith("Dense_"))
+    single = models.PRE_ACTIVATION.keys() - {"wrn28"}  # two classes have one logit
+    assert head["kernel"].shape[-1] == (1 if name in single else 2)
 
 
-def apply(model, params, stats, x, train=True):
-    (logits, _), stats = model.apply({"params": params, **stats}, x, train, mutable=list(stats))
-    return logits, stats
-
-
-@pytest.fixture(scope="module")
-def dropping():
-    """A tiny net with dropout, at random weights and positive inputs."""
-    model = models.build("resnet_tiny_gn", classes=3, width=2, dropout=0.5)
+def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training():
+    plain, model = (
+        models.build("resnet_tiny_gn", classes=3, width=2, dropout=rate) for rate in (0, 0.5)
+    )
     x = jr.uniform(jr.key(1), (16, 8, 8, 3))
-    return jax.jit(apply, static_argnums=(0, 4)), model, *weights(model, x.shape), x
-
-
-def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training(dropping):
-    run, model, params, stats, x = dropping
-    plain = models.build("resnet_tiny_gn", classes=3, width=2)
-    calm, same = run(model, params, stats, x, False)
-    np.testing.assert_array_equal(calm, run(plain, params, {}, x, False)[0])
-    jax.tree.map(np.testing.assert_array_equal, same, stats)
-    first, after = run(model, params, stats, x, True)
-    np.testing.assert_array_equal(first, run(model, params, stats, x, True)[0])
-    second, _ = run(model, params, after, x, True)
-    assert jnp.abs(first - second).max() > 1e-3 < jnp.abs(first - calm).max()
-
-
-def test_dropout_keeps_the_mean_and_drops_its_share():
-    drop = models.Dropout(0.3)
-    x = jnp.ones((100, 1000))
-    stats = drop.init(jr.key(0), x, False)
-    y, _ = drop.apply(stats, x, True, mutable=["dropout"])
+    params, stats = weights(model, x.shape)
+    run = jax.jit(from_linen(model).apply, static_argnames="train")
+    calm = run(params, stats, x)
+    np.testing.assert_array_equal(calm.out, jax.jit(from_linen(plain).apply)(params, {}, x).out)
+    jax.tree.map(np.testing.assert_array_equal, calm.stats, stats)
+    first, again = (run(params, stats, x, train=True) for _ in range(2))
+    np.testing.assert_array_equal(first.out, again.out)
+    second = run(params, first.stats, x, train=True)
+    assert jnp.abs(first.out - second.out).max() > 1e-3 < jnp.abs(first.out - calm.out).max()
+    drop, ones = models.Dropout(0.3), jnp.ones((100, 1000))
+    y, _ = drop.apply(drop.init(jr.key(0), ones), ones, True, mutable=["dropout"])
     assert set(np.unique(y)) == {0.0, np.float64(jnp.float64(1) / 0.7)}
     np.testing.assert_allclose((y == 0).mean(), 0.3, atol=0.005)
-    np.testing.assert_allclose(y.mean(), 1, atol=0.01)
 
 
-def test_softplus_of_large_beta_is_relu():
-    x = jr.uniform(jr.key(1), (4, 16, 16, 3))
-    build = partial(models.build, "resnet_tiny_gn", classes=3, width=2, dtype=jnp.float64)
-    params, _ = weights(build(), x.shape)
-    logits = [
-        jax.jit(build(softplus=beta).apply)({"params": params}, x)[0]
-        for beta in (0, 10**6, 1000, 10)
-    ]
-    far = [float(jnp.abs(other - logits[0]).max()) for other in logits[1:]]
-    assert far[0] < 1e-4 and far[0] < far[1] < far[2]
-
-
-def test_group_norm_sees_one_example_and_batch_norm_all():
-    x = jr.uniform(jr.key(1), (4, 8, 8, 3))
-    for name, alone in (("resnet_tiny_gn", True), ("resnet_tiny", False)):
-        model = models.build(name, classes=3, width=4, dtype=jnp.float64)
-        params, stats = weights(model, x.shape)
-        run = jax.jit(partial(apply, model))
-        whole, one = run(params, stats, x)[0], run(params, stats, x[:1])[0]
-        assert np.allclose(whole[:1], one, rtol=1e-9) == alone
-
-
-@pytest.mark.parametrize("name", models.NETWORKS)
-def test_two_classes_are_one_logit_in_released_preactivation_nets(name):
-    params, logits, _ = shapes(name, (3, 32, 32, 3), classes=2, width=2)
-    assert logits.shape == (3, 2)
-    head = [v for k, v in params.items() if k.startswith("Dense_")][-1]["kernel"].shape[-1]
-    single = models.PRE_ACTIVATION.keys() - {"wrn28"}
-    assert head == (1 if name in single else 2)
-
-
-def test_a_dense_block_carries_its_input_along():
-    """The first channels of a block's output are its input, whatever the layers add."""
-    *_, features = shapes("densenet100_12", (1, 32, 32, 3), classes=3, width=2)
-    sizes = [phi.shape[1:] for phi in features.values()]
-    # 2k -> 2k + 16 k = 36, halved to 18; + 32 = 50, halved to 25; + 32 = 57.
-    assert sizes == [(32, 32, 36), (16, 16, 50), (8, 8, 57), (57,)]
-
-
-def test_vgg_reads_grey_images_as_three_equal_channels_and_refuses_others():
+def test_vgg_reads_grey_images_as_three_equal_channels():
     model = models.build("vgg16", classes=3, width=2)
     grey = jr.uniform(jr.key(1), (2, 28, 28, 1), jnp.float32)
     params, _ = weights(model, grey.shape)
     run = jax.jit(lambda x: model.apply({"params": params}, x)[0])
     np.testing.assert_array_equal(run(grey), run(jnp.concatenate([grey] * 3, -1)))
-    with pytest.raises(ValueError, match="these have 2 channels"):
-        run(jnp.concatenate([grey] * 2, -1))

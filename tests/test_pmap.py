@@ -30,7 +30,7 @@ class Net(nn.Module):
     def __call__(self, x, train=False):
         layers = models.Layers(jnp.float64, norm_axis=self.norm_axis)
         for _ in range(2):
-            x = nn.relu(layers.batch_norm(train)(layers.conv(4)(x)))
+            x = nn.relu(layers.norm(train)(layers.conv(4)(x)))
         return layers.dense(CLASSES)(layers.pool(x))
 
 
@@ -133,7 +133,7 @@ def test_moments_are_those_of_the_whole_batch(how):
     x += 10 * np.arange(DEVICES).reshape(-1, 1, 1, 1, 1)  # far apart: a mean of variances is small
     flat = x.reshape(-1, *x.shape[2:])
     layers = models.Layers(jnp.float64, norm_momentum=0.0, norm_axis=None if how == "jit" else AXIS)
-    norm = layers.batch_norm(train=True)
+    norm = layers.norm(train=True)
     variables = norm.init(jr.key(0), flat)
     apply = lambda x: norm.apply(variables, x, mutable=["batch_stats"])
     auto, devices = (jax.sharding.AxisType.Auto,), jax.devices()[:DEVICES]

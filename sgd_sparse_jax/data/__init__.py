@@ -22,8 +22,6 @@ from .synthetic import (
     Layer as Layer,
     Problem as Problem,
     binary_gaussians as binary_gaussians,
-    examples as examples,
-    random_teacher as random_teacher,
     regression_1d as regression_1d,
     relu_network as relu_network,
     sparse_regression as sparse_regression,

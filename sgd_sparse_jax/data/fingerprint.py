@@ -1,4 +1,4 @@
-"""What tells one set of examples from another, small enough to store with a saved state."""
+"""A digest of a split, small enough to store with a saved state."""
 
 import hashlib
 
@@ -10,15 +10,11 @@ SAMPLE = 1000  # images that are hashed: reading all of a memory map could take 
 
 
 def fingerprint(images: Images) -> dict[str, int | str]:
-    """Sizes and digests of a split; two splits are the same data when their fingerprints are equal.
+    """Sizes and digests of a split, as JSON values; equal data have equal fingerprints.
 
-    Args:
-        images: a split, as `load_images` returns it; its arrays may be memory maps.
-
-    Returns:
-        JSON values: `n`, `shape` ("32x32x3") and `dtype` of the images, the number of `classes`,
-        SHA-256 of all `labels` and of the `pixels` of about 1,000 images at equal distances, and
-        `source`, the data set and its version ("" where unknown, as of arrays of your own).
+    `n`, `shape` ("32x32x3") and `dtype` of the images, the number of `classes`, SHA-256 of all
+    `labels` and of the `pixels` of about 1,000 images at equal distances, and `source`, the data
+    set and its version ("" where unknown, as of arrays of your own). Arrays may be memory maps.
 
     Example:
         >>> cats = Images(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32), ("cat",))
@@ -29,19 +25,18 @@ def fingerprint(images: Images) -> dict[str, int | str]:
         False
     """
     n = len(images.images)
-    sample = images.images[:: max(1, n // SAMPLE)]
+
+    def sha256(array: np.ndarray) -> str:
+        # Little-endian on every machine, so that the digests agree.
+        ordered = array.astype(array.dtype.newbyteorder("<"), copy=False)
+        return hashlib.sha256(ordered.tobytes()).hexdigest()
+
     return {
         "n": n,
         "shape": "x".join(map(str, images.images.shape[1:])),
         "dtype": str(images.images.dtype),
         "classes": len(images.class_names),
-        "labels": _sha256(images.labels),
-        "pixels": _sha256(sample),
+        "labels": sha256(images.labels),
+        "pixels": sha256(images.images[:: max(1, n // SAMPLE)]),
         "source": images.source,
     }
-
-
-def _sha256(array: np.ndarray) -> str:
-    # The same digest on every machine.
-    little_endian = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return hashlib.sha256(little_endian.tobytes()).hexdigest()

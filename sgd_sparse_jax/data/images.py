@@ -2,13 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
-
-Pixels: TypeAlias = UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
-Labels: TypeAlias = Int32[np.ndarray, " n"]
 
 
 class Images(NamedTuple):
@@ -23,8 +20,8 @@ class Images(NamedTuple):
         (2, 8, 8, 1)
     """
 
-    images: Pixels
-    labels: Labels
+    images: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
+    labels: Int32[np.ndarray, " n"]
     class_names: tuple[str, ...]
     source: str = ""
 
@@ -38,14 +35,14 @@ class ImageSet(NamedTuple):
 
 
 _NAMES = json.loads(Path(__file__).with_name("class_names.json").read_text("utf-8"))
-_DIGITS = tuple("0123456789")
+DIGITS = tuple("0123456789")
 
 # Sets on disk. A new one is an entry here and, to be downloaded, one in `archives.SOURCES`.
 STORED = {
     "cifar10": ImageSet((32, 32, 3), tuple(_NAMES["cifar10"])),
     "cifar100": ImageSet((32, 32, 3), tuple(_NAMES["cifar100"])),
-    "svhn": ImageSet((32, 32, 3), _DIGITS, "svhn_cropped"),
-    "mnist": ImageSet((28, 28, 1), _DIGITS),
+    "svhn": ImageSet((32, 32, 3), DIGITS, "svhn_cropped"),
+    "mnist": ImageSet((28, 28, 1), DIGITS),
     "fashion_mnist": ImageSet((28, 28, 1), tuple(_NAMES["fashion_mnist"])),
     "tiny_imagenet": ImageSet((64, 64, 3), tuple(_NAMES["tiny_imagenet"])),
 }
@@ -56,7 +53,7 @@ PAIRS = {
 }
 DRAWN = {
     "gaussians_binary": ImageSet((1, 100, 1), ("+v", "-v")),
-    "uniform_noise": ImageSet((28, 28, 1), _DIGITS),
+    "uniform_noise": ImageSet((28, 28, 1), DIGITS),
 }
 _COLOUR = {name: kind for name, kind in STORED.items() if kind.shape[-1] == 3} | {
     name: STORED[parent]._replace(class_names=pair) for name, (parent, pair) in PAIRS.items()

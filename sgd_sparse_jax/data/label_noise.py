@@ -35,9 +35,7 @@ def share_of(n: int, share: float, name: str = "share") -> int:
     """The whole part of `share` times `n`, of the decimal number as it is written.
 
     0.29 of 50,000 is 14,500; `int(0.29 * 50_000)`, in binary, is one less.
-
-    Raises:
-        ValueError: `share`, called `name`, is outside [0, 1], or positive and none of `n`.
+    Raises ValueError where `share`, called `name`, is outside [0, 1], or positive and none of `n`.
 
     Example:
         >>> share_of(50_000, 0.29), share_of(5, 0.5)
@@ -51,13 +49,9 @@ def share_of(n: int, share: float, name: str = "share") -> int:
 
 
 def gaussian_label_noise(scale: optax.Schedule) -> Noise:
-    """y + scale(step) N(0, 1), independent for each label of the batch.
+    """y + scale(step) N(0, 1), independent for each label; the scale may be traced.
 
-    Args:
-        scale: the standard deviation as a function of the step; it may be traced.
-
-    Returns:
-        `noise(key, step, batch) -> batch`, for `train.make_segment(noise=...)`.
+    Returns `noise(key, step, batch) -> batch`, for `train.make_segment(noise=...)`.
 
     Example:
         >>> noise = gaussian_label_noise(optax.constant_schedule(0.1))
@@ -66,8 +60,7 @@ def gaussian_label_noise(scale: optax.Schedule) -> Noise:
     """
 
     def noise(key: PRNGKey, step: Count | int, batch: Batch) -> Batch:
-        drawn = jr.normal(key, batch.y.shape, batch.y.dtype)
-        return Batch(batch.x, batch.y + scale(step) * drawn)
+        return Batch(batch.x, batch.y + scale(step) * jr.normal(key, batch.y.shape, batch.y.dtype))
 
     return noise
 
@@ -100,14 +93,14 @@ def corrupt_labels(
     seed: int,
     confusions: Mapping[int, int] | None = None,
 ) -> Int32[np.ndarray, " n"]:
-    """`share_of(n, share)` labels made wrong, uniformly among the other classes.
+    """A copy of `labels` with `share_of(n, share)` of them wrong, uniform among the other classes.
 
     Args:
-        labels: true labels [n]; they stay as they are, the result is a copy.
+        labels: true labels [n].
         share: in [0, 1].
         classes: the number of classes.
-        seed: decides, with `n` and `share` alone, which examples are hit.
-        confusions: class c becomes confusions[c] where that exists, in place of a random one.
+        seed: decides, with `n` and `share` alone, which examples are changed.
+        confusions: class c becomes confusions[c], or stays c, in place of a random one.
 
     Example:
         >>> labels = np.zeros(10, np.int32)

@@ -15,6 +15,7 @@ from . import archives, prepared, variants
 from .images import DRAWN, IMAGE_SETS, PAIRS, STORED, Images, ImageSet
 
 SPLITS = ("train", "test")
+MANUAL = "downloads/manual"  # where TFDS looks for archives, too
 
 
 def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None) -> Images:
@@ -82,38 +83,32 @@ def _open(folder: Path, split: str, kind: ImageSet) -> Images:
 
 
 def _labels(path: Path, n: int, classes: int) -> np.ndarray:
-    labels = _array(path)
+    labels, span = _array(path), ""
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
-    span = ""
-    if labels.dtype.kind in "biuf" and labels.size:
+    if labels.dtype.kind in "iuf" and labels.size:
         with np.errstate(invalid="ignore"):  # of NaN
             numbers = labels.astype(np.int32, copy=False)
-        # Outside of the range, a label would turn the cross-entropy into NaN.
+        # The cross-entropy of a label out of range is NaN, without any error.
         in_range = numbers.min() >= 0 and numbers.max() < classes
         if labels.shape == (n,) and in_range and (numbers == labels).all():
             return numbers
         span = f" from {labels.min()} to {labels.max()}"
-    found = f"{labels.dtype} {list(labels.shape)}{span}"
     expected = f"whole numbers from 0 to {classes - 1}, one for each of {n} images"
-    raise _unfit(path, f"holds {found}; expected {expected}")
+    raise _unfit(path, f"holds {labels.dtype} {list(labels.shape)}{span}; expected {expected}")
 
 
 def _array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except FileNotFoundError as error:
-        raise _unfit(path, "is missing: train and test, images and labels go together") from error
-    except OSError:
-        raise
     except Exception as error:  # a damaged header fails in many ways
         # NumPy's own message may quote the pixels that it took for a header.
-        raise _unfit(path, "is truncated, pickled or no array") from error
+        found = f"can't be read ({type(error).__name__}): it is missing, truncated or no array"
+        raise _unfit(path, found) from error
 
 
 def _unfit(path: Path, found: str) -> ValueError:
-    derived = path.parent.name == "decoded"
-    hint = f" Delete {path.parent}: the next call writes it again." if derived else ""
-    return ValueError(f"{path} {found}.{hint}")
+    hint = f" Delete {path.parent}: the next call writes it again."
+    return ValueError(f"{path} {found}.{hint if path.parent.name == 'decoded' else ''}")
 
 
 def _decoded(name: str, split: str, root: Path) -> Images:
@@ -126,15 +121,15 @@ def _decoded(name: str, split: str, root: Path) -> Images:
         program = f'from sgd_sparse_jax import data; data.load_images("{name}", "train")'
         raise FileNotFoundError(
             f"{name} is not in {folder} (data_dir, else TFDS_DATA_DIR, else "
-            f"~/tensorflow_datasets), and {error}. On a machine with network run "
+            f"~/tensorflow_datasets), its archive is not in {root / MANUAL}, and {error}. Put the "
+            "archive there, or on a machine with network run "
             f"`TFDS_DATA_DIR={shlex.quote(str(root))} python -c {shlex.quote(program)}` "
             f"and copy {folder} here."
         ) from error
     except OSError as error:
         reason = f"{folder} can't be written ({error.strerror or error})"
         if tfds_folder is None:
-            hint = "set data_dir or TFDS_DATA_DIR to a folder that can."
-            raise PermissionError(f"{reason}: {hint}") from error
+            raise PermissionError(f"{reason}; choose another data_dir or TFDS_DATA_DIR.") from error
         logging.getLogger(__name__).warning("%s: each run decodes %s again.", reason, name)
         images, labels = prepared.read(tfds_folder, kind, split)
         return Images(images, labels, kind.class_names, f"{name} {tfds_folder.name}")
@@ -148,8 +143,8 @@ def _note(folder: Path, tfds_folder: Path | None) -> dict | None:
     except FileNotFoundError:
         return None
     # An archive has no files here: its content never changes, and it may be removed.
-    current = tfds_folder is None or not note["files"] or note == prepared.describe(tfds_folder)
-    return note if current else None
+    outdated = tfds_folder and note["files"] and note != prepared.describe(tfds_folder)
+    return None if outdated else note
 
 
 def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
@@ -157,13 +152,13 @@ def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder) as work:
-        if tfds_folder is not None:
+        if tfds_folder:
             note = prepared.describe(tfds_folder)
             read = partial(prepared.read, tfds_folder, STORED[name])
         else:
             source = archives.SOURCES[name]
             note = {"version": source.version, "files": {}}
-            paths = archives.obtain(name, root / "downloads" / "manual", Path(work))
+            paths = archives.obtain(name, root / MANUAL, Path(work))
             read = partial(source.read, paths)
         new, decoded = Path(work) / "new", folder / "decoded"
         new.mkdir()

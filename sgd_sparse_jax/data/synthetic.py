@@ -1,7 +1,8 @@
 """Toy problems, drawn from NumPy's legacy generator so that they equal the paper's."""
 
-import itertools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,30 +43,6 @@ class Layer(NamedTuple):
     bias: Float[np.ndarray, " o"]
 
 
-def examples(x: Any, y: Any) -> Examples:
-    """Your own data as float64 `Examples`.
-
-    Args:
-        x: inputs [n, d], or [n] for one input each.
-        y: targets [n].
-
-    Raises:
-        ValueError: other shapes, no examples, or values that aren't finite numbers.
-
-    Example:
-        >>> examples([1, 2, 3], [2, 4, 6]).x.shape
-        (3, 1)
-    """
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    x = x[:, None] if x.ndim == 1 else x
-    if x.ndim != 2 or not x.size or y.shape != x.shape[:1]:
-        raise ValueError(f"x has shape {x.shape} and y {y.shape}; expected [n, d] and [n].")
-    bad = np.flatnonzero(~np.isfinite(np.column_stack([x, y])).all(1))
-    if bad.size:
-        raise ValueError(f"x or y is NaN or infinite in {bad.size} rows, the first is {bad[0]}.")
-    return Examples(x, y)
-
-
 def sparse_regression(
     seed: int = 0, *, n: int = 80, d: int = 200, support: int = 20, n_test: int = 1000
 ) -> Problem:
@@ -78,8 +55,6 @@ def sparse_regression(
         >>> problem.train.x.shape, (problem.target != 0).sum().item()
         ((10, 30), 3)
     """
-    if not 1 <= support <= d:
-        raise ValueError(f"support is {support}; choose one between 1 and d = {d}.")
     rng = np.random.RandomState(seed)  # the order of the draws is the original's
     x, x_test, target = rng.randn(n, d), rng.randn(n_test, d), np.abs(rng.randn(d))
     target[support:] = 0.0
@@ -100,39 +75,18 @@ def regression_1d() -> Problem:
     return Problem(points, points, None)
 
 
-def _layer(weights: Sequence[Sequence[float]], bias: Sequence[float]) -> Layer:
-    """In float64 the values that torch drew in float32; it has a row of `weights` per unit."""
+def _teacher(name: str) -> tuple[Layer, ...]:
+    layers = json.loads(Path(__file__).with_name("teachers.json").read_text("utf-8"))[name]
+    # In float64 the values that torch drew in float32; it has a row of weights per unit.
     exact = lambda values: np.asarray(values, np.float32).astype(np.float64)
-    return Layer(exact(weights).T.copy(), exact(bias))
+    return tuple(Layer(exact(each["weights"]).T.copy(), exact(each["bias"])) for each in layers)
 
 
-# The paper's teachers.
-CIRCLE_TEACHER = (
-    _layer(
-        [[-0.9979376, -0.06419156], [-0.9325169, 0.36112648], [0.99496424, -0.10023064]],
-        [0.0, 0.0, 0.0],
-    ),
-    _layer([[-1.0, -1.0, 1.0]], [0.0]),
-)
-DEEP_TEACHER = (
-    _layer(
-        [
-            [-0.15462263, 1.4809865, 0.99883944, 1.186766, -0.7107561],
-            [0.36082858, 0.062117696, -1.3084733, 0.84316957, -0.43355608],
-        ],
-        [-0.14907442, -0.03152654],
-    ),
-    _layer([[1.7495791, 0.14782262], [-0.6115029, 1.0940832]], [0.51535267, 0.14873733]),
-    _layer([[-0.091409914, 1.261176]], [-0.47488743]),
-)
+CIRCLE_TEACHER, DEEP_TEACHER = _teacher("circle"), _teacher("deep")  # of the paper's T1 and T3
 
 
 def teacher_student(
-    seed: int = 1,
-    *,
-    n: int = 15,
-    teacher: Sequence[Layer] = CIRCLE_TEACHER,
-    n_test: int = 1000,
+    seed: int = 1, *, n: int = 15, teacher: Sequence[Layer] = CIRCLE_TEACHER, n_test: int = 1000
 ) -> Problem:
     """y = teacher(x) for a ReLU network, x uniform on the unit sphere (N(0, I) over its norm).
 
@@ -144,37 +98,13 @@ def teacher_student(
         (15, 2)
     """
     rng, d = np.random.RandomState(seed), len(teacher[0].kernel)
-    unit = lambda x: x / np.linalg.norm(x, axis=1, keepdims=True)
-    x, x_test = unit(rng.randn(n, d)), unit(rng.randn(n_test, d))
-    label = lambda x: relu_network(x, teacher)
-    return Problem(Examples(x, label(x)), Examples(x_test, label(x_test)), tuple(teacher))
 
+    def draw(count: int) -> Examples:
+        x = rng.randn(count, d)
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        return Examples(x, relu_network(x, teacher))
 
-def random_teacher(
-    seed: int, widths: Sequence[int], *, normalized: bool = False, biases: bool = False
-) -> tuple[Layer, ...]:
-    """Layers of N(0, 1) weights, for `teacher_student` and `relu_network`.
-
-    Args:
-        seed: of the weights.
-        widths: inputs, hidden layers, and 1 output.
-        normalized: incoming weights of hidden units are unit vectors, outgoing ones signs.
-        biases: N(0, 1) in place of 0.
-
-    Example:
-        >>> [layer.kernel.shape for layer in random_teacher(0, (5, 20, 1))]
-        [(5, 20), (20, 1)]
-    """
-    if len(widths) < 2 or min(widths) < 1 or widths[-1] != 1:
-        raise ValueError(f"widths are {tuple(widths)}; give inputs, hidden layers and 1 output.")
-    rng, layers = np.random.RandomState(seed), []
-    for i, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
-        kernel = rng.randn(inputs, outputs)
-        if normalized:
-            last = i == len(widths) - 2
-            kernel = np.sign(kernel) if last else kernel / np.linalg.norm(kernel, axis=0)
-        layers.append(Layer(kernel, rng.randn(outputs) if biases else np.zeros(outputs)))
-    return tuple(layers)
+    return Problem(draw(n), draw(n_test), tuple(teacher))
 
 
 def relu_network(x: Float[np.ndarray, "n d"], layers: Sequence[Layer]) -> Float[np.ndarray, " n"]:

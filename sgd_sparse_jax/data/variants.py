@@ -10,9 +10,8 @@ def two_classes(images: Images, pair: tuple[str, str]) -> Images:
     """The examples of two classes, in their order; the first of the pair is class 0."""
     zero, one = (images.labels == images.class_names.index(name) for name in pair)
     chosen = np.flatnonzero(zero | one)
-    return images._replace(
-        images=images.images[chosen], labels=one[chosen].astype(np.int32), class_names=pair
-    )
+    labels = one[chosen].astype(np.int32)
+    return images._replace(images=images.images[chosen], labels=labels, class_names=pair)
 
 
 def grey(images: Images) -> Images:

@@ -1,25 +1,11 @@
 """DenseNet-BC: every layer reads the outputs of all layers before it in its block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax.numpy as jnp
 
-from .layers import Classified, Images, Layers, Maps
-
-
-class Bottleneck(nn.Module):
-    """[x, conv3(relu(norm(conv1(relu(norm(x))))))] along channels; conv1 is 4 growth wide."""
-
-    growth: int
-    layers: Layers
-    norm: Callable[[], nn.Module]
-
-    @nn.compact
-    def __call__(self, x: Images) -> Maps:
-        y = self.layers.conv(4 * self.growth, 1)(nn.relu(self.norm()(x)))
-        y = self.layers.conv(self.growth)(nn.relu(self.norm()(y)))
-        return jnp.concatenate([x, y], -1)
+from .layers import Classified, Images, Layers
 
 
 class DenseNet(nn.Module):
@@ -39,17 +25,19 @@ class DenseNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Classified:
-        norm = lambda: self.layers.batch_norm(train)
-        features = {}
-        x = self.layers.stem(2 * self.growth, x)(x)
+        layers, features = self.layers, {}
+        activate = lambda x: nn.relu(layers.norm(train)(x))
+        x = layers.stem(2 * self.growth, x)(x)
         for block, depth in enumerate(self.depths, 1):
             for _ in range(depth):
-                x = Bottleneck(self.growth, self.layers, norm)(x)
+                # The bottleneck of 4 growth channels bounds the cost of the 3 x 3 convolution.
+                y = layers.conv(4 * self.growth, 1)(activate(x))
+                x = jnp.concatenate([x, layers.conv(self.growth)(activate(y))], -1)
             features[f"block{block}"] = x
             if block < len(self.depths):
-                x = self.layers.conv(x.shape[-1] // 2, 1)(nn.relu(norm()(x)))
+                x = layers.conv(x.shape[-1] // 2, 1)(activate(x))
                 window = tuple(min(2, size) for size in x.shape[1:3])  # one pixel stays one
                 x = nn.avg_pool(x, window, window)
-        x = features[f"block{len(self.depths)}"] = nn.relu(norm()(x))
-        x = features[f"block{len(self.depths) + 1}"] = self.layers.pool(x)
-        return self.layers.dense(self.classes)(x), features
+        x = features[f"block{len(self.depths)}"] = activate(x)
+        x = features[f"block{len(self.depths) + 1}"] = layers.pool(x)
+        return layers.dense(self.classes)(x), features

@@ -37,44 +37,38 @@ class Layers(NamedTuple):
     norm_axis: str | None = None
 
     @property
-    def stored(self) -> DTypeLike:
+    def stored(self) -> Any:
         """The dtype of parameters, norms and logits."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def conv(self, width: int, kernel: int = 3, stride: int = 1, *, bias: bool = False) -> nn.Conv:
-        """Convolution with equal zero padding on both sides ("SAME" differs at stride 2)."""
-        options: Any = {"padding": kernel // 2, "use_bias": bias, "kernel_init": he_normal}
+        """Convolution with equal zero padding on both sides."""
+        shape: Any = ((kernel, kernel), stride, kernel // 2)  # "SAME" differs at stride 2
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.stored}
-        return nn.Conv(width, (kernel, kernel), stride, **options, **dtypes)
+        return nn.Conv(width, *shape, use_bias=bias, kernel_init=he_normal, **dtypes)
 
     def stem(self, width: int, x: Images) -> nn.Conv:
         """3 x 3, with stride 2 from 64 x 64 on: Tiny ImageNet's later stages have CIFAR's sizes."""
         return self.conv(width, 3, 2 if min(x.shape[1:3]) >= 64 else 1)
 
-    def batch_norm(self, train: bool) -> nn.BatchNorm:
-        """Statistics of the batch in training, else running moments."""
-        averaged: Any = {"use_running_average": not train, "momentum": self.norm_momentum}
-        return nn.BatchNorm(**averaged, axis_name=self.norm_axis, **self._norm)
-
-    def group_norm(self, groups: int) -> nn.GroupNorm:
-        """Mean 0 and variance 1 over each group of channels of each example."""
-        return nn.GroupNorm(groups, **self._norm)
-
-    @property
-    def _norm(self) -> dict[str, Any]:
-        return {
+    def norm(self, train: bool, groups: int = 0) -> nn.Module:
+        """GroupNorm with `groups`, else BatchNorm, which has running moments unless `train`."""
+        options: dict[str, Any] = {
             "epsilon": 1e-5,
-            "use_fast_variance": False,
+            "use_fast_variance": False,  # E x^2 - (E x)^2 loses digits, and may be negative
             "dtype": self.dtype,
             "param_dtype": self.stored,
             # Otherwise flax stores the running moments of float64 networks in float32.
             "force_float32_reductions": self.stored == jnp.float32,
         }
+        if groups:
+            return nn.GroupNorm(groups, **options)
+        momentum, axis = self.norm_momentum, self.norm_axis
+        return nn.BatchNorm(not train, momentum=momentum, axis_name=axis, **options)
 
     def dense(self, width: int) -> nn.Dense:
         """Linear layer, initialized as in torch."""
-        dtypes: Any = {"dtype": self.stored, "param_dtype": self.stored}
-        return nn.Dense(width, kernel_init=uniform_fan_in, **dtypes)
+        return nn.Dense(width, True, self.stored, self.stored, kernel_init=uniform_fan_in)
 
     def activate(self, x: jax.Array) -> jax.Array:
         """ReLU, or softplus."""
@@ -104,6 +98,7 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if not self.rate:
             return x
+        # As integers: checkpoints and digests take numbers.
         key = self.variable("dropout", "key", lambda: jr.key_data(self.make_rng("params")))
         if not train or self.is_initializing():
             return x

@@ -26,6 +26,7 @@ def from_linen(module: nn.Module) -> Network:
         >>> network.apply(params, stats, jnp.ones((4, 3))).out.shape
         (4, 1)
     """
+    # nn.Sequential, say, takes no argument `train`.
     has_mode = "train" in inspect.signature(type(module).__call__).parameters
     mode: Any = lambda train: {"train": train} if has_mode else {}
 
@@ -35,10 +36,9 @@ def from_linen(module: nn.Module) -> Network:
 
     def apply(params: Params, stats: Stats, x: jax.Array, *, train: bool = False) -> Outputs:
         variables: Any = {"params": params, **stats}
-        if not train:
-            return Outputs(*_split(module.apply(variables, x, **mode(False))), stats)
-        result: Any = module.apply(variables, x, **mode(True), mutable=list(stats))
-        return Outputs(*_split(result[0]), result[1])
+        mutable = list(stats) if train else []
+        result, new_stats = module.apply(variables, x, **mode(train), mutable=mutable)
+        return Outputs(*_split(result), new_stats if train else stats)
 
     return Network(init, apply)
 
@@ -59,35 +59,27 @@ def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
     """
     from flax import nnx
 
-    # Training and evaluation are two graph definitions: BatchNorm's flag is part of them.
-    def split(train: bool) -> Any:
-        module = nnx.eval_shape(lambda: constructor(jr.key(0)))
-        (module.train if train else module.eval)()
-        return nnx.split(module, nnx.Param, ...)
-
-    templates = {train: split(train) for train in (False, True)}
+    split: Any = lambda module: nnx.split(module, nnx.Param, ...)
+    graph, *template = split(nnx.eval_shape(lambda: constructor(jr.key(0))))
 
     def init(key: PRNGKey, x: jax.Array) -> tuple[Params, Stats]:
-        parts: Any = nnx.split(constructor(key), nnx.Param, ...)
-        params, stats = map(nnx.to_pure_dict, parts[1:])
+        params, stats = map(nnx.to_pure_dict, split(constructor(key))[1:])
         # NNX starts the moments in float32; of a float64 network they would be rounded every step.
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         moments = lambda s: s.astype(wide) if jnp.issubdtype(s.dtype, jnp.floating) else s
         return params, jax.tree.map(moments, _without_keys(stats))
 
     def apply(params: Params, stats: Stats, x: jax.Array, *, train: bool = False) -> Outputs:
-        graph, *states = templates[train]
-        states = jax.tree.map(lambda leaf: leaf, states)  # copies: the next lines write to them
+        states = jax.tree.map(lambda leaf: leaf, template)  # a copy, to be written to
         key = lambda like, s: jr.wrap_key_data(s) if _is_key(like) else s
-        values = params, jax.tree.map(key, nnx.to_pure_dict(states[1]), dict(stats))
-        for state, value in zip(states, values, strict=True):
-            nnx.replace_by_pure_dict(state, dict(value))
+        keyed = jax.tree.map(key, nnx.to_pure_dict(states[1]), dict(stats))
+        nnx.replace_by_pure_dict(states[0], dict(params))
+        nnx.replace_by_pure_dict(states[1], keyed)
         module = nnx.merge(graph, *states)
-        result = _split(module(x))
-        if not train:
-            return Outputs(*result, stats)
-        parts: Any = nnx.split(module, nnx.Param, ...)
-        return Outputs(*result, _without_keys(nnx.to_pure_dict(parts[2])))
+        (module.train if train else module.eval)()
+        out, features = _split(module(x))
+        stats = _without_keys(nnx.to_pure_dict(split(module)[2])) if train else stats
+        return Outputs(out, features, stats)
 
     return Network(init, apply)
 

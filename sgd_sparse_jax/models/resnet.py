@@ -27,15 +27,9 @@ class BasicBlock(nn.Module):
         return nn.relu(x + y)
 
 
-class PreActBlock(nn.Module):
-    """x + conv(drop(act(norm(conv(a))))) with a = act(norm(x)); where shapes differ, a projection
-    of a (not of x) takes the place of x.
-    """
+class PreActBlock(BasicBlock):
+    """x + conv(drop(act(norm(conv(a))))) with a = act(norm(x))."""
 
-    width: int
-    stride: int
-    layers: Layers
-    norm: Callable[[], nn.Module]
     dropout: Callable[[jax.Array], jax.Array]
 
     @nn.compact
@@ -44,7 +38,7 @@ class PreActBlock(nn.Module):
         y = self.layers.conv(self.width, 3, self.stride)(activated)
         y = self.layers.activate(self.norm()(y))
         y = self.layers.conv(self.width)(self.dropout(y))
-        if x.shape != y.shape:
+        if x.shape != y.shape:  # the projection is of `activated`, not of x
             x = self.layers.conv(self.width, 1, self.stride)(activated)
         return x + y
 
@@ -55,7 +49,7 @@ class ResNet(nn.Module):
     `depths` are the numbers of blocks of each stage, `width` that of the first stage. Images
     [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem, `stem` wide
     (default: `width`), has stride 2 from 64 x 64 on. With `pre_activation`, norm and activation
-    precede each convolution. `groups` is the number of groups of GroupNorm (0: BatchNorm). With
+    precede each convolution. `group_norm` replaces BatchNorm by GroupNorm with width/2 groups. With
     `binary_logit` two classes have the logits (0, z), as in the released code. Features: the output
     of every stage (with `pre_activation` the last one after the final norm and ReLU), then the
     pooled features that the last layer reads. Sources: He et al., 2015 (arXiv 1512.03385) and 2016
@@ -73,20 +67,18 @@ class ResNet(nn.Module):
     layers: Layers = Layers()
     width: int = 64
     stem: int | None = None
-    groups: int = 0
+    group_norm: bool = False
     pre_activation: bool = False
     binary_logit: bool = False
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Classified:
         layers, features = self.layers, {}
-        norm = partial(layers.group_norm, self.groups) if self.groups else None
-        norm = norm or partial(layers.batch_norm, train)
+        norm = partial(layers.norm, train, self.width // 2 if self.group_norm else 0)
         drop = lambda x: Dropout(layers.dropout)(x, train)
         block = partial(PreActBlock, dropout=drop) if self.pre_activation else BasicBlock
         x = layers.stem(self.stem or self.width, x)(x)
-        if not self.pre_activation:
-            x = nn.relu(norm()(x))
+        x = x if self.pre_activation else nn.relu(norm()(x))
         for stage, depth in enumerate(self.depths):
             for i in range(depth):
                 stride = 2 if stage and not i else 1

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from .layers import Classified, Images, Layers
 
+# As in the released code, whatever the data set is.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -17,9 +18,9 @@ class VGG(nn.Module):
 
     `depths` are the numbers of convolutions, (2, 2, 3, 3, 3) for VGG-16; `width` is w. Images
     [b, h, w, 1 or 3] have values in [0, 1] and are normalized with ImageNet's mean and deviation,
-    grey ones as three equal channels; ValueError for another number of channels. Features: the
-    pooled output of every stage, then the hidden layers. Source: Simonyan & Zisserman, 2015 (arXiv
-    1409.1556), in the released code's form for CIFAR.
+    grey ones as three equal channels. Features: the pooled output of every stage, then the hidden
+    layers. Source: Simonyan & Zisserman, 2015 (arXiv 1409.1556), in the released code's form for
+    CIFAR.
     """
 
     depths: Sequence[int]
@@ -29,20 +30,16 @@ class VGG(nn.Module):
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Classified:
-        if x.shape[-1] not in (1, 3):
-            raise ValueError(f"VGG takes grey or RGB images; these have {x.shape[-1]} channels.")
         mean, std = (jnp.array([[[each]]], x.dtype) for each in (IMAGENET_MEAN, IMAGENET_STD))
-        x = (x - mean) / std
-        features = {}
+        x, features = (x - mean) / std, {}
         for stage, depth in enumerate(self.depths, 1):
-            width = self.width * min(2 ** (stage - 1), 8)
             for _ in range(depth):
+                width = self.width * min(2 ** (stage - 1), 8)
                 x = nn.relu(self.layers.conv(width, bias=True)(x))
             # Up, so that 28 x 28 and 32 x 32 both end at 1 x 1 after five stages.
             up: Any = [(0, size % 2) for size in x.shape[1:3]]
             x = features[f"block{stage}"] = nn.max_pool(x, (2, 2), (2, 2), padding=up)
         x = self.layers.pool(x)
-        for hidden in (1, 2):
-            x = nn.relu(self.layers.dense(x.shape[-1])(x))
-            features[f"block{len(self.depths) + hidden}"] = x
+        for block in (len(self.depths) + 1, len(self.depths) + 2):
+            x = features[f"block{block}"] = nn.relu(self.layers.dense(x.shape[-1])(x))
         return self.layers.dense(self.classes)(x), features
