@@ -184,7 +184,7 @@ def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
 
 def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training():
     plain, model = (
-        models.build("resnet_tiny_gn", classes=3, width=2, dropout=rate) for rate in (0, 0.5)
+        models.build("resnet_tiny_gn", classes=3, width=2, dropout=rate) for rate in (0.0, 0.5)
     )
     x = jr.uniform(jr.key(1), (16, 8, 8, 3))
     params, stats = weights(model, x.shape)
