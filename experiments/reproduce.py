@@ -31,7 +31,8 @@ class Config:
     """All toy experiments of the paper: D1-D3, F1, F2, T1, T3."""
 
     seeds: TwoOrMore = 32
-    """Seeds of every setting (two-layer nets, most of which diverge: eight times as many)."""
+    """Seeds of every setting (two-layer nets, most of which diverge: eight times as many); a
+    verdict needs eight that did not diverge."""
     seed: Seed = 0
     """Base seed."""
     spectra_records: Count = 40
@@ -137,15 +138,16 @@ def chapter_of(task: Task) -> Chapter:
         for row, found in compared
         if found.word == verdicts.DIFFERS
     ]
-    # D2's SGD diverges for every seed at the published step size: what about smaller ones?
-    if isinstance(settings, diag_nets.Config) and not all(len(row.values) for row, _ in compared):
+    # D2's SGD diverges for nearly all seeds at the published step size: what about smaller ones?
+    unstable = any(row.share_diverged > 0.9 for row, _ in compared)
+    if unstable and isinstance(settings, diag_nets.Config):
         evidence.append(survival(settings))
     command = f"python -m {module.__name__} --setting {settings.setting} --seeds {settings.seeds}"
     return Chapter(task.title, command, compared, finding.figures, evidence)
 
 
 def survival(settings: diag_nets.Config) -> str:
-    """What SGD does around the step size at which all seeds diverged, as a sentence of evidence."""
+    """What SGD does below the step size at which nearly all diverged, as a sentence of evidence."""
     shares = (0.9, 0.92, 0.94, 0.96, 0.98)
     last = lambda values: (values[-1],) * len(shares)
     near = replace(

@@ -29,7 +29,6 @@ SMALL = row(np.arange(1, 33), 16.0, "small")
         (np.arange(33, 65), 100.0, ORDERED),  # outside, and above the small one as published
         (np.arange(33, 65), 0.5, DIFFERS),  # published below, our runs above
         (np.arange(1, 33) + 0.5, 100.0, DIFFERS),  # the order is not clear
-        ([40.0, 41, 42], 41.0, ORDERED),  # too few for a range
     ],
 )
 def test_a_number_agrees_inside_our_range_or_else_in_a_clear_order(values, published, word):
@@ -37,6 +36,12 @@ def test_a_number_agrees_inside_our_range_or_else_in_a_clear_order(values, publi
     found = verdict(rows[1], rows)
     assert (found.word, found.reference) == (word, "small")
     assert 0 <= found.confidence <= 1 and (found.confidence >= 0.95) == (word in (AGREES, ORDERED))
+
+
+def test_a_handful_of_runs_that_did_not_diverge_settles_nothing():
+    rows = [SMALL, row([40.0, 41, 42], 41.0)]
+    found = verdict(rows[1], rows)
+    assert found.word == DIFFERS and np.isnan(found.confidence)
 
 
 @pytest.mark.parametrize(("published", "word"), [(0.16824, AGREES), (0.16823, DIFFERS)])

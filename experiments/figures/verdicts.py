@@ -9,7 +9,7 @@ import numpy as np
 from experiments.figures.tables import Row
 
 AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
-ENOUGH = 8  # fewer finite runs have no 1-99 % range
+ENOUGH = 8  # fewer finite runs have no 1-99 % range, and bootstrap of one run is always certain
 RESAMPLES = 4000
 
 
@@ -40,9 +40,9 @@ def verdict(row: Row, rows: Sequence[Row]) -> Verdict:
 
 
 def order_confidence(row: Row, other: Row) -> float:
-    """Bootstrap confidence that two medians stand in the published order; NaN without one."""
+    """Bootstrap confidence that two medians stand in the published order; NaN for too few runs."""
     claimed = np.sign((row.published or 0.0) - (other.published or 0.0))
-    if not (claimed and len(row.values) and len(other.values)):
+    if not claimed or min(len(row.values), len(other.values)) < ENOUGH:
         return float("nan")
     rng = np.random.default_rng(0)  # the same report in every run
     medians = [

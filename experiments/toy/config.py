@@ -16,7 +16,7 @@ from experiments.storage import records
 from experiments.toy.problems import Toy
 from experiments.toy.run import Descent, Schedule
 
-PLACE = ("exp_name", "runs_dir", "hosts")  # flags that say where, and not what
+PLACE = ("exp_name", "runs_dir", "hosts")  # flags of place: numbers don't depend on them
 DENSITY = ("seeds", "seed", "spectra_records", "gd_jitter", "grid", "low", "high", "frames")
 
 
@@ -109,7 +109,7 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
     first, last = (0 if config.spectra_records > 1 else len(at) - 1), len(at) - 1
     spread = np.rint(np.linspace(first, last, config.spectra_records)).astype(int)
     labels = [label(config, j, examples) for j in range(len(config.step_sizes))]
-    # Labels are coordinates of the results, where equal ones could not be told apart.
+    # Labels are coordinates of the results, which have to be unique.
     labels = [f"{x} #{j + 1}" if labels.count(x) > 1 else x for j, x in enumerate(labels)]
     decays = zip(labels, config.decay_times, config.decay_factors, strict=True)
     fill = lambda value: jnp.full(len(labels), value)

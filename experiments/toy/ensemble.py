@@ -86,7 +86,7 @@ def in_folder(
 ) -> "xarray.Dataset":
     """`compute(store, on_chunk)`, saved in the run's folder; read from there if it is finished.
 
-    An interrupted run continues behind the chunks in `store`. After a signal, `on_chunk` raises
+    An interrupted run continues after the chunks in `store`. After a signal, `on_chunk` raises
     Stopped: the chunks so far are on disk.
     """
     # Reading a finished run takes no lock.
@@ -97,7 +97,7 @@ def in_folder(
             if hosts.any_of(bool(signal)):
                 raise Stopped(
                     f"{signal.name or 'Another host'}: stopped; {folder} has the finished chunks, "
-                    "and the same command goes on behind them."
+                    "and the same command continues after them."
                 )
 
         def start() -> None:
@@ -166,7 +166,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
 def _reduced(
     plan: Plan, first: int, spectra: Callable, measured: Chunk, snapshots: np.ndarray
 ) -> Chunk:
-    """What is kept of a chunk of seeds that begins with `first`: snapshots at all steps are large.
+    """A chunk of seeds from `first` on, without the snapshots at all steps, which are large.
 
     Arrays [seeds, schedules, ...] under AXIS/NAME, by their further axis: "step", "spectra_step",
     "end" (of the run); "shown" are all records of one seed, in the first chunk.
@@ -219,18 +219,18 @@ def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
         "end": ("seed", "schedule", "end", "parameter"),
         "shown": ("schedule", "step", "parameter"),
     }
-    lost = diverged(whole["step/train_loss"])
-    lost_at = {
-        "step": lost,
-        "spectra_step": lost[..., np.isin(plan.record_steps, plan.spectra_steps)],
+    missing = diverged(whole["step/train_loss"])
+    missing_at = {
+        "step": missing,
+        "spectra_step": missing[..., np.isin(plan.record_steps, plan.spectra_steps)],
     }
     variables: dict = {}
     for path, array in whole.items():
         axis, name = path.split("/")
         if axis == "shown":
             name, array = f"shown_{name}", array[0]
-        elif axis in lost_at:
-            array = np.where(lost_at[axis], np.nan, array)
+        elif axis in missing_at:
+            array = np.where(missing_at[axis], np.nan, array)
         variables[name] = (axes[axis][: array.ndim], array)
     coords = {
         "seed": np.arange(plan.config.seeds),
@@ -243,7 +243,7 @@ def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
 
 
 def diverged(losses: np.ndarray) -> np.ndarray:
-    """Which records [..., records] lie behind the point where a run diverged.
+    """Which records [..., records] are after the point where a run diverged.
 
     It diverged if a loss isn't finite; and from the record on at which, before that, its loss
     exceeded a thousand times its first: the last finite values are as large as floats get.
