@@ -51,9 +51,9 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
         "and of SGD; the data are the paper's. The original printed one seed. Runs with large "
         "steps are chaotic: rounding decides where a run ends, on the original's machine as on "
         "this one. So a published number agrees when it lies inside the 1-99 % range of our runs "
-        "that did not diverge (8 or more), or else when the order to the setting's first schedule (of the "
-        "first: to the last) is the published one with a bootstrap confidence of 95 % or more. "
-        "Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
+        "that did not diverge (8 or more), or else when the order to the setting's first schedule "
+        "(of the first: to the last) is the published one with a bootstrap confidence of 95 % or "
+        "more. Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
         f"Made in {seconds:.0f} s, including compilation and figures (finished settings are read "
         "and not run again).",
     ]
