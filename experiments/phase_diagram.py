@@ -111,8 +111,8 @@ def validate(config: Config, examples: int) -> None:
     for size in of("batch_size"):
         if size != int(size) or size > examples:
             raise ValueError(
-                f"--batch_size (or one of --values) is {size:g}; choose an integer up to "
-                f"{examples}, the training examples."
+                f"--batch_size (with --axis batch_size one of --values) is {size:g}; choose an "
+                f"integer up to {examples}, the training examples."
             )
     steps = int(min(of("decay_time")) * config.num_steps)
     if steps < config.trend_records + TAIL:
