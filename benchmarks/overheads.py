@@ -116,7 +116,7 @@ class Sides:
             train.open_checkpoints(place) as checkpoints,
         ):
             begin = time.perf_counter()
-            train.save(checkpoints, self.training.start())  # the first is read back
+            train.save(checkpoints, self.training.start())  # the first waits until it is written
             self.first.append(time.perf_counter() - begin)
             yield checkpoints
 

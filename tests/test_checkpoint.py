@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import json
 import logging
 import resource
 import shutil
@@ -92,18 +91,13 @@ DAMAGES = {
 }
 
 
-def test_the_newest_state_and_its_progress_come_back_exactly(folder):
+def test_the_newest_state_and_its_progress_come_back_exactly(folder, tmp_path):
     with train.open_checkpoints(folder) as checkpoints:
         state, progress = train.restore(checkpoints, LIKE, ABOUT)
     assert_is(state, 2)
     assert progress == {"loss_sum": 0.1 + 0.2, "at": 2}
-    assert train.latest_step(folder) == 2
-
-
-def test_nothing_saved_is_nothing(tmp_path):
     with train.open_checkpoints(tmp_path / "new") as checkpoints:
         assert train.restore(checkpoints, LIKE, ABOUT) is None
-    assert train.latest_step(tmp_path / "absent") is None
 
 
 def test_a_saved_state_is_untouched_by_what_happens_to_its_buffers(tmp_path):
@@ -125,61 +119,31 @@ def test_the_newest_are_kept_and_no_step_is_saved_twice_in_silence(folder):
     with train.open_checkpoints(folder, keep=2) as checkpoints:
         train.save(checkpoints, state_at(3), ABOUT)
         for step in (1, 3):
-            with pytest.raises(ValueError, match=f"Step {step}"):
+            with pytest.raises(ValueError):
                 train.save(checkpoints, state_at(step), ABOUT)
     assert names(folder) == ["2", "3"]
 
 
-@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("kind", [*DAMAGES, "description"])
 def test_a_damaged_newest_state_is_moved_aside_with_a_warning(folder, kind, caplog):
-    damage(folder, 2, DAMAGES[kind])
-    with caplog.at_level(logging.WARNING):
-        assert_is(restored(folder), 1)
+    """And saved again by the run that goes on from the state before."""
+    if kind == "description":
+        (folder / "2" / "_CHECKPOINT_METADATA").write_text("{")
+    else:
+        damage(folder, 2, DAMAGES[kind])
+    with caplog.at_level(logging.WARNING), train.open_checkpoints(folder) as checkpoints:
+        assert_is(train.restore(checkpoints, LIKE, ABOUT)[0], 1)
+        train.save(checkpoints, state_at(2), ABOUT)
     assert "step 2 is damaged" in caplog.text and "step 1" in caplog.text
-    assert names(folder) == ["1", "damaged-2"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [*DAMAGES, "gone"])
-def test_no_damage_to_any_file_restores_other_numbers(original, tmp_path, kind):
-    files = [path.relative_to(original) for path in (original / "2").rglob("*") if path.is_file()]
-    for count, file in enumerate(files):
-        folder = shutil.copytree(original, tmp_path / str(count))
-        path = folder / file
-        if kind == "gone":
-            path.unlink()
-        else:
-            path.write_bytes(DAMAGES[kind](path.read_bytes()))
-        state = restored(folder)
-        assert_is(state, int(state.step))
-
-
-@pytest.mark.parametrize("text", ["{", '{"performance_metricz": {}}'])
-def test_a_damaged_description_is_passed_over(folder, text):
-    (folder / "2" / "_CHECKPOINT_METADATA").write_text(text)
-    assert_is(restored(folder), 1)
-
-
-def test_a_step_whose_state_was_damaged_can_be_saved_and_damaged_again(folder):
-    for left in (["1", "2", "damaged-2"], ["1", "2", "damaged-2", "damaged-2-1"]):
-        damage(folder, 2, DAMAGES["emptied"])
-        with train.open_checkpoints(folder) as checkpoints:  # as one run: restore, then save
-            assert_is(train.restore(checkpoints, LIKE, ABOUT)[0], 1)
-            train.save(checkpoints, state_at(2), ABOUT)
-        assert names(folder) == left
-    assert_is(restored(folder), 2)
+    assert names(folder) == ["1", "2", "damaged-2"]
 
 
 def test_states_that_are_all_damaged_are_no_fresh_start(folder):
-    """The folder is left as it is; removing it, as the message says, helps."""
     for step in (1, 2):
         damage(folder, step, DAMAGES["emptied"])
     with pytest.raises(ValueError, match=f"remove {folder}"):
         restored(folder)
     assert names(folder) == ["1", "2"]
-    shutil.rmtree(folder)
-    with train.open_checkpoints(folder) as checkpoints:
-        assert train.restore(checkpoints, LIKE, ABOUT) is None
 
 
 def test_another_runs_state_is_refused_field_by_field(folder):
@@ -187,29 +151,29 @@ def test_another_runs_state_is_refused_field_by_field(folder):
     with pytest.raises(ValueError, match="model_width 16 -> 32, no_data_augm False -> True"):
         restored(folder, about=other)
     assert_is(restored(folder, about=ABOUT | {"a_later_flag": 1}), 2)  # which older runs lack
-    assert names(folder) == ["1", "2"]
 
 
-def test_other_arrays_are_refused_by_name_shape_and_dtype(folder):
-    dense = LIKE.params["Dense"]
-    for params, listed in (
-        ({"Dense": dense | {"kernel": W[:, :5]}}, "kernel float32[64, 64] -> float32[64, 5]"),
-        ({"Dense": dense | {"kernel": W.astype(float)}}, "float32[64, 64] -> float64[64, 64]"),
-        ({"Conv": {"kernel": W}}, "params/Conv/kernel missing -> float32[64, 64]"),
-    ):
-        with pytest.raises(ValueError) as refused:
-            restored(folder, LIKE._replace(params=params))
-        assert listed in str(refused.value)
+@pytest.mark.parametrize(
+    ("params", "listed"),
+    [
+        ({"kernel": W[:, :5]}, "kernel float32[64, 64] -> float32[64, 5]"),
+        ({"kernel": W.astype(float)}, "kernel float32[64, 64] -> float64[64, 64]"),
+        ({"kernels": W}, "kernels missing -> float32[64, 64]"),
+    ],
+)
+def test_other_arrays_are_refused_by_name_shape_and_dtype(folder, params, listed):
+    with pytest.raises(ValueError) as refused:
+        restored(folder, LIKE._replace(params={"Dense": LIKE.params["Dense"] | params}))
+    assert listed in str(refused.value)
 
 
-@pytest.mark.parametrize("path", ["checkpoints", "", "checkpoints/1"])
-def test_weights_are_found_from_the_run_its_states_or_one_of_them(folder, tmp_path, path):
+@pytest.mark.parametrize(("path", "step"), [("checkpoints", 2), ("", 2), ("checkpoints/1", 1)])
+def test_weights_are_found_from_the_run_its_states_or_one_of_them(folder, tmp_path, path, step):
     weights = train.load_weights(tmp_path / path, LIKE.params, LIKE.stats)
-    want = state_at(1 if path.endswith("1") else 2)
-    jax.tree.map(np.testing.assert_array_equal, weights, (want.params, want.stats))
+    assert_is(state_at(step)._replace(params=weights[0], stats=weights[1]), step)
 
 
-def test_a_fork_takes_what_both_have_and_begins_the_rest(folder, tmp_path):
+def test_a_fork_takes_what_both_have_and_begins_the_rest(folder):
     """Here: the same network; an optimizer without the trace, with a buffer the other lacks."""
     assert_is(train.fork(folder / "1", LIKE), 1)
     other = LIKE._replace(opt_state=({"velocity": W}, {"trace": W[:3]}))
@@ -218,25 +182,19 @@ def test_a_fork_takes_what_both_have_and_begins_the_rest(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, forked.opt_state, other.opt_state)
 
 
-def test_weights_and_forks_of_nothing_of_another_network_or_of_damage_are_refused(folder, tmp_path):
-    wider = LIKE._replace(stats={"m": jnp.ones(4)})
-    with pytest.raises(ValueError, match="no saved state"):
-        train.load_weights(tmp_path / "nowhere", LIKE.params, LIKE.stats)
-    with pytest.raises(ValueError, match="checkpoints/3"):
-        train.fork(folder / "3", LIKE)
+def test_weights_of_nothing_of_another_network_or_of_damage_are_refused(folder, tmp_path):
+    for path in (tmp_path / "nowhere", folder / "3"):
+        with pytest.raises(ValueError, match="no saved state"):
+            train.fork(path, LIKE)
     with pytest.raises(ValueError, match="stats/m"):
-        train.load_weights(folder, LIKE.params, wider.stats)
-    with pytest.raises(ValueError, match="stats/m"):
-        train.fork(folder / "1", wider)
-    damage(folder, 2, DAMAGES["one bit flipped"])
+        train.fork(folder / "1", LIKE._replace(stats={"m": jnp.ones(4)}))
+    damage(folder, 2, flipped)
     with pytest.raises(ValueError, match="damaged"):
         train.load_weights(folder, LIKE.params, LIKE.stats)
-    with pytest.raises(ValueError, match="damaged"):
-        train.fork(tmp_path, LIKE)
 
 
 @contextlib.contextmanager
-def no_room(bytes_per_file=0):
+def no_room(bytes_per_file):
     """Writing more than that to a file fails, as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_per_file, hard))
@@ -259,37 +217,24 @@ def test_a_save_that_fails_is_one_error_and_what_was_saved_stays(folder, room):
     assert_is(restored(folder), 3)
 
 
-def test_a_folder_that_cannot_be_made_is_one_error(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=str(tmp_path)), train.open_checkpoints(tmp_path / "file/x"):
-        pass
+def test_a_first_save_that_fails_is_an_error_before_training(tmp_path):
+    closed = contextlib.suppress(OSError)  # repeats the error
+    with closed, train.open_checkpoints(tmp_path) as to, no_room(0), pytest.raises(OSError):
+        train.save(to, state_at(0))
 
 
-@pytest.mark.parametrize("name", ["mom[0.9]", "a]", "a*", "a?", "a\\b", "gs://bucket"])
+@pytest.mark.parametrize("name", ["mom[0.9]", "a*", "a?", "a\\b", "gs://bucket"])
 def test_paths_that_orbax_could_not_read_again_are_refused(tmp_path, name):
-    with (
-        pytest.raises(ValueError, match="another path"),
-        train.open_checkpoints(f"{tmp_path}/{name}/checkpoints"),
-    ):
+    with pytest.raises(ValueError), train.open_checkpoints(f"{tmp_path}/{name}/checkpoints"):
         pass
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["a b\n\tü→日", "%41#", "~", "-x", "{a,b}", "$(x)'\"", "x" * 200])
+@pytest.mark.parametrize("name", ["a b\n\tü→日%41#", "-x~{a,b}$(x)'\""])
 def test_other_odd_paths_are_taken_as_they_are(tmp_path, name):
     with train.open_checkpoints(tmp_path / name) as checkpoints:
         train.save(checkpoints, state_at(3), ABOUT)
     assert_is(restored(tmp_path / name), 3)
-
-
-@pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 2), (2, 1)])
-def test_a_state_moves_between_device_counts(tmp_path, before, after):
-    on = lambda devices, state: train.replicate(state, train.data_mesh(jax.devices()[:devices]))
-    with train.open_checkpoints(tmp_path) as checkpoints:
-        train.save(checkpoints, on(before, state_at(4)), ABOUT)
-    moved = restored(tmp_path, on(after, state_at(0)))
-    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(moved)} == {after}
-    assert_is(moved, 4)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int32", "uint8", "bool"])
@@ -301,14 +246,4 @@ def test_the_digest_sees_one_bit_and_one_exchange(dtype):
         x = jnp.asarray(values, dtype)
         return int(digest(TrainState(jnp.zeros((), jnp.int32), {"a": x, "b": x[:2]}, {}, (), ())))
 
-    assert of(values) == of(values.copy())
     assert len({of(values), *map(of, others)}) == 1 + len(others)
-
-
-def test_states_of_earlier_revisions_are_read(folder):
-    """Their progress was the window and the rows; `about` had fewer names."""
-    path = folder / "2" / "_CHECKPOINT_METADATA"
-    metadata = json.loads(path.read_text())
-    metadata["custom_metadata"]["progress"] = {"rows": [3, "{}"]}
-    path.write_text(json.dumps(metadata))
-    assert_is(restored(folder), 2)

@@ -40,10 +40,6 @@ def assert_close(a, b, rtol, atol):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=rtol, atol=atol), a, b)
 
 
-def differs(a, b):
-    return any(np.any(p != q) for p, q in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
-
-
 @pytest.fixture
 def board(monkeypatch):
     """In the place of tensorboardX, which need not be installed: what is written to it."""
@@ -65,32 +61,15 @@ def board(monkeypatch):
 
 def test_what_is_seen_of_a_run_does_not_change_it(small_cifar, tmp_path, board):
     """Bit for bit: parameters, moments, momentum, the average and the count of steps."""
-    unseen = Config(
-        model="shallow",
-        model_width=2,
-        batch_size=16,
-        epochs=4,
-        max_steps=5,
-        lr_init=0.05,
-        data_dir=small_cifar,
-        runs_dir=str(tmp_path / "unseen"),
-    )
-    seen = replace(
-        unseen,
-        eval_iter_freq=1,
-        jacobian_examples=2,
-        tensorboard=True,
-        save_model_each_k_epochs=1,
-        n_final_eval=5,
-        sparsity_images=7,
-        bn_images=32,
-        runs_dir=str(tmp_path / "seen"),
-    )
+    shape = {"model": "shallow", "model_width": 2, "batch_size": 16, "lr_init": 0.05}
+    length = {"epochs": 4, "max_steps": 5, "data_dir": small_cifar}
+    sizes = {"jacobian_examples": 2, "n_final_eval": 5, "sparsity_images": 7, "bn_images": 32}
+    often = {"eval_iter_freq": 1, "save_model_each_k_epochs": 1, "tensorboard": True}
+    unseen = Config(**shape, **length, runs_dir=str(tmp_path / "unseen"))
+    seen = replace(unseen, **sizes, **often, runs_dir=str(tmp_path / "seen"))
     folders = [training.run(config) for config in (unseen, seen)]
     assert_same(*(saved_state(folder, 5) for folder in folders))
-    rows = records.read_records(folders[1])
-    assert [row["step"] for row in rows] == [0, 1, 2, 3, 4, 5]
-    assert all(row["jacobian_rank"] >= 1 for row in rows)
+    assert [row["step"] for row in records.read_records(folders[1])] == [0, 1, 2, 3, 4, 5]
     assert {name for name, _, _ in board} >= {"train/loss", "lr"}
 
 
@@ -98,16 +77,15 @@ MODEL = from_linen(ResNet((1,), classes=4, layers=Layers(), width=4))
 IMAGES = jr.randint(jr.key(3), (64, 8, 8, 3), 0, 256, jnp.uint8)
 LABELS = jr.randint(jr.key(4), (64,), 0, 4)
 KEY = jr.key(1)
-SCHEDULES = {"cosine": optax.cosine_decay_schedule(0.05, 8)}
+COSINE = optax.cosine_decay_schedule(0.05, 8)
 
 
 @functools.cache
-def parts(devices=1, lr=0.05, momentum=0.9, batch=16):
+def parts(devices=1, schedule=lambda step: jnp.float32(0.05), momentum=0.9):
     """Mesh, key -> fresh state, order and segment, of BatchNorm under crops and flips."""
     mesh = train.data_mesh(jax.devices()[:devices])
     images, labels = train.replicate((IMAGES, LABELS), mesh)
-    constant = lambda step: jnp.float32(lr)  # it counts steps, as the command's constant does
-    tx = optax.sgd(SCHEDULES.get(lr, constant), momentum or None)
+    tx = optax.sgd(schedule, momentum or None)
 
     def fetch(key, idx):
         return Batch(data.crop_and_flip(key, images[idx]) / jnp.float32(255), labels[idx])
@@ -116,7 +94,7 @@ def parts(devices=1, lr=0.05, momentum=0.9, batch=16):
     segment = train.make_segment(step, fetch, shard=train.split_examples(mesh), unroll=1)
     x = jnp.zeros((1, 8, 8, 3), jnp.float32)
     init = jax.jit(lambda key: train.init_state(key, MODEL, tx, x, averaged=True))
-    return mesh, init, train.reshuffled_epochs(64, batch), segment
+    return mesh, init, train.reshuffled_epochs(64, 16), segment
 
 
 def fresh(devices=1, **settings):
@@ -141,24 +119,22 @@ def alone():
         return trained(fresh(), 8)
 
 
-@pytest.mark.parametrize("devices", [2, 8])
-def test_any_number_of_devices_gives_the_same_training(alone, devices):
+def test_eight_devices_give_the_same_training(alone):
     """Moments of the whole batch, the same crops and flips: up to what sums in another order do.
 
     No transfer between host and devices is implicit, and the state stays on all of them.
     """
-    begin = fresh(devices)
+    begin = fresh(8)
     with jax.transfer_guard("disallow"):
-        state, losses = trained(begin, 8, devices)
-    assert_close(state, alone[0], rtol=2e-3, atol=5e-5)
-    np.testing.assert_allclose(losses, alone[1], rtol=2e-4)
+        state, losses = trained(begin, 8, 8)
+    assert_close((state, losses), alone, rtol=2e-3, atol=5e-5)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(state))
 
 
 def test_a_run_moves_between_device_counts(alone, tmp_path):
     """Each state arrives bit for bit, and the run ends where one on a single device does."""
     left = jax.device_get(fresh(8))
-    for until, devices in ((3, 8), (6, 1), (8, 8)):
+    for until, devices in ((3, 8), (6, 1), (8, 2)):
         with train.open_checkpoints(tmp_path) as checkpoints:
             state, _ = train.restore(checkpoints, fresh(devices)) or (fresh(devices), {})
             assert_same(jax.device_get(state), left)
@@ -193,18 +169,11 @@ def forked(parent, momentum=0.9, **changed):
     return added(ended), added(after)
 
 
-def velocity(parents):
-    """Of the parent with momentum, at step 3."""
-    (trace,) = (part.trace for part in parents[0.9][1].opt_state if hasattr(part, "trace"))
-    return trace
-
-
-@pytest.mark.parametrize("lr", [0.02, "cosine"])
-def test_a_fork_with_another_step_size_takes_the_same_step_scaled(parents, lr):
-    """By the ratio of the two step sizes at that step, be it a constant or a schedule's."""
-    ratio = float(SCHEDULES[lr](3) if lr in SCHEDULES else lr) / 0.05
+def test_a_fork_with_another_step_size_takes_the_same_step_scaled(parents):
+    """Its schedule goes on at the step of the fork."""
+    ratio = float(COSINE(3)) / 0.05
     assert ratio < 0.9
-    new, old = forked(parents[0.9], lr=lr)
+    new, old = forked(parents[0.9], schedule=COSINE)
     assert_close(new, jax.tree.map(lambda x: ratio * x, old), rtol=1e-3, atol=2e-7)
 
 
@@ -217,15 +186,6 @@ def test_a_fork_into_momentum_begins_with_none(parents):
 def test_a_fork_out_of_momentum_leaves_it_behind(parents):
     """Its step is the parent's without the velocity that the parent came with."""
     new, old = forked(parents[0.9], momentum=0.0)
-    wanted = jax.tree.map(lambda step, v: step + 0.05 * 0.9 * v, old, velocity(parents))
+    (trace,) = (part.trace for part in parents[0.9][1].opt_state if hasattr(part, "trace"))
+    wanted = jax.tree.map(lambda step, v: step + 0.05 * 0.9 * v, old, trace)
     assert_close(new, wanted, rtol=1e-3, atol=2e-7)
-    assert differs(new, old)
-
-
-def test_a_fork_with_another_batch_size_keeps_the_velocity(parents):
-    """Its step is that of its own gradient, and 0.9 of the velocity that the parent came with."""
-    new, old = forked(parents[0.9], batch=32)
-    gradient, _ = forked(parents[0.9], batch=32, momentum=0.0)
-    wanted = jax.tree.map(lambda step, v: step - 0.05 * 0.9 * v, gradient, velocity(parents))
-    assert_close(new, wanted, rtol=1e-3, atol=2e-7)
-    assert differs(new, old)

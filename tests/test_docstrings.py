@@ -16,7 +16,6 @@ MODULES = [
     if not module.ispkg
 ]
 SHELVES = ("models", "data", "train", "measure")
-UNWRITTEN = ("train",)  # to be emptied, then removed
 
 
 def public(name):
@@ -44,7 +43,7 @@ def test_examples_run_as_shown(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("shelf", [shelf for shelf in SHELVES if shelf not in UNWRITTEN])
+@pytest.mark.parametrize("shelf", SHELVES)
 def test_every_public_name_has_an_example(shelf):
     names = public(f"sgd_sparse_jax.{shelf}")
     assert names

@@ -62,34 +62,14 @@ def test_the_closed_form_is_the_greedy_loop_on_100_matrices():
             np.testing.assert_allclose(many(stack, threshold), expected.T, rtol=rtol)
 
 
-def test_of_several_copies_of_a_unit_the_last_one_is_distinct():
-    a, b = np.random.default_rng(7).uniform(0.1, 1.0, size=(2, 40))
-    phi = np.stack([a, b, 2 * a, np.zeros(40), 3 - a, -a], axis=1)
-    assert np.flatnonzero(distinct(phi, 0.95)).tolist() == [1, 4]
-    # Correlation at the level of the threshold decides.
-    phi[:, 1:] = np.stack([a + 0.2 * (b - b.mean())] + [np.zeros(40)] * 4, axis=1)
-    level = np.corrcoef(phi[:, 0], phi[:, 1])[0, 1]
-    assert np.flatnonzero(distinct(phi, level - 1e-6)).tolist() == [1]
-    assert np.flatnonzero(distinct(phi, level + 1e-6)).tolist() == [0, 1]
-
-
-def test_constant_units_are_distinct_and_dead_ones_delete_nothing():
+def test_constant_units_are_distinct():
     assert active(np.full((30, 3), [0.1, 0.3, 0.7])) == [90, 90]
-    live = np.abs(np.random.default_rng(1).normal(size=(30, 1)))
-    # The second correlates, and is never positive.
-    assert active(np.concatenate([live, -live], axis=1)) == [30, 30]
-
-
-def test_nan_is_not_positive_and_deletes_nothing():
-    phi = np.maximum(np.random.default_rng(2).normal(size=(30, 4)), 0)
-    phi[:, 1] = np.nan
-    assert active(phi) == [(phi > 0).sum()] * 2
 
 
 def test_signed_sparsity_counts_negative_features_too():
     rng = np.random.default_rng(6)
     phi = np.abs(rng.normal(size=(30, 4))) * rng.choice([-1.0, 0.0, 1.0], size=(30, 4))
-    phi[3, 2] = np.nan
+    phi[3, 2] = np.nan  # not active, and its unit is no duplicate
     assert active(phi) == [(phi > 0).sum()] * 2
     assert active(phi, signed=True) == [(np.abs(phi) > 0).sum()] * 2
     # A unit that is nowhere positive is dead, signed or not; the mirror of a unit is a duplicate.
@@ -110,21 +90,12 @@ def test_sampled_units_are_columns_the_same_in_every_batch():
     assert (np.asarray(measure.sample_units(jr.key(2), maps, 10)) != whole).any()
 
 
-def test_maps_are_refused_and_their_sampled_units_taken():
-    maps = jnp.ones((6, 5, 4, 3))
-    with pytest.raises(ValueError, match="sample_units"):
-        measure.feature_sparsity(maps)
-    assert measured(measure.sample_units(jr.key(0), maps, 10))[0] == 1
-
-
-def test_unit_rows_have_norm_one_or_zero_whatever_their_scale():
+def test_unit_rows_have_norm_one_or_zero():
     phi = np.random.default_rng(4).normal(size=(4, 2, 3))
     phi[1], phi[3, 1, 1] = 0.0, np.nan
     ours = np.asarray(measure.unit_rows(jnp.asarray(phi)))
-    for i, scale in ((0, 1e-9), (2, 7.0)):
+    for i in (0, 2):
         np.testing.assert_allclose(ours[i], phi[i] / np.linalg.norm(phi[i]), rtol=1e-13)
-        again = measure.unit_rows(jnp.asarray(scale * phi))
-        np.testing.assert_allclose(again[i], ours[i], rtol=1e-13)
     np.testing.assert_array_equal(ours[1], 0.0)
     assert np.isnan(ours[3, 1, 1])
 
@@ -135,6 +106,3 @@ def test_flips_are_the_share_of_relus_that_changed():
     assert measure.relu_flips(before, after) == pytest.approx(4 / 6)
     assert measure.relu_flips(after, before) == pytest.approx(4 / 6)
     assert measure.relu_flips(before, 7.0 * before) == 0
-    z = jnp.array([[1.0, -2.0, 3.0], [-1.0, 2.0, 0.5]])
-    assert measure.relu_flips(z, -z) == 1
-    assert measure.relu_flips(0 * z, -jnp.abs(z)) == 0

@@ -9,7 +9,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 from sgd_sparse_jax import models, train
 from sgd_sparse_jax.types import Batch, TrainState
@@ -69,12 +68,12 @@ def ours():
     return results
 
 
-def by_pmap(rows, norm_axis):
+def by_pmap():
     """The same written for `jax.pmap`: a batch per device, means over devices by name.
 
     Results keep their leading axis, one copy per device.
     """
-    model = Net(norm_axis)
+    model = Net(AXIS)
 
     def objective(params, stats, batch):
         variables = {"params": params, **stats}
@@ -94,7 +93,7 @@ def by_pmap(rows, norm_axis):
     everywhere = jax.pmap(step, axis_name=AXIS, devices=jax.devices()[:DEVICES])
     copies = lambda leaf: jnp.broadcast_to(leaf, (DEVICES, *leaf.shape))
     state, results = jax.tree.map(copies, fresh()), []
-    for row in rows:
+    for row in ROWS:
         x, y = IMAGES.x[row], IMAGES.y[row]
         share = lambda a: a.reshape(DEVICES, PER_DEVICE, *a.shape[1:])
         state, loss = everywhere(state, Batch(share(x), share(y)))
@@ -105,48 +104,9 @@ def by_pmap(rows, norm_axis):
 def test_pmap_with_synchronized_norms_takes_the_same_steps(ours):
     """Parameters, moments, momentum, averaged weights and loss, on every device, at every step."""
     on_each = lambda leaf: np.stack([leaf] * DEVICES)
-    for one, other in zip(ours, by_pmap(ROWS, AXIS), strict=True):
+    for one, other in zip(ours, by_pmap(), strict=True):
         compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
         jax.tree.map(compare, jax.device_get(one), jax.device_get(other))
     params, begin = jax.device_get((ours[-1][0].params, fresh().params))
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, begin)
     assert min(jax.tree.leaves(moved)) > 1e-6  # else there was nothing to compare
-
-
-def test_norms_of_each_device_alone_are_another_algorithm(ours):
-    """Without `norm_axis` the first step goes elsewhere, as far as it is long."""
-    one, our_loss = jax.device_get(ours[0])
-    other, their_loss = jax.device_get(by_pmap(ROWS[:1], None)[0])
-    apart = lambda a, b: np.linalg.norm(a - b) / np.linalg.norm(a)
-    begin, kernel = fresh().params["Conv_0"]["kernel"], lambda s: s.params["Conv_0"]["kernel"]
-    assert apart(our_loss, their_loss[0]) > 1e-4
-    assert apart(kernel(one) - begin, kernel(other)[0] - begin) > 0.5
-    # Each device goes on with running moments of its own, too.
-    variances = other.stats["batch_stats"]["BatchNorm_0"]["var"]
-    assert apart(variances[0], variances[-1]) > 1e-2
-
-
-@pytest.mark.parametrize("how", ["pmap", "shard_map", "jit"])
-def test_moments_are_those_of_the_whole_batch(how):
-    """Running moments without memory, against NumPy's over all devices' examples."""
-    x = np.random.default_rng(2).normal(size=(DEVICES, PER_DEVICE, 3, 3, 5))
-    x += 10 * np.arange(DEVICES).reshape(-1, 1, 1, 1, 1)  # far apart: a mean of variances is small
-    flat = x.reshape(-1, *x.shape[2:])
-    layers = models.Layers(jnp.float64, norm_momentum=0.0, norm_axis=None if how == "jit" else AXIS)
-    norm = layers.norm(train=True)
-    variables = norm.init(jr.key(0), flat)
-    apply = lambda x: norm.apply(variables, x, mutable=["batch_stats"])
-    auto, devices = (jax.sharding.AxisType.Auto,), jax.devices()[:DEVICES]
-    mesh = jax.make_mesh((DEVICES,), (AXIS,), axis_types=auto, devices=devices)
-    if how == "pmap":
-        out, stats = jax.pmap(apply, axis_name=AXIS, devices=devices)(x)
-        stats = jax.tree.map(lambda leaf: leaf[-1], stats)
-    else:
-        split = jax.shard_map(apply, mesh=mesh, in_specs=P(AXIS), out_specs=(P(AXIS), P()))
-        spread = jax.device_put(flat, jax.sharding.NamedSharding(mesh, P(AXIS)))
-        out, stats = jax.jit(apply if how == "jit" else split)(spread)
-    mean, var = flat.mean((0, 1, 2)), flat.var((0, 1, 2))
-    np.testing.assert_allclose(stats["batch_stats"]["mean"], mean, rtol=1e-12)
-    np.testing.assert_allclose(stats["batch_stats"]["var"], var, rtol=1e-12)
-    whole = (flat - mean) / np.sqrt(var + 1e-5)
-    np.testing.assert_allclose(np.reshape(out, flat.shape), whole, rtol=1e-9, atol=1e-12)

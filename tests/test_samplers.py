@@ -40,13 +40,9 @@ def test_a_window_is_a_part_of_the_whole_stream(name):
 def test_indices_are_examples_and_follow_from_the_key(name):
     _, whole, other = stream(name)
     assert whole.shape == (STEPS, B) and set(whole.ravel()) <= set(range(N))
+    if name != "with_replacement":
+        assert all(len(set(row)) == B for row in whole)
     assert (whole != other).any() == (name != "cyclic")
-
-
-@pytest.mark.parametrize("name", list(MAKERS)[1:])
-def test_a_batch_has_no_example_twice(name):
-    _, whole, _ = stream(name)
-    assert all(len(set(row)) == B for row in whole)
 
 
 @pytest.mark.parametrize("name", list(MAKERS)[2:])
@@ -65,14 +61,9 @@ def test_draws_with_replacement_are_uniform_and_independent_of_the_step_before()
     np.testing.assert_allclose(pairs, 1 / 25, atol=5 * np.sqrt(1 / 25 / len(rows)))
 
 
-@pytest.mark.parametrize("name", ["with_replacement", "without_replacement"])
-def test_fresh_batches_do_not_come_back(name):
-    """Of some 2,000 batches, 200 draws give about 190 different ones."""
-    assert len({tuple(row) for row in stream(name)[1]}) > 170
-
-
 @pytest.mark.parametrize("name", ["without_replacement", "reshuffled_epochs"])
 def test_fresh_subsets_contain_every_example_equally_often(name):
+    assert len({tuple(row) for row in stream(name)[1]}) > 170  # of 200, of some 2,000 batches
     counts = np.bincount(np.concatenate(stream(name)[1:]).ravel(), minlength=N)
     np.testing.assert_allclose(counts / counts.sum(), 1 / N, atol=5 * np.sqrt(1 / N / counts.sum()))
 
@@ -85,8 +76,7 @@ def test_full_batch_and_recorded_streams():
 
 
 @pytest.mark.parametrize("name", list(MAKERS)[1:])
-@pytest.mark.parametrize("batch", [0, N + 1])
-def test_a_batch_larger_than_the_set_or_empty_is_refused(name, batch):
-    with pytest.raises(ValueError, match=f"batch size is {batch}"):
-        MAKERS[name](N, batch)
-    MAKERS[name](N, N)
+def test_a_batch_larger_than_the_set_or_empty_is_refused(name):
+    for batch in (0, N + 1):
+        with pytest.raises(ValueError):
+            MAKERS[name](N, batch)

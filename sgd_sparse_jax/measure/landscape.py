@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
@@ -26,11 +27,8 @@ def valley_floor(
         >>> round(float(valley_floor(lambda p: (p - 3.0) ** 2, jnp.array(0.0), step_size=0.1)), 6)
         3.0
     """
-    descend = jax.grad(loss)
-
-    def step(_, params):
-        return jax.tree.map(lambda p, g: p - step_size * g, params, descend(params))
-
+    scale = jnp.asarray(step_size)
+    step = lambda _, params: optax.tree.add_scale(params, -scale, jax.grad(loss)(params))
     return jax.lax.fori_loop(0, num_steps, step, params)
 
 
@@ -43,9 +41,7 @@ class Plane(NamedTuple):
 
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:
-    """The plane through three points; `first` lies on its first axis (Gram-Schmidt).
-
-    NaN where the points lie on a line.
+    """The plane through three points, `first` on its first axis; NaN where they lie on a line.
 
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
@@ -55,7 +51,7 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
     start, unravel = ravel_pytree(origin)
     one, other = ravel_pytree(first)[0] - start, ravel_pytree(second)[0] - start
     one = one / jnp.linalg.norm(one)
-    other = other - (other @ one) * one
+    other = other - (other @ one) * one  # Gram-Schmidt
     return Plane(origin, unravel(one), unravel(other / jnp.linalg.norm(other)))
 
 
@@ -79,8 +75,7 @@ def at(plane: Plane, point: Float[Array, "2"]) -> Params:
         >>> at(plane, jnp.array([1.0, 4.0])).tolist()
         [4.0, 1.0]
     """
-    shift = lambda o, a, b: o + point[0] * a + point[1] * b
-    return jax.tree.map(shift, *plane)
+    return jax.tree.map(lambda o, a, b: o + point[0] * a + point[1] * b, *plane)
 
 
 def loss_map(
@@ -96,5 +91,6 @@ def loss_map(
         >>> loss_map(lambda p: p[0] + 10 * p[1], plane, jnp.arange(3.0), jnp.arange(2.0)).tolist()
         [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]
     """
+    # Rows one after the other: a map's points at once would hold a network's activations for each.
     row = jax.vmap(lambda alpha, beta: loss(at(plane, jnp.stack([alpha, beta]))), (0, None))
     return jax.lax.map(lambda beta: row(alphas, beta), betas)

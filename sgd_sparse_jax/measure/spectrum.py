@@ -19,7 +19,7 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
         >>> singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])).round(9).tolist()
         [3.0, 2.0]
     """
-    finite = jnp.isfinite(matrix).all()
+    finite = jnp.isfinite(matrix).all()  # LAPACK differs by version on NaN
     values = jnp.linalg.svd(jnp.where(finite, matrix, 0.0), compute_uv=False)
     return jnp.where(finite, values, jnp.nan)
 
@@ -49,7 +49,7 @@ def numerical_rank(matrix: Float[Array, "n p"], tol: ArrayLike) -> Int[Array, ""
 def effective_rank(s: Float[Array, " k"]) -> Scalar:
     """The entropy -sum p_i log p_i of p = s / sum s over singular values, in nats.
 
-    0 for a matrix of rank one, log k for k equal values. This is the effective rank of the paper's
+    0 for a matrix of rank one, log k for k equal values. Source: the effective rank of the paper's
     code; that of Roy & Vetterli (2007) is its exponential.
 
     Example:
@@ -57,6 +57,7 @@ def effective_rank(s: Float[Array, " k"]) -> Scalar:
         2.0
     """
     p = s / s.sum()
+    # Both `where`s: the gradient of log 0 is NaN, even where it isn't taken.
     return -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum()
 
 

@@ -6,6 +6,7 @@ gradient, (params, stats, batch) -> ((loss, stats), gradient). Loss and statisti
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +24,20 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
     Example:
         >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
         >>> batch = Batch(jnp.ones(3), jnp.zeros(3))
-        >>> _, gradient = sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)
-        >>> float(gradient)
+        >>> float(sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)[1])
         3.0
     """
 
-    def maker(objective: Objective) -> Gradient:
-        gradient = jax.value_and_grad(objective, has_aux=True)
+    def gradient(objective: Objective, params: Params, stats: Stats, batch: Batch):
+        descent = jax.value_and_grad(objective, has_aux=True)
+        value_and_stats, ascent = descent(params, stats, batch)
+        norm = optax.tree.norm(ascent) if normalized else 1.0
+        length = rho / jnp.where(norm > 0, norm, 1.0)  # no step from a stationary point
+        # Statistics of the moved point are dropped: they aren't those of an iterate.
+        _, grads = descent(optax.tree.add_scale(params, length, ascent), stats, batch)
+        return value_and_stats, grads
 
-        def of(params: Params, stats: Stats, batch: Batch):
-            value_and_stats, ascent = gradient(params, stats, batch)
-            norm = optax.tree.norm(ascent) if normalized else 1.0
-            length = rho / jnp.where(norm > 0, norm, 1.0)  # no step from a stationary point
-            # Statistics of the moved point are dropped: they aren't those of an iterate.
-            _, grads = gradient(_moved(params, length, ascent), stats, batch)
-            return value_and_stats, grads
-
-        return of
-
-    return maker
+    return lambda objective: partial(gradient, objective)
 
 
 def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
@@ -54,21 +50,16 @@ def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
     Example:
         >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
         >>> batch = Batch(jnp.array([1.0, 3.0]), jnp.zeros(2))
-        >>> _, gradient = example_sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)
-        >>> float(gradient)
+        >>> float(example_sharpness_aware(0.5)(objective)(jnp.array(2.0), {}, batch)[1])
         9.0
     """
 
-    def maker(objective: Objective) -> Gradient:
+    def of_example(objective: Objective, params: Params, batch: Batch):
         gradient = jax.value_and_grad(objective, has_aux=True)
+        (value, _), ascent = gradient(params, {}, batch)
+        return value, gradient(optax.tree.add_scale(params, rho, ascent), {}, batch)[1]
 
-        def of_example(params: Params, batch: Batch):
-            (value, _), ascent = gradient(params, {}, batch)
-            return value, gradient(_moved(params, rho, ascent), {}, batch)[1]
-
-        return _mean_over_examples(of_example)
-
-    return maker
+    return lambda objective: _mean_over_examples(partial(of_example, objective))
 
 
 def residual_sharpness_aware(
@@ -76,8 +67,8 @@ def residual_sharpness_aware(
 ) -> Callable[[Objective], Gradient]:
     """mean_k l'(f_k(theta + rho dl_k(theta))) df_k(theta): the ascent moves the residual alone.
 
-    As `example_sharpness_aware`, for `network` with scalar outputs [b] and `loss`; the objective
-    of `make_step` is not used. Source: `loss_derivative_only` of the paper's toy code.
+    For a `network` without statistics, with scalar outputs [b], and `loss`; the objective of
+    `make_step` is not used. Source: `loss_derivative_only` of the paper's toy code.
 
     Example:
         >>> from sgd_sparse_jax import models, train
@@ -90,37 +81,29 @@ def residual_sharpness_aware(
         10.0
     """
 
-    def maker(objective: Objective) -> Gradient:
-        del objective  # the two factors of its gradient are taken at different parameters
+    def of_example(params: Params, batch: Batch):
+        predict = lambda params: network.apply(params, {}, batch.x, train=True).out[0]
+        loss_of = lambda out: loss(out[None], batch.y)[0]
+        out, pull = jax.vjp(predict, params)  # df at theta, for both products below
+        (ascent,) = pull(jax.grad(loss_of)(out))
+        moved = predict(optax.tree.add_scale(params, rho, ascent))
+        return loss_of(out), pull(jax.grad(loss_of)(moved))[0]
 
-        def of_example(params: Params, batch: Batch):
-            predict = lambda params: network.apply(params, {}, batch.x, train=True).out[0]
-            loss_of = lambda out: loss(out[None], batch.y)[0]
-            out, pull = jax.vjp(predict, params)  # df at theta, for both products below
-            (ascent,) = pull(jax.grad(loss_of)(out))
-            moved = predict(_moved(params, rho, ascent))
-            return loss_of(out), pull(jax.grad(loss_of)(moved))[0]
-
-        return _mean_over_examples(of_example)
-
-    return maker
+    # The objective isn't used: the factors of its gradient are taken at different parameters.
+    return lambda objective: _mean_over_examples(of_example)
 
 
 def _mean_over_examples(of_example: Callable[[Params, Batch], tuple]) -> Gradient:
     """The mean of (loss, gradient) over batches of one example."""
 
     def of(params: Params, stats: Stats, batch: Batch):
-        if stats:
+        if stats:  # Flax would begin new statistics for each example, silently
             raise ValueError(
-                "SAM per example normalizes each example by itself, and the network has batch "
-                f"statistics ({', '.join(stats)}); take sharpness_aware, or GroupNorm."
+                f"SAM per example allows no batch statistics, the network has {', '.join(stats)}; "
+                "take sharpness_aware, or GroupNorm."
             )
         alone = jax.tree.map(lambda leaf: leaf[:, None], batch)  # [b, 1, ...]
         values, grads = jax.vmap(of_example, (None, 0))(params, alone)
         return (values.mean(), stats), jax.tree.map(lambda leaf: leaf.mean(0), grads)
 
     return of
-
-
-def _moved(params: Params, length: ArrayLike, direction: Params) -> Params:
-    return jax.tree.map(lambda p, g: p + length * g, params, direction)

@@ -3,57 +3,47 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import ArrayLike
+from optax import Schedule
 
 
-def exponential_warmup(
-    init_value: ArrayLike, base: ArrayLike, total_steps: ArrayLike
-) -> optax.Schedule:
+def exponential_warmup(init_value: ArrayLike, base: ArrayLike, total_steps: ArrayLike) -> Schedule:
     """init_value * base ** (100 t), where t = step / total_steps is the share of the run.
 
     Example:
         >>> float(exponential_warmup(0.5, 2.0, total_steps=1000)(20))
         2.0
     """
-    # The base is that of 1 % of the run, whatever its length.
-    return lambda step: init_value * base ** (100.0 * _share(step, total_steps))
+    # The step as a float: JAX divides an int32 by 1000 in float32, whatever the default precision.
+    return lambda step: init_value * base ** (100.0 * jnp.asarray(step, float) / total_steps)
 
 
 def power_warmup(
     init_value: ArrayLike, gain: ArrayLike, exponent: ArrayLike, total_steps: ArrayLike
-) -> optax.Schedule:
+) -> Schedule:
     """init_value * (1 + gain * t ** exponent), where t = step / total_steps.
 
     Example:
         >>> float(power_warmup(0.5, 4.0, 0.5, total_steps=1000)(250))
         1.5
     """
-    return lambda step: init_value * (1.0 + gain * _share(step, total_steps) ** exponent)
-
-
-def _share(step: ArrayLike, total_steps: ArrayLike) -> jax.Array:
-    """step / total in the default precision: an int32 count over a number would be float32."""
-    return jnp.asarray(step, float) / total_steps
+    share = lambda step: jnp.asarray(step, float) / total_steps
+    return lambda step: init_value * (1.0 + gain * share(step) ** exponent)
 
 
 def piecewise_decay(
-    schedule: optax.Schedule, boundaries: Sequence[ArrayLike], factors: Sequence[ArrayLike]
-) -> optax.Schedule:
+    schedule: Schedule, boundaries: Sequence[ArrayLike], factors: Sequence[ArrayLike]
+) -> Schedule:
     """`schedule` until boundaries[0], then its value there over the factors of all steps passed.
 
-    `boundaries` are increasing steps; step b itself is divided. Without any, it is `schedule`.
-    Raises ValueError if there isn't one factor per boundary.
+    `boundaries` are increasing steps; step b itself is divided. There is one factor for each.
 
     Example:
         >>> decayed = piecewise_decay(lambda step: 8.0, [10, 20], [2.0, 4.0])
         >>> [float(decayed(step)) for step in (9, 10, 20)]
         [8.0, 4.0, 1.0]
     """
-    if len(boundaries) != len(factors):
-        raise ValueError(f"piecewise_decay: {len(factors)} factors, {len(boundaries)} boundaries.")
 
     def decayed(step):
         value = schedule(jnp.minimum(step, boundaries[0]) if len(boundaries) else step)
@@ -72,7 +62,7 @@ def released_schedule(
     epochs: ArrayLike,
     warmup_factor: ArrayLike = 1.0,
     warmup_exp: ArrayLike = 1.0,
-) -> optax.Schedule:
+) -> Schedule:
     """The schedule `name` of the paper's code, at epoch t = (k + 1) / steps_per_epoch for step k.
 
     With T = `epochs` and w = `warmup_exp`, in multiples of `lr_init`:
@@ -96,15 +86,14 @@ def released_schedule(
     """
     if name not in RELEASED:
         raise ValueError(f"Unknown schedule {name!r}; known are {', '.join(sorted(RELEASED))}.")
-    shape = RELEASED[name]
-    total = jnp.asarray(steps_per_epoch * epochs, float)  # as in `_share`
+    total = jnp.asarray(steps_per_epoch * epochs, float)
     factor, exponent = jnp.asarray(warmup_factor), jnp.asarray(warmup_exp)
 
     def schedule(step):
-        # t/T < f with room for rounding, because compilers turn a division into a product: a
-        # boundary that falls on a step decays that step, in float32 as in float64.
+        # t/T < f with room for rounding, because XLA turns a division into a product: a boundary
+        # that falls on a step decays that step, in float32 as in float64.
         before = lambda share: step + 1.05 < share * total
-        return lr_init * shape((step + 1) / total, before, factor, exponent)
+        return lr_init * RELEASED[name]((step + 1) / total, before, factor, exponent)
 
     return schedule
 

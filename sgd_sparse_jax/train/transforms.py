@@ -14,9 +14,8 @@ from jaxtyping import ArrayLike
 def balancing(rate: ArrayLike, pair: tuple[str, str] = ("u", "v")) -> optax.GradientTransformation:
     """Per coordinate, shrinks the larger of |u|, |v| by 1 - rate and grows the other by 1 + rate.
 
-    Chain it after `optax.sgd`. `pair` names two leaves of equal shape in the dict of parameters;
-    where |u| = |v| both grow, as in the paper's code. `update` raises ValueError if it isn't given
-    parameters with these two leaves.
+    Chain it after `optax.sgd`. `pair` names two leaves of equal shape in the dict of parameters,
+    which `update` needs as its third argument.
 
     Example:
         >>> params = {"u": jnp.array([2.0]), "v": jnp.array([1.0])}
@@ -25,19 +24,14 @@ def balancing(rate: ArrayLike, pair: tuple[str, str] = ("u", "v")) -> optax.Grad
         ([-0.2], [0.1])
     """
 
-    def update(updates, state, params=None):
-        if params is None or not set(pair) <= set(params):
-            raise ValueError(
-                f"balancing moves the leaves {pair} of the parameters, given {sorted(params or {})}"
-                "; call update(updates, state, params), or name two of these leaves in `pair`."
-            )
+    def move(updates, params):
         moved = dict(updates)
         for one, other in (pair, pair[::-1]):
-            larger = jnp.abs(params[one]) > jnp.abs(params[other])  # neither, if equal
+            larger = jnp.abs(params[one]) > jnp.abs(params[other])  # if equal, both grow: as there
             moved[one] = updates[one] - rate * params[one] * jnp.where(larger, 1.0, -1.0)
-        return moved, state
+        return moved
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(move)
 
 
 def normalized_leaves() -> optax.GradientTransformation:
@@ -52,11 +46,11 @@ def normalized_leaves() -> optax.GradientTransformation:
         [-0.0, -0.5]
     """
 
-    def update(updates, state, params=None):
+    def normalize(updates, params=None):
         norms = jax.tree.map(jnp.linalg.norm, updates)
         # All or none, as in the paper's code: at v = 0 the gradient of u is 0.
         all_positive = jnp.stack([norm > 0 for norm in jax.tree.leaves(norms)]).all()
         scaled = lambda leaf, norm: leaf / jnp.where(all_positive, norm, 1.0)
-        return jax.tree.map(scaled, updates, norms), state
+        return jax.tree.map(scaled, updates, norms)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(normalize)
