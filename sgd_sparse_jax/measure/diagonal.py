@@ -25,8 +25,8 @@ def support_size(
 def balancedness(u: Float[Array, " d"], v: Float[Array, " d"]) -> Scalar:
     """||u^2 - v^2||_1, a constant of gradient flow; 0 where the two layers are balanced.
 
-    A step of size eta multiplies entry i by exactly 1 - eta^2 g_i^2, with g_i the derivative of
-    the batch's loss by (u * v)_i: large steps and noise shrink it, and with it small entries.
+    A step of size eta multiplies entry i by 1 - eta^2 g_i^2, with g_i the derivative of the loss by
+    (u * v)_i: large steps and noise shrink it.
 
     Example:
         >>> float(balancedness(jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])))

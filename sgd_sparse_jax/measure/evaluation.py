@@ -52,7 +52,6 @@ def make_evaluation(
     def observe(features, mask):
         assert sample is not None
         positive = {block: (phi > 0).reshape(len(phi), -1) for block, phi in features.items()}
-        # In float32, whatever the features' precision: bfloat16 counts exactly up to 256 only.
         share = lambda on: jnp.where(mask, on.mean(1, dtype=jnp.float32), 0).sum()
         active = {f"active/{block}": share(on) for block, on in positive.items()}
         alive = {f"dead/{block}": (on & mask[:, None]).any(0) for block, on in positive.items()}

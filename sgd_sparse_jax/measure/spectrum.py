@@ -19,7 +19,7 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
         >>> singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])).round(9).tolist()
         [3.0, 2.0]
     """
-    finite = jnp.isfinite(matrix).all()  # LAPACK differs by version on NaN
+    finite = jnp.isfinite(matrix).all()  # what LAPACK makes of NaN is undefined
     values = jnp.linalg.svd(jnp.where(finite, matrix, 0.0), compute_uv=False)
     return jnp.where(finite, values, jnp.nan)
 

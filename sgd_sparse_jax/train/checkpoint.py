@@ -37,9 +37,11 @@ def open_checkpoints(
 
     Example:
         >>> import tempfile
+        >>> state = TrainState(jnp.array(3), jnp.ones(2), {}, (), ())
         >>> with tempfile.TemporaryDirectory() as folder, open_checkpoints(folder) as checkpoints:
+        ...     save(checkpoints, state)
         ...     checkpoints.all_steps()
-        []
+        [3]
     """
     import orbax.checkpoint as ocp
 

@@ -12,10 +12,12 @@ import numpy as np
 import optax
 from jax.core import Tracer
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, ArrayLike, PyTree
 
 from sgd_sparse_jax.types import PRNGKey, Record, Sampler, Segment, TrainState
+
+from .mesh import data_mesh
 
 if TYPE_CHECKING:
     import xarray
@@ -133,7 +135,7 @@ def make_sweep(
         >>> len(store)
         1
     """
-    over = mesh or jax.make_mesh((jax.device_count(),), ("runs",), axis_types=(AxisType.Auto,))
+    over = mesh or data_mesh()
     split, whole = PartitionSpec(over.axis_names), PartitionSpec()
 
     def of_index(index, keys, points):
