@@ -79,7 +79,8 @@ def test_sgd_on_a_diagonal_net_and_what_is_measured_on_its_last_parameters():
     assert_same(u, SGD["u_final"], rtol=1e-8, atol=1e-12)
     assert_same(v, SGD["v_final"], rtol=1e-8, atol=1e-12)
 
-    jacobian = measure.diagonal_net_jacobian(sparse_regression(0).test.x[:400], u, v)
+    x = jnp.asarray(sparse_regression(0).test.x[:400])
+    jacobian = measure.diagonal_net_jacobian(x, u, v)
     ranks = [measure.numerical_rank(jacobian, tolerance) for tolerance in (1e-15, 1e-4)]
     assert [measure.support_size(u, v), *ranks] == [200, 200, 147]
 
