@@ -103,8 +103,10 @@ class Campaign:
         while self.todo:
             name, lives = f"{self.experiment.name}-{len(runs)}", list[Life]()
             runs_dir = self.disk / name
-            # What a start could not remove from a place that was read-only, the next one does.
-            while not lives or lives[-1].code != 0 or lives[-1].kind == "read-only":
+            # Chunks that could not be removed, and figures that could not be drawn, which is a
+            # warning, are left to the next start.
+            unwritable = ("read-only", "disk full")
+            while not lives or lives[-1].code != 0 or lives[-1].kind in unwritable:
                 assert len(lives) < MANY, f"{name} comes to no end"
                 log = self.place / f"{name}-{len(lives)}.log"
                 lives.append(self._life(runs_dir, log, lives[-1].kind if lives else ""))
