@@ -50,13 +50,6 @@ def test_crop_and_flip_are_independent():
         assert abs(rate - 0.5) < 5 * np.sqrt(0.25 * 2 / n)
 
 
-def test_vmapped_is_looped_and_other_keys_draw_others():
-    keys, images = jr.split(jr.key(8), 3), distinct(24).reshape(3, 8, 8, 8, 3)
-    looped = jnp.stack([crop_and_flip(k, x) for k, x in zip(keys, images, strict=True)])
-    np.testing.assert_array_equal(jax.vmap(crop_and_flip)(keys, images), looped)
-    assert not np.array_equal(crop_and_flip(keys[1], images[0]), looped[0])
-
-
 def test_sharded_is_unsharded_and_no_image_travels():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))

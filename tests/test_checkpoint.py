@@ -87,7 +87,6 @@ DAMAGES = {
     "emptied": lambda raw: b"",
     "truncated": lambda raw: raw[: len(raw) // 2],
     "one bit flipped": flipped,
-    "zeroed": lambda raw: bytes(len(raw)),
 }
 
 
@@ -153,18 +152,15 @@ def test_another_runs_state_is_refused_field_by_field(folder):
     assert_is(restored(folder, about=ABOUT | {"a_later_flag": 1}), 2)  # which older runs lack
 
 
-@pytest.mark.parametrize(
-    ("params", "listed"),
-    [
+def test_other_arrays_are_refused_by_name_shape_and_dtype(folder):
+    for params, listed in (
         ({"kernel": W[:, :5]}, "kernel float32[64, 64] -> float32[64, 5]"),
         ({"kernel": W.astype(float)}, "kernel float32[64, 64] -> float64[64, 64]"),
         ({"kernels": W}, "kernels missing -> float32[64, 64]"),
-    ],
-)
-def test_other_arrays_are_refused_by_name_shape_and_dtype(folder, params, listed):
-    with pytest.raises(ValueError) as refused:
-        restored(folder, LIKE._replace(params={"Dense": LIKE.params["Dense"] | params}))
-    assert listed in str(refused.value)
+    ):
+        with pytest.raises(ValueError) as refused:
+            restored(folder, LIKE._replace(params={"Dense": LIKE.params["Dense"] | params}))
+        assert listed in str(refused.value)
 
 
 @pytest.mark.parametrize(("path", "step"), [("checkpoints", 2), ("", 2), ("checkpoints/1", 1)])
@@ -230,11 +226,11 @@ def test_paths_that_orbax_could_not_read_again_are_refused(tmp_path, name):
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["a b\n\tü→日%41#", "-x~{a,b}$(x)'\""])
-def test_other_odd_paths_are_taken_as_they_are(tmp_path, name):
-    with train.open_checkpoints(tmp_path / name) as checkpoints:
+def test_other_odd_paths_are_taken_as_they_are(tmp_path):
+    folder = tmp_path / "a b\n\tü→日%41#" / "-x~{a,b}$(x)'\""
+    with train.open_checkpoints(folder) as checkpoints:
         train.save(checkpoints, state_at(3), ABOUT)
-    assert_is(restored(tmp_path / name), 3)
+    assert_is(restored(folder), 3)
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int32", "uint8", "bool"])

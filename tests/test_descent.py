@@ -78,7 +78,7 @@ def ascended(rho, unit=False):
     return move
 
 
-def ascended_by_example(rho, residual_only=False):
+def ascended_by_example(rho):
     """The paper's loop over examples moves each by 2 rho r_k dphi_k: its rho is half of ours."""
 
     def move(u, v, *_):
@@ -87,8 +87,7 @@ def ascended_by_example(rho, residual_only=False):
             length = 2 * (rho / 2) * (x @ (u * v) - y)
             u_k, v_k = u + length * x * v, v + length * x * u
             moved = x @ (u_k * v_k) - y
-            du += moved * x * (v if residual_only else v_k) / N
-            dv += moved * x * (u if residual_only else u_k) / N
+            du, dv = du + moved * x * v_k / N, dv + moved * x * u_k / N
         return u - ETA * du, v - ETA * dv
 
     return move
@@ -108,10 +107,6 @@ GRADIENTS = {  # rho -> gradient, and the same as a step in NumPy
         partial(ascended, unit=True),
     ),
     "sam of examples": (train.example_sharpness_aware, ascended_by_example),
-    "sam of residuals": (
-        partial(train.residual_sharpness_aware, NETWORK, train.half_squared),
-        partial(ascended_by_example, residual_only=True),
-    ),
 }
 
 

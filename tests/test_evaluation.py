@@ -53,25 +53,18 @@ def test_means_are_exact_for_every_batch_size(batch, n):
     assert row["error"] == pytest.approx((LOGITS.argmax(-1) != Y)[:n].mean(), rel=1e-12)
 
 
-def test_sparsity_is_that_of_all_examples_at_once():
-    row = evaluated(8, sample=sample, distinct=share)
+@pytest.mark.parametrize(("devices", "n"), [(1, 45), (8, 45), (1, 3)])
+def test_sparsity_is_that_of_all_examples_at_once(devices, n):
+    """And no example beyond the last of them revives a unit."""
+    shard = train.split_examples(train.data_mesh(jax.devices()[:devices]))
+    row = evaluated(8, n, sample=sample, distinct=share, shard=shard)
     for block, phi in FEATURES.items():
+        phi = phi[:n]
         assert row[f"active/{block}"] == pytest.approx((phi > 0).mean(), rel=1e-6)
         assert row[f"dead/{block}"] == pytest.approx(1 - (phi > 0).any(0).mean(), rel=1e-6)
         whole = float(jax.jit(share)(sample(block, phi)))
         assert row[f"distinct/{block}"] == pytest.approx(whole, rel=1e-9)
         assert row[f"dead/{block}"] > 0  # else the second line has shown nothing
-
-
-def test_an_example_beyond_the_last_does_not_revive_a_unit():
-    never = 1 - (FEATURES["block1"][:3] > 0).any(0).mean()
-    assert evaluated(8, 3, sample=sample)["dead/block1"] == pytest.approx(never, rel=1e-6)
-
-
-def test_devices_change_nothing():
-    options = {"sample": sample, "distinct": share}
-    spread = evaluated(16, shard=train.split_examples(train.data_mesh()), **options)
-    assert evaluated(16, **options) == pytest.approx(spread, rel=1e-9)
 
 
 class Normalized(nn.Module):

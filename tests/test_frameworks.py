@@ -15,7 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sgd_sparse_jax import models, train
+from sgd_sparse_jax import measure, models, train
 from sgd_sparse_jax.types import Batch, Network
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
@@ -46,6 +46,11 @@ def each_framework(*quick):
 @pytest.fixture(scope="module")
 def page(request):
     return namespace(blocks(request.param)[0])
+
+
+def test_recipes_are_at_most_20_lines():
+    code = [block for title in SECTIONS for block in blocks(title)]
+    assert max(len(list(filter(None, block.splitlines()))) for block in code) <= 20
 
 
 @each_framework("Equinox", "Flax NNX")
@@ -124,7 +129,7 @@ def segment_of(network, tx):
 
 
 def observed(network: Network, params):
-    """Losses of 100 steps of SGD, and outputs and features where they end."""
+    """Losses of 100 steps of SGD; outputs, sparsity and the Jacobian's rank where they end."""
     tx = optax.sgd(0.02)
     segment = segment_of(network, tx)
     indices = jnp.asarray(np.random.default_rng(1).integers(0, 20, (100, 3)))
@@ -133,9 +138,15 @@ def observed(network: Network, params):
     def run(params):
         state = train.init_state(jr.key(1), network, tx, X, params=params)
         state, losses = segment(jr.key(3), state, indices)
-        return losses, *network.apply(state.params, state.stats, X)[:2]
+        out, features, _ = network.apply(state.params, state.stats, X)
+        predict = lambda params, x: network.apply(params, state.stats, x).out
+        rows = measure.jacobian(predict, state.params, X)
+        sparsity = [measure.feature_sparsity(phi) for phi in features.values()]
+        return losses, out, features, sparsity, rows
 
-    return run(params)
+    *results, rows = run(params)
+    rank = measure.numerical_rank(rows, tol=1e-4)
+    return *results, rank, np.linalg.svd(rows, compute_uv=False)
 
 
 def test_the_same_weights_give_the_same_run_in_every_framework():

@@ -1,6 +1,5 @@
 """Networks against the reference's outputs in float64, with weights that depend on shape alone."""
 
-import functools
 import json
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from jax.tree_util import DictKey
 
 from sgd_sparse_jax import models
 from sgd_sparse_jax.models import from_linen
@@ -28,14 +26,11 @@ L2 = 5e-4
 def fill(path, leaf):
     """Weights that depend on name and shape alone, as the golden file was recorded with."""
     name, shape = path[-1].key, leaf.shape
-    if name == "kernel" and len(shape) == 4:
-        h, w, i, o = shape
-        rng = np.random.RandomState((7 + h * 1000003 + w * 10007 + i * 101 + o) % 2**31)
-        return jnp.asarray(rng.randn(*shape) * np.sqrt(2 / (h * w * i)))
     if name == "kernel":
-        i, o = shape
-        rng = np.random.RandomState((7 + i * 1000003 + o * 10007) % 2**31)
-        return jnp.asarray(rng.randn(i, o) / np.sqrt(i))
+        primes = (1000003, 10007, 101, 1) if len(shape) == 4 else (1000003, 10007)
+        rng = np.random.RandomState((7 + np.dot(shape, primes)) % 2**31)
+        variance = 2 / np.prod(shape[:3]) if len(shape) == 4 else 1 / shape[0]
+        return jnp.asarray(rng.randn(*shape) * np.sqrt(variance))
     j = np.arange(shape[0], dtype=np.float64)
     moments = {"mean": 0 * j, "var": 0 * j + 1, "key": np.arange(shape[0], dtype=np.uint32)}
     return jnp.asarray(({"bias": 0.1 * np.sin(j), "scale": 1 + 0.1 * np.cos(j)} | moments)[name])
@@ -49,7 +44,7 @@ def images_and_labels():
 
 X, Y = images_and_labels()
 OPTIONS = {"resnet_tiny_softplus": ("resnet_tiny", {"softplus": 5})}
-QUICK = ("resnet18_plain", "resnet_tiny", "resnet_tiny_gn", "resnet_tiny_softplus", "vgg16")
+QUICK = ("resnet18_plain", "resnet_tiny_gn", "resnet_tiny_softplus", "vgg16")
 
 
 def weights(model, shape):
@@ -114,16 +109,15 @@ def test_a_network_computes_and_trains_as_the_references(key):
 
 
 def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
-    model = models.build("resnet18_plain", classes=1000, width=64)
-    params = jax.jit(model.init)(jr.key(3), jnp.zeros((1, 32, 32, 3), jnp.float32))["params"]
-    kernel = params["BasicBlock_7"]["Conv_1"]["kernel"]
-    np.testing.assert_allclose(kernel.std(), np.sqrt(2 / (9 * 512)), rtol=1e-2)
+    model = models.ResNet((1,), classes=1000)  # the stem has fans of 27 and 576
+    params = jax.jit(model.init)(jr.key(3), jnp.zeros((1, 8, 8, 3), jnp.float32))["params"]
+    np.testing.assert_allclose(params["Conv_0"]["kernel"].std(), np.sqrt(2 / (9 * 64)), rtol=6e-2)
     head = params["Dense_0"]["kernel"]
-    np.testing.assert_allclose(jnp.abs(head).max(), 1 / np.sqrt(512), rtol=1e-3)
-    np.testing.assert_allclose(head.std(), 1 / np.sqrt(3 * 512), rtol=1e-2)
+    np.testing.assert_allclose(jnp.abs(head).max(), 1 / np.sqrt(64), rtol=1e-3)
+    np.testing.assert_allclose(head.std(), 1 / np.sqrt(3 * 64), rtol=1e-2)
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    assert all((leaf == 0).all() for path, leaf in leaves if path[-1] == DictKey("bias"))
-    assert all((leaf == 1).all() for path, leaf in leaves if path[-1] == DictKey("scale"))
+    constants = {"bias": 0.0, "scale": 1.0}
+    assert all((leaf == constants.get(path[-1].key, leaf)).all() for path, leaf in leaves)
 
 
 @pytest.mark.parametrize(
@@ -150,7 +144,6 @@ def test_published_counts_of_parameters(name, width, classes, count):
     assert sum(leaf.size for leaf in jax.tree.leaves(variables["params"])) == count
 
 
-@functools.cache
 def shapes(name, shape, **options):
     """Variables, logits and features without computing any."""
     model = models.build(name, **options)
@@ -198,7 +191,7 @@ def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training():
     assert jnp.abs(first.out - second.out).max() > 1e-3 < jnp.abs(first.out - calm.out).max()
     drop, ones = models.Dropout(0.3), jnp.ones((100, 1000))
     y, _ = drop.apply(drop.init(jr.key(0), ones), ones, True, mutable=["dropout"])
-    assert set(np.unique(y)) == {0.0, np.float64(jnp.float64(1) / 0.7)}
+    np.testing.assert_allclose(np.unique(y), [0, 1 / 0.7], rtol=1e-15)
     np.testing.assert_allclose((y == 0).mean(), 0.3, atol=0.005)
 
 

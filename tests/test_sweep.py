@@ -109,11 +109,8 @@ def uniform(key, point):
 
 def test_a_program_is_compiled_once():
     traced = []
-    sweeping = train.make_sweep(
-        lambda key, point: (traced.append(1), uniform(key, point))[1], chunk=1
-    )
-    first = sweeping(KEYS, jnp.arange(2.0))
-    again = sweeping(KEYS, jnp.arange(2.0) * 3)
+    sweeping = train.make_sweep(lambda *args: (traced.append(1), uniform(*args))[1], chunk=1)
+    first, again = sweeping(KEYS, jnp.arange(2.0)), sweeping(KEYS, jnp.arange(2.0) * 3)
     assert len(traced) == 1 and first["drawn"].shape == (5, 2)
     np.testing.assert_allclose(again["drawn"], first["drawn"] * 3)
 
@@ -170,16 +167,14 @@ def test_a_leaf_without_one_entry_per_point_is_named():
 
 def test_a_label_names_the_run_it_came_from():
     def run(key, point):
-        shift = jr.uniform(key)
-        curve = shift + point["step_size"] * jnp.arange(4) + 100 * point["scale"]
+        curve = jr.uniform(key) + point["step_size"] * jnp.arange(4) + 100 * point["scale"]
         return {"final": curve[-1], "loss": curve}
 
     axes = {"step_size": np.array([0.1, 0.2]), "scale": np.array([1.0, 2.0, 3.0])}
     results = train.sweep(run, KEYS[:3], train.grid(**axes))
     steps = {"records": {"loss": ["step"]}, "coords": {"step": [0, 10, 20, 30]}}
     data = train.labelled(results, axes=axes, **steps)
-    assert data["loss"].dims == ("seed", "step_size", "scale", "step")
-    assert data["final"].dims == ("seed", "step_size", "scale")
+    assert data["loss"].dims == (*data["final"].dims, "step") == ("seed", *axes, "step")
     for seed in range(3):
         one = data.sel(seed=seed, step_size=0.2, scale=3.0)
         expected = run(KEYS[seed], {"step_size": 0.2, "scale": 3.0})
