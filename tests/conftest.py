@@ -1,6 +1,8 @@
 """JAX at its strictest: silent broadcasting is an error, eight devices, both precisions at hand."""
 
+import contextlib
 import os
+import resource
 
 import jax
 import numpy as np
@@ -49,6 +51,22 @@ def compiled_once(tmp_path_factory):
     yield
     for name, value in before.items():
         jax.config.update(name, value)
+
+
+@pytest.fixture
+def no_room():
+    """In `with no_room(size)`, writing more than that to a file fails, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

@@ -11,11 +11,6 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FORMS = {
-    "|M r|^2": lambda product, r: (product**2).sum(-1),
-    "max |M r|": lambda product, r: abs(product).max(-1),
-    "<M r, r>": lambda product, r: (product * r).sum(-1),
-}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
@@ -23,14 +18,13 @@ def test_a_compiled_vmap_over_many_rows_computes_what_numpy_does(dtype):
     """jaxlib 0.10.2 gets most of 40,000 rows of width 3 wrong (jax issue 39103)."""
     rng = np.random.default_rng(0)
     m, r = (rng.standard_normal((n, 3)).astype(dtype) for n in (3, 40_000))
-    tolerance = 1e3 * np.finfo(dtype).eps
-    for name, form in FORMS.items():
-        got = jax.jit(jax.vmap(lambda row, form=form: form(m @ row, row)))(r)
-        wrong = ~np.isclose(got, form(r @ m.T, r), rtol=tolerance, atol=tolerance)
-        assert not wrong.any(), (
-            f"jaxlib {jaxlib.version.__version__} computes {name} wrong in {wrong.sum()} rows: "
-            "install another, and exclude it in pyproject.toml."
-        )
+    expected, tolerance = abs(r @ m.T).max(-1), 1e3 * np.finfo(dtype).eps
+    got = jax.jit(jax.vmap(lambda row: abs(m @ row).max()))(r)
+    wrong = ~np.isclose(got, expected, rtol=tolerance, atol=tolerance)
+    assert not wrong.any(), (
+        f"jaxlib {jaxlib.version.__version__} computes |M r| wrong in {wrong.sum()} rows: "
+        "install another, and exclude it in pyproject.toml."
+    )
 
 
 def python(*words, **env):

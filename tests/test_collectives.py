@@ -30,16 +30,3 @@ def test_a_step_adds_up_gradients_moments_and_the_loss(tmp_path, capsys):
     floats = 3 * net["parameters"] + 2 * net["norm_channels"]
     assert 0 <= net["state_bytes"] - 4 * floats <= 16
     assert "shallow" in capsys.readouterr().out
-
-
-def test_estimates_follow_the_formula():
-    """By hand: 2 ms or 4 ms computing on one of four devices, 3 ms of gradients, 1 to 2 waiting."""
-    machine = scaling.Machine(4, 1e12, 1e9, (1e-4, 2e-4))
-    sizes = {"step_flop_per_image": 32 * 10**8, "gradient_bytes": 2_000_000}
-    parts = scaling.estimate(sizes, 10, 1, machine)
-    close = lambda pair: pytest.approx(pair, rel=1e-12)
-    assert parts["compute_ms"] == close((2.0, 4.0))
-    assert parts["gradients_ms"] == close((3.0, 3.0))
-    assert parts["waiting_ms"] == close((1.0, 2.0))
-    assert parts["step_ms"] == close((6.0, 9.0))
-    assert parts["efficiency"] == close((2 / 7, 4 / 8))

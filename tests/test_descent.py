@@ -95,25 +95,28 @@ def ascended_by_example(rho):
 
 RATES = (0.0, 0.01, 0.06)  # at 0 most of them are gradient descent
 SGD = optax.sgd(ETA)
-TRANSFORMS = {  # rate -> tx, and the same as a step in NumPy
-    "shrinkage": (lambda r: optax.chain(SGD, optax.add_decayed_weights(-r)), shrunk),
-    "balancing": (lambda r: optax.chain(SGD, train.balancing(r)), balanced),
-    "normalized": (lambda r: optax.chain(train.normalized_leaves(), optax.sgd(r)), normalized),
-}
-GRADIENTS = {  # rho -> gradient, and the same as a step in NumPy
-    "sam": (train.sharpness_aware, ascended),
+RUNS = {  # rate -> our run, and its step in NumPy
+    "shrinkage": (lambda r: descend(optax.chain(SGD, optax.add_decayed_weights(-r))), shrunk),
+    "balancing": (lambda r: descend(optax.chain(SGD, train.balancing(r))), balanced),
+    "normalized": (
+        lambda r: descend(optax.chain(train.normalized_leaves(), optax.sgd(r))),
+        normalized,
+    ),
+    "sam": (lambda r: descend(SGD, train.sharpness_aware(r)), ascended),
     "sam, normalized": (
-        partial(train.sharpness_aware, normalized=True),
+        lambda r: descend(SGD, train.sharpness_aware(r, normalized=True)),
         partial(ascended, unit=True),
     ),
-    "sam of examples": (train.example_sharpness_aware, ascended_by_example),
+    "sam of examples": (
+        lambda r: descend(SGD, train.example_sharpness_aware(r)),
+        ascended_by_example,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", [*TRANSFORMS, *GRADIENTS])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_vmapped_rate_is_the_numpy_loop_at_each_rate(name):
-    ours, move = (TRANSFORMS | GRADIENTS)[name]
-    run = lambda r: descend(ours(r)) if name in TRANSFORMS else descend(SGD, ours(r))
+    run, move = RUNS[name]
     loops = [loop(move(rate)) for rate in RATES]
     stacked = tuple(map(np.stack, zip(*loops, strict=True)))
     assert_close(jax.jit(jax.vmap(run))(jnp.array(RATES)), stacked)

@@ -126,48 +126,24 @@ def test_a_run_moves_between_device_counts(alone, tmp_path):
     assert_close(left, alone[0], rtol=2e-3, atol=5e-5)
 
 
-@pytest.fixture(scope="module")
-def parents(tmp_path_factory):
-    """Runs with and without momentum, saved at step 3; and their states at steps 3 and 4."""
-    found = {}
-    with jax.enable_x64(False):
-        for momentum in (0.9, 0.0):
-            folder, states = tmp_path_factory.mktemp("parent"), []
-            with train.open_checkpoints(folder / "checkpoints") as checkpoints:
-                for window in windows(fresh(momentum=momentum), [3, 4], momentum=momentum):
-                    states.append(jax.device_get(window.state))
-                    train.save(checkpoints, window.state)
-            found[momentum] = folder, *states
-    return found
-
-
-def forked(parent, momentum=0.9, **changed):
-    """What the fork's only step adds to the parameters, and what the parent's step added."""
-    folder, before, after = parent
-    state = train.fork(folder / "checkpoints/3", fresh(momentum=momentum, **changed))
-    assert_same(jax.device_get(state.params), before.params)
-    ended, _ = trained(state, 4, momentum=momentum, **changed)
-    added = lambda to: jax.tree.map(np.subtract, jax.device_get(to.params), before.params)
-    return added(ended), added(after)
-
-
-def test_a_fork_with_another_step_size_takes_the_same_step_scaled(parents):
-    """Its schedule goes on at the step of the fork."""
-    ratio = float(COSINE(3)) / 0.05
+@pytest.mark.parametrize(("before", "after"), [(0.9, 0.9), (0.0, 0.9), (0.9, 0.0)])
+def test_a_fork_with_other_settings_takes_its_parents_step_changed_by_them(tmp_path, before, after):
+    """Its schedule goes on at the step of the fork; momentum begins at 0, or is left behind."""
+    states = []
+    with train.open_checkpoints(tmp_path) as checkpoints:
+        for window in windows(fresh(momentum=before), [3, 4], momentum=before):
+            states.append(jax.device_get(window.state))
+            train.save(checkpoints, window.state)
+    settings = {"schedule": COSINE, "momentum": after}
+    state = train.fork(tmp_path / "3", fresh(**settings))
+    start, parent = (state.params for state in states)
+    assert_same(state.params, start)
+    ended, _ = trained(state, 4, **settings)
+    added = lambda params: jax.tree.map(np.subtract, jax.device_get(params), start)
+    wanted, ratio = added(parent), float(COSINE(3)) / 0.05
     assert ratio < 0.9
-    new, old = forked(parents[0.9], schedule=COSINE)
-    assert_close(new, jax.tree.map(lambda x: ratio * x, old), rtol=1e-3, atol=2e-7)
-
-
-def test_a_fork_into_momentum_begins_with_none(parents):
-    """Its first step is that of plain SGD."""
-    new, old = forked(parents[0.0], momentum=0.9)
-    assert_close(new, old, rtol=1e-3, atol=2e-7)
-
-
-def test_a_fork_out_of_momentum_leaves_it_behind(parents):
-    """Its step is the parent's without the velocity that the parent came with."""
-    new, old = forked(parents[0.9], momentum=0.0)
-    (trace,) = (part.trace for part in parents[0.9][1].opt_state if hasattr(part, "trace"))
-    wanted = jax.tree.map(lambda step, v: step + 0.05 * 0.9 * v, old, trace)
-    assert_close(new, wanted, rtol=1e-3, atol=2e-7)
+    if before > after:
+        (velocity,) = (part.trace for part in states[0].opt_state if hasattr(part, "trace"))
+        wanted = jax.tree.map(lambda step, v: step + 0.05 * before * v, wanted, velocity)
+    scaled = jax.tree.map(lambda step: ratio * step, wanted)
+    assert_close(added(ended.params), scaled, rtol=1e-3, atol=2e-7)

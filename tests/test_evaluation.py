@@ -36,12 +36,8 @@ def evaluated(batch, n=45, **options):
     return evaluate(jr.key(0), jax.tree.map(jnp.asarray, PARAMS), {}, n)
 
 
-def sample(block, phi):
-    return phi.reshape(len(phi), -1)[:, ::3]
-
-
-def share(phi):
-    return measure.feature_sparsity(phi)[1]
+sample = lambda block, phi: phi.reshape(len(phi), -1)[:, ::3]
+share = lambda phi: measure.feature_sparsity(phi)[1]
 
 
 @pytest.mark.parametrize(("batch", "n"), [(8, 45), (64, 17)])

@@ -61,39 +61,33 @@ def assert_same(ours, recorded, **tolerance):
     np.testing.assert_allclose(ours, recorded, **tolerance, err_msg=MOVED)
 
 
-def diagonal_run(step_size, sampler, problem, at):
-    """100,001 steps of a diagonal net, the last of which is not recorded."""
+def assert_same_diagonal_run(recorded, step_size, sampler, problem, **close):
+    """Of 100,001 steps, the last of which is not recorded; returns its parameters."""
     tx, data = optax.sgd(step_size), [Batch(*map(jnp.asarray, part)) for part in problem[:2]]
-    network = from_linen(DiagonalNet(0.1))
-    return trained(network, train.half_squared, tx, sampler, data, at, 100_001)
+    rest = tx, sampler, data, recorded["record_steps"], 100_001
+    run = jax.jit(lambda: trained(from_linen(DiagonalNet(0.1)), train.half_squared, *rest))()
+    assert_same(run.train, recorded["train_loss"], rtol=1e-9, atol=1e-20)
+    assert_same(run.test, recorded["test_loss"], rtol=1e-9)
+    last = {name: layer[-1] for name, layer in run.params.items()}
+    for name, layer in last.items():
+        assert_same(layer, recorded[f"{name}_final"], **close)
+    return last
 
 
 def test_sgd_on_a_diagonal_net_and_what_is_measured_on_its_last_parameters():
     # The reference draws its single-example batches from NumPy's legacy generator with seed 1.
     order = jnp.asarray(np.random.RandomState(1).randint(0, 80, size=100_001)[:, None])
-    rest = train.recorded(order), sparse_regression(0), SGD["record_steps"]
-    losses, test_losses, params = jax.jit(lambda: diagonal_run(0.25, *rest))()
-    assert_same(losses, SGD["train_loss"], rtol=1e-9)
-    assert_same(test_losses, SGD["test_loss"], rtol=1e-9)
-    u, v = (params[name][-1] for name in ("u", "v"))
-    assert_same(u, SGD["u_final"], rtol=1e-8, atol=1e-12)
-    assert_same(v, SGD["v_final"], rtol=1e-8, atol=1e-12)
-
-    x = jnp.asarray(sparse_regression(0).test.x[:400])
-    jacobian = measure.diagonal_net_jacobian(x, u, v)
+    problem, close = sparse_regression(0), {"rtol": 1e-8, "atol": 1e-12}
+    last = assert_same_diagonal_run(SGD, 0.25, train.recorded(order), problem, **close)
+    jacobian = measure.diagonal_net_jacobian(jnp.asarray(problem.test.x[:400]), **last)
     ranks = [measure.numerical_rank(jacobian, tolerance) for tolerance in (1e-15, 1e-4)]
-    assert [measure.support_size(u, v), *ranks] == [200, 200, 147]
+    assert [measure.support_size(**last), *ranks] == [200, 200, 147]
 
 
 def test_gradient_descent_on_a_diagonal_net():
+    """At its end rounding leaves a loss of 1e-33."""
     problem = sparse_regression(0, n=40, d=100, support=20)
-    run = jax.jit(lambda: diagonal_run(2.0, train.full_batch(40), problem, DESCENT["record_steps"]))
-    losses, test_losses, params = run()
-    # The first 100 records are above 1e-5; at the end rounding leaves a loss of 1e-33.
-    assert_same(losses, DESCENT["train_loss"], rtol=1e-9, atol=1e-20)
-    assert_same(test_losses, DESCENT["test_loss"], rtol=1e-9)
-    assert_same(params["u"][-1], DESCENT["u_final"], atol=1e-9)
-    assert_same(params["v"][-1], DESCENT["v_final"], atol=1e-9)
+    assert_same_diagonal_run(DESCENT, 2.0, train.full_batch(40), problem, atol=1e-9)
 
 
 @functools.cache

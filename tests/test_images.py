@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import resource
 import shutil
 import struct
 import sys
@@ -217,14 +216,9 @@ def test_another_data_set_in_a_prepared_folder_is_named(tmp_path, other):
         data.load_images("svhn", "train", data_dir=tmp_path)
 
 
-def test_a_full_disk_means_memory(prepared, caplog):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # the images need 184 kB
-    try:
-        with caplog.at_level(logging.WARNING):
-            found = assert_official(prepared)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_a_full_disk_means_memory(prepared, no_room, caplog):
+    with no_room(100_000), caplog.at_level(logging.WARNING):  # the images need 184 kB
+        found = assert_official(prepared)
     assert not isinstance(found.images, np.memmap) and f"{prepared}/cifar10" in caplog.text
     assert [path.name for path in (prepared / "cifar10").iterdir()] == ["3.0.2"]
     assert data.fingerprint(found) == data.fingerprint(assert_official(prepared))

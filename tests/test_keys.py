@@ -86,36 +86,30 @@ def start(key):
     return TrainState(jnp.array(0, jnp.int32), jr.normal(key, ()), {}, (), ())
 
 
-def test_keys_of_a_segment_with_crops_and_wrong_labels():
-    crops = lambda key, idx: Batch(data.crop_and_flip(key, IMAGES[idx]), idx % 3)
-    noise = data.uniform_label_noise(lambda step: 0.5, 3)
-    segment = train.make_segment(adding_up, crops, noise=noise)
-
-    def run(key):
-        initial, order, running = jr.split(key, 3)
-        rows = train.reshuffled_epochs(N, B)(order, 0, STEPS)
-        return segment(running, start(initial), rows)
-
-    draws = draws_of(run)
-    assert set(draws.values()) == {1}
-    # At each step two words for corners; flips, coins and two words for new labels.
-    shapes = Counter(shape for _, shape in draws)
-    assert (shapes[B, 2], shapes[B,]) == (2 * STEPS, 4 * STEPS)
+CROPS = lambda key, idx: Batch(data.crop_and_flip(key, IMAGES[idx]), idx % 3)
+BLUR = lambda key, idx: Batch(jr.normal(key, (B, N)), 1.0 * idx)
+HALF = lambda step: 0.5
 
 
-def test_keys_of_a_recorded_run_with_noisy_labels():
+@pytest.mark.parametrize(
+    ("sampler", "fetch", "noise", "per_step"),
+    [  # two words for corners; flips, coins and two words for new labels
+        (train.reshuffled_epochs, CROPS, data.uniform_label_noise(HALF, 3), {(B, 2): 2, (B,): 4}),
+        (train.with_replacement, BLUR, data.gaussian_label_noise(HALF), {(B, N): 1, (B,): 1}),
+    ],
+)
+def test_keys_of_a_recorded_run(sampler, fetch, noise, per_step):
     """Between records, windows of the order are drawn again: with their keys, for nothing else."""
-    blur = lambda key, idx: Batch(jr.normal(key, (B, N)), 1.0 * idx)
-    noise = data.gaussian_label_noise(lambda step: 1.0)
-    segment = train.make_segment(adding_up, blur, noise=noise)
+    segment = train.make_segment(adding_up, fetch, noise=noise)
 
     def run(key):
         initial, running = jr.split(key)
-        sampler, probe = train.with_replacement(N, B), train.Probe(lambda state: state.step, [0, 2])
-        return train.record_run(running, sampler, segment, start(initial), [probe], STEPS)
+        probe = train.Probe(lambda state: state.step, [0, 2])
+        return train.record_run(running, sampler(N, B), segment, start(initial), [probe], STEPS)
 
-    shapes = Counter(shape for _, shape in draws_of(run))
-    assert shapes[B, N] == shapes[B,] == STEPS
+    draws = draws_of(run)
+    for shape, n in per_step.items():
+        assert [count for (_, of), count in draws.items() if of == shape] == [1] * (n * STEPS)
 
 
 def test_a_key_used_twice_is_noticed():

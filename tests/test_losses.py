@@ -43,7 +43,6 @@ def test_the_logistic_loss_is_linear_or_flat_at_large_margins(dtype):
 
 BATCH = Batch(jnp.asarray(RNG.normal(size=(B, 2))), jnp.ones(B))
 ROW, COLUMN = from_linen(MLP((4,))), from_linen(MLP((4,), outputs=1))  # outputs [b] and [b, 1]
-GRADIENTS = [None, train.sharpness_aware(0.1), train.example_sharpness_aware(0.1)]
 
 
 def step(network, loss, gradient):
@@ -54,7 +53,9 @@ def step(network, loss, gradient):
     return jax.eval_shape(step, state, BATCH)
 
 
-@pytest.mark.parametrize("gradient", GRADIENTS, ids=["plain", "sam", "sam of examples"])
+@pytest.mark.parametrize(
+    "gradient", [None, train.sharpness_aware(0.1), train.example_sharpness_aware(0.1)]
+)
 def test_a_loss_that_is_not_one_number_per_example_is_refused_until_shapes_fit(gradient):
     broadcasts = lambda out, y: jnp.square(out - y)
     with jax.numpy_rank_promotion("allow"):  # JAX's default

@@ -1,14 +1,11 @@
 """The step of `jax.pmap` code, gradients and moments averaged by hand, is our step over a mesh."""
 
-import functools
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import pytest
 
 from sgd_sparse_jax import models, train
 from sgd_sparse_jax.types import Batch, TrainState
@@ -41,72 +38,46 @@ IMAGES = Batch(RNG.random((64, 4, 4, 3)) * DIM, RNG.integers(0, CLASSES, 64, dty
 ROWS = np.sort([RNG.permutation(64)[:BATCH] for _ in range(STEPS)], axis=1).astype(np.int32)
 
 
-@functools.cache
-def fresh():
-    """The same numbers whatever the axis of the norms."""
-    x, rng = jnp.zeros((1, 4, 4, 3)), np.random.default_rng(3)
-    network = models.from_linen(Net())
-    shapes, _ = jax.eval_shape(network.init, jr.key(0), x)
-    params = jax.tree.map(lambda leaf: 0.5 * rng.normal(size=leaf.shape), shapes)
-    init = lambda params: train.init_state(jr.key(0), network, TX, x, averaged=True, params=params)
-    return jax.jit(init)(params)
-
-
-@pytest.fixture(scope="module")
-def ours():
-    """States after each step, and losses, of `train` over the devices."""
-    mesh = train.data_mesh(jax.devices()[:DEVICES])
-    x, y = train.replicate(tuple(IMAGES), mesh)
-    objective = train.make_objective(models.from_linen(Net()), train.cross_entropy)
-    step = train.make_step(objective, TX, ema_decay=TAU)
-    fetch = lambda key, idx: Batch(x[idx], y[idx])
-    segment = jax.jit(train.make_segment(step, fetch, shard=train.split_examples(mesh)))
-    state, results = train.replicate(fresh(), mesh), []
-    for row in ROWS:
-        state, loss = segment(jr.key(1), state, row[None])
-        results.append((state, loss[0]))
-    return results
-
-
-def by_pmap():
-    """The same written for `jax.pmap`: a batch per device, means over devices by name.
-
-    Results keep their leading axis, one copy per device.
-    """
-    model = Net(AXIS)
+def by_hand(state, batch):
+    """A step for `jax.pmap`: a batch per device, means over devices by name."""
 
     def objective(params, stats, batch):
         variables = {"params": params, **stats}
-        logits, stats = model.apply(variables, batch.x, train=True, mutable=["batch_stats"])
+        logits, stats = Net(AXIS).apply(variables, batch.x, train=True, mutable=["batch_stats"])
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.y[:, None], 1)
         return -chosen.mean(), stats
 
-    def step(state, batch):
-        grad = jax.value_and_grad(objective, has_aux=True)
-        (loss, stats), grads = grad(state.params, state.stats, batch)
-        grads, loss = jax.lax.pmean(grads, AXIS), jax.lax.pmean(loss, AXIS)
-        updates, opt_state = TX.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = jax.tree.map(lambda a, p: TAU * a + (1 - TAU) * p, state.average, params)
-        return TrainState(state.step + 1, params, stats, opt_state, average), loss
-
-    everywhere = jax.pmap(step, axis_name=AXIS, devices=jax.devices()[:DEVICES])
-    copies = lambda leaf: jnp.broadcast_to(leaf, (DEVICES, *leaf.shape))
-    state, results = jax.tree.map(copies, fresh()), []
-    for row in ROWS:
-        x, y = IMAGES.x[row], IMAGES.y[row]
-        share = lambda a: a.reshape(DEVICES, PER_DEVICE, *a.shape[1:])
-        state, loss = everywhere(state, Batch(share(x), share(y)))
-        results.append((state, loss))
-    return results
+    grad = jax.value_and_grad(objective, has_aux=True)
+    (loss, stats), grads = grad(state.params, state.stats, batch)
+    grads, loss = jax.lax.pmean(grads, AXIS), jax.lax.pmean(loss, AXIS)
+    updates, opt_state = TX.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    average = jax.tree.map(lambda a, p: TAU * a + (1 - TAU) * p, state.average, params)
+    return TrainState(state.step + 1, params, stats, opt_state, average), loss
 
 
-def test_pmap_with_synchronized_norms_takes_the_same_steps(ours):
+def test_pmap_with_synchronized_norms_takes_the_same_steps():
     """Parameters, moments, momentum, averaged weights and loss, on every device, at every step."""
+    network, devices = models.from_linen(Net()), jax.devices()[:DEVICES]
+    mesh = train.data_mesh(devices)
+    x, y = train.replicate(tuple(IMAGES), mesh)
+    objective = train.make_objective(network, train.cross_entropy)
+    step = train.make_step(objective, TX, ema_decay=TAU)
+    fetch = lambda key, idx: Batch(x[idx], y[idx])
+    segment = jax.jit(train.make_segment(step, fetch, shard=train.split_examples(mesh)))
+    init = lambda key: train.init_state(key, network, TX, IMAGES.x[:1], averaged=True)
+    begin = jax.device_get(jax.jit(init)(jr.key(0)))
+    everywhere = jax.pmap(by_hand, axis_name=AXIS, devices=devices)
+
     on_each = lambda leaf: np.stack([leaf] * DEVICES)
-    for one, other in zip(ours, by_pmap(), strict=True):
-        compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
-        jax.tree.map(compare, jax.device_get(one), jax.device_get(other))
-    params, begin = jax.device_get((ours[-1][0].params, fresh().params))
-    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), params, begin)
+    compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
+    ours, theirs = train.replicate(begin, mesh), jax.tree.map(on_each, begin)
+    for row in ROWS:
+        ours, losses = segment(jr.key(1), ours, row[None])
+        shares = [a[row].reshape(DEVICES, PER_DEVICE, *a.shape[1:]) for a in IMAGES]
+        theirs, loss = everywhere(theirs, Batch(*shares))
+        jax.tree.map(compare, *jax.device_get(((ours, losses[0]), (theirs, loss))))
+    moved = jax.tree.map(
+        lambda a, b: np.abs(a - b).max(), jax.device_get(ours.params), begin.params
+    )
     assert min(jax.tree.leaves(moved)) > 1e-6  # else there was nothing to compare

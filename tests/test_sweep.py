@@ -180,6 +180,3 @@ def test_a_label_names_the_run_it_came_from():
         expected = run(KEYS[seed], {"step_size": 0.2, "scale": 3.0})
         np.testing.assert_allclose(one["final"], expected["final"], rtol=1e-12)
         np.testing.assert_allclose(one["loss"].sel(step=20), expected["loss"][2], rtol=1e-12)
-    for shape in ((2, 5), (2, 6, 7)):
-        with pytest.raises(ValueError):
-            train.labelled({"loss": np.zeros(shape)}, axes=axes)
