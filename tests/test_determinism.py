@@ -56,8 +56,8 @@ def test_what_is_seen_of_a_run_does_not_change_it(small_cifar, tmp_path, monkeyp
 
 
 MODEL = from_linen(ResNet((1,), classes=4, layers=Layers(), width=4))
-IMAGES = jr.randint(jr.key(3), (64, 8, 8, 3), 0, 256, jnp.uint8)
-LABELS = jr.randint(jr.key(4), (64,), 0, 4)
+RNG = np.random.default_rng(3)
+IMAGES, LABELS = RNG.integers(0, 256, (64, 8, 8, 3), np.uint8), RNG.integers(0, 4, 64, np.int32)
 KEY = jr.key(1)
 COSINE = optax.cosine_decay_schedule(0.05, 8)
 

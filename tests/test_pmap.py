@@ -65,7 +65,7 @@ def test_pmap_with_synchronized_norms_takes_the_same_steps():
     step = train.make_step(objective, TX, ema_decay=TAU)
     fetch = lambda key, idx: Batch(x[idx], y[idx])
     segment = jax.jit(train.make_segment(step, fetch, shard=train.split_examples(mesh)))
-    init = lambda key: train.init_state(key, network, TX, IMAGES.x[:1], averaged=True)
+    init = lambda key: train.init_state(key, network, TX, jnp.asarray(IMAGES.x[:1]), averaged=True)
     begin = jax.device_get(jax.jit(init)(jr.key(0)))
     everywhere = jax.pmap(by_hand, axis_name=AXIS, devices=devices)
 
