@@ -98,19 +98,13 @@ SGD = optax.sgd(ETA)
 RUNS = {  # rate -> our run, and its step in NumPy
     "shrinkage": (lambda r: descend(optax.chain(SGD, optax.add_decayed_weights(-r))), shrunk),
     "balancing": (lambda r: descend(optax.chain(SGD, train.balancing(r))), balanced),
-    "normalized": (
-        lambda r: descend(optax.chain(train.normalized_leaves(), optax.sgd(r))),
-        normalized,
-    ),
+    "leaves": (lambda r: descend(optax.chain(train.normalized_leaves(), optax.sgd(r))), normalized),
     "sam": (lambda r: descend(SGD, train.sharpness_aware(r)), ascended),
     "sam, normalized": (
         lambda r: descend(SGD, train.sharpness_aware(r, normalized=True)),
         partial(ascended, unit=True),
     ),
-    "sam of examples": (
-        lambda r: descend(SGD, train.example_sharpness_aware(r)),
-        ascended_by_example,
-    ),
+    "per example": (lambda r: descend(SGD, train.example_sharpness_aware(r)), ascended_by_example),
 }
 
 
@@ -121,7 +115,7 @@ def test_a_vmapped_rate_is_the_numpy_loop_at_each_rate(name):
     stacked = tuple(map(np.stack, zip(*loops, strict=True)))
     assert_close(jax.jit(jax.vmap(run))(jnp.array(RATES)), stacked)
     assert np.abs(np.diff(stacked[1], axis=0)).max(1).min() > 1e-4  # no two rates are one run
-    if name != "normalized":
+    if name != "leaves":
         assert loops[0][0][-1] < 0.5 * loops[0][0][0]  # else the comparison is of runs at rest
 
 
