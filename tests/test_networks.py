@@ -170,7 +170,7 @@ def test_every_network_takes_grey_and_colour_images_of_28_32_and_64(name):
 
 def test_dropout_is_off_in_evaluation_and_a_function_of_the_state_in_training():
     net = {"classes": 3, "width": 2, "group_norm": True, "pre_activation": True}
-    plain, model = (models.ResNet((1,), layers=models.Layers(dropout=d), **net) for d in (0, 0.5))
+    plain, model = (models.ResNet((1,), layers=models.Layers(dropout=d), **net) for d in (0.0, 0.5))
     x = jr.uniform(jr.key(1), (16, 8, 8, 3))
     params, stats = weights(model, x.shape)
     run = jax.jit(from_linen(model).apply, static_argnames="train")
