@@ -21,10 +21,9 @@ DANGEROUS = re.compile(
 
 
 def test_no_module_of_ours_can_execute_or_unpack_what_it_reads():
-    bad = """import pickle; from dill import loads; eval(x); tar.extractall(); np.load(x)
-np.load(x, allow_pickle=True); read_pickle(x); shutil.unpack_archive(x); run(x, shell=True)
-from pickle import loads"""
-    assert len(DANGEROUS.findall(bad)) == 9
+    bad = """import pickle|from dill import loads|eval(x)|__import__(x)|tar.extractall()
+tar.extract(m)|np.load(x)|f(x, allow_pickle=y)|read_pickle(x)|unpack_archive(x)|f(x, shell=True)"""
+    assert all(map(DANGEROUS.search, re.split(r"[|\n]", bad)))
     assert not DANGEROUS.search("np.load(x, allow_pickle=False); re.compile(x); tar.extractfile(m)")
     parts = ("sgd_sparse_jax", "experiments", "benchmarks")
     sources = [path for part in parts for path in (ROOT / part).rglob("*.py")]
