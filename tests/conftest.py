@@ -53,6 +53,15 @@ def compiled_once(tmp_path_factory):
         jax.config.update(name, value)
 
 
+@pytest.fixture(scope="module")
+def unrendered():
+    """Figures are set up, and empty files written: rendering takes most of a small run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        empty = lambda self, target, **options: target.write(b"a figure")
+        patch.setattr("matplotlib.figure.Figure.savefig", empty)
+        yield
+
+
 @pytest.fixture
 def no_room():
     """In `with no_room(size)`, writing more than that to a file fails, as on a full disk."""

@@ -121,12 +121,14 @@ def test_a_signal_interrupts_wherever_it_arrives(number, where, capsys):
 PROGRAM = """
 import sys
 from dataclasses import dataclass
-from experiments.figures import terminal
+from experiments.figures import progress, terminal
 from experiments.launch import cli
 @dataclass
 class Config:
     words: str = "η"
     "Greek: η."
+with progress.of_runs(2) as advance:
+    advance(2)
 cli.main(Config, lambda config: terminal.show(config.words * 99))
 assert "jax" not in sys.modules
 """
@@ -134,7 +136,10 @@ assert "jax" not in sys.modules
 
 @pytest.mark.parametrize(
     ("shell", "code"),
-    [("{} --help", 0), ("{} >&-", 0), ("set -o pipefail; {} | true", 0), ("{} --wodrs=η", 2)],
+    [
+        *(("{} --help", 0), ("{} >&-", 0), ("set -o pipefail; {} | true", 0)),
+        *(("{} >/dev/full", 0), ("{} --wodrs=η", 2)),
+    ],
 )
 def test_the_terminal_ends_no_run(shell, code):
     """It knows ASCII only and is narrow, is closed, or is a pipe whose reader has ended."""

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -43,15 +44,10 @@ def start(command, log, devices, *joined):
         )
 
 
-@pytest.fixture
-def alone(tmp_path):
+def alone(command, devices, folder):
     """Runs a command in one process to its end."""
-
-    def of(command, devices):
-        log = tmp_path / "alone.log"
-        assert start(command, log, devices).wait(200) == 0, log.read_text()
-
-    return of
+    log = folder / "alone.log"
+    assert start(command, log, devices).wait(200) == 0, log.read_text()
 
 
 @pytest.fixture
@@ -106,10 +102,10 @@ def training(small_cifar, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_continue_as_one(training, pair, alone):
+def test_two_processes_train_as_one_and_continue_as_one(training, pair, tmp_path):
     """Saved by two processes, continued by two and by one: the same rows to tolerance."""
     whole, expected = training("alone", 6)
-    alone(whole, 4)
+    alone(whole, 4, tmp_path)
     for steps in (3, 6):
         command, folder = training("pair", steps)
         assert_end(*pair(command), [0, 0])
@@ -122,7 +118,7 @@ def test_two_processes_train_as_one_and_continue_as_one(training, pair, alone):
             np.testing.assert_allclose(value, other[name], rtol=2e-3, atol=2e-2, err_msg=name)
         for name in ("train/loss", "test/loss", "param_norm"):
             np.testing.assert_allclose(mine[name], other[name], rtol=1e-4, err_msg=name)
-    alone(training("pair", 8)[0], 1)
+    alone(training("pair", 8)[0], 1, tmp_path)
     assert [row["step"] for row in records.read_records(folder)] == [0, 3, 6, 8]
 
 
@@ -137,9 +133,7 @@ def test_if_one_is_killed_the_other_stops_soon(training, pair, victim):
     assert processes[1 - victim].wait(2 * hosts.HEARTBEAT_SECONDS) not in (0, 75)
     text = logs[1 - victim].read_text()
     assert str(folder) in text and "the same command on all hosts" in text
-    for message in re.findall(r"^error: .*$", text, re.MULTILINE):
-        assert str(folder) in message and "the same command" in message
-        assert int(re.search(r"saved up to step (\d+)", message)[1]) >= 3
+    assert all(int(step) >= 3 for step in re.findall(r"saved up to step (\d+)", text))
     steps = [row["step"] for row in records.read_records(folder)]
     assert steps == list(range(0, len(steps) * 3, 3))
 
@@ -159,9 +153,9 @@ def test_a_signal_to_one_stops_both_at_one_step(training, pair, number):
 
 
 @pytest.mark.slow
-def test_two_processes_sweep_as_one(pair, alone, tmp_path):
+def test_two_processes_sweep_as_one(pair, tmp_path):
     commands = [[*TOY, f"--runs_dir={tmp_path}", f"--exp_name={name}"] for name in ("one", "two")]
-    alone(commands[0], 4)
+    alone(commands[0], 4, tmp_path)
     assert_end(*pair(commands[1]), [0, 0])
     one, two = (arrays.load_dataset(tmp_path / "diag_nets" / name) for name in ("one", "two"))
     for name in one.variables:
@@ -172,24 +166,17 @@ def test_two_processes_sweep_as_one(pair, alone, tmp_path):
 def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
     """JAX aborts them itself, in the middle of its own call."""
     program = (
-        "from experiments.launch import hosts; hosts.JOIN_SECONDS = 3; "
+        "from experiments.launch import hosts; hosts.JOIN_SECONDS = 1; "
         f"hosts.join(hosts.Hosts(True, 'localhost:{free_port()}', 2, 0))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert ended.returncode != 0
-    assert "waits 3 s" in ended.stderr and "--coordinator" in ended.stderr
+    assert "waits 1 s" in ended.stderr and "--coordinator" in ended.stderr
 
 
-@pytest.mark.parametrize(
-    ("wrong", "named"),
-    [
-        (Hosts(coordinator="a:1"), "--distributed"),
-        (Hosts(distributed=True, num_processes=2, process_id=0), "--coordinator"),
-        (Hosts(True, "a:1", 2, 2), "--process_id"),
-    ],
-)
-def test_half_a_description_of_the_hosts_is_refused(wrong, named):
-    with pytest.raises(ValueError, match=named):
-        hosts.join(wrong)
+def test_half_a_description_of_the_hosts_is_refused():
+    for wrong, named in ((Hosts(coordinator="a:1"), "distributed"), (Hosts(True), "coordinator")):
+        with pytest.raises(ValueError, match=f"--{named}"):
+            hosts.join(replace(wrong, num_processes=2, process_id=0))

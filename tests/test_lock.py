@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from experiments.launch import lock
 
 PYTHON = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
@@ -37,13 +35,6 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     with lock.alone_in(folder):
         pass
     assert os.listdir(folder) == [".lock"]
-
-
-def test_the_lock_is_free_after_an_error_and_for_another_folder(tmp_path):
-    with pytest.raises(KeyError), lock.alone_in(tmp_path / "a"), lock.alone_in(tmp_path / "b"):
-        raise KeyError
-    with lock.alone_in(tmp_path / "a"):
-        pass
 
 
 def test_where_nothing_can_be_locked_a_warning_is_logged_and_the_run_continues(tmp_path, caplog):

@@ -10,7 +10,7 @@ from experiments.loss_surface import SETTINGS
 from experiments.toy import problems
 
 D3 = SETTINGS["d3"]
-SMALL = replace(D3, seeds=2, num_steps=400, spectra_records=2, grid=12, frames=3)
+SMALL = replace(D3, seeds=2, num_steps=300, spectra_records=2, grid=10, frames=2)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 import io
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import matplotlib
 import matplotlib.figure
@@ -38,10 +41,6 @@ def panel(labels, **more):
 def cells(z, **look):
     x, y = np.array([0.1, 0.2, 0.5]), np.array([1.0, 10.0])
     return maps.Map("A map", "step size", "batch size", x, y, np.asarray(z), "loss", **look)
-
-
-def colours(lines):
-    return [to_hex(line.get_color()) for line in lines]
 
 
 def test_curves_are_the_median_and_the_band_of_the_finite_runs(tmp_path, figures):
@@ -145,20 +144,17 @@ def test_a_logarithmic_map_is_even_in_powers_and_blank_below_zero(figures, tmp_p
     np.testing.assert_allclose(ticks, np.rint(ticks), atol=1e-9)
 
 
-def test_curves_and_points_lie_on_a_filled_map_in_the_colours_of_the_legend(figures, tmp_path):
+def test_curves_and_points_lie_on_a_filled_map_and_the_legend_names_the_curves(figures, tmp_path):
     curve = (np.array([0.1, 0.4]), np.array([2.0, 9.0]))
-    over = {"flow": curve, "GD": curve, "SGD": curve}
     z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
-    drawn = cells(z, filled=True, log_z=True, overlay=over, points={"init": (0.2, 3.0)})
-    maps.figure(tmp_path / "f", [drawn, drawn])
-    (legend,) = figures[0].legends
-    assert [line.get_label() for line in legend.get_lines()] == list(over)
-    for ax in figures[0].axes[:2]:
-        *curves, point = ax.lines
-        assert colours(curves) == colours(legend.get_lines()) and len(set(colours(curves))) == 3
-        np.testing.assert_array_equal(curves[0].get_xydata(), np.stack(curve, 1))
-        assert point.get_xydata().tolist() == [[0.2, 3.0]]
-        assert (ax.get_xlim(), ax.get_ylim()) == ((0.1, 0.5), (1.0, 10.0))
+    over = {"overlay": {"flow": curve, "SGD": curve}, "points": {"init": (0.2, 3.0)}}
+    maps.figure(tmp_path / "f", [cells(z, filled=True, log_z=True, **over)])
+    (legend,), (*curves, point) = figures[0].legends, figures[0].axes[0].lines
+    look = lambda lines: [(line.get_label(), line.get_color()) for line in lines]
+    assert [colour for _, colour in look(curves)] == [c for _, c in look(legend.get_lines())]
+    assert [label for label, _ in look(legend.get_lines())] == ["flow", "SGD"]
+    np.testing.assert_array_equal(curves[0].get_xydata(), np.stack(curve, 1))
+    assert point.get_xydata().tolist() == [[0.2, 3.0]]
 
 
 def draw_all(folder):
@@ -184,14 +180,8 @@ def test_files_are_whole_and_the_users_settings_change_none(tmp_path):
             durations.append(image.info["duration"])
             frames.add(image.convert("RGB").tobytes())
         assert durations == [80, 80, 2000] and len(frames) == 3 and image.info["loop"] == 0
-    hostile = {
-        "text.usetex": True,
-        "font.family": ["No such font"],
-        "savefig.transparent": True,
-        "axes.facecolor": "red",
-        "image.origin": "upper",
-        "figure.dpi": 31,
-    }
+    hostile = {"text.usetex": True, "font.family": ["No such font"], "image.origin": "upper"}
+    hostile |= {"savefig.transparent": True, "axes.facecolor": "red", "figure.dpi": 31}
     with matplotlib.rc_context(hostile):
         before = dict(matplotlib.rcParams)
         again = draw_all(tmp_path / "b")
@@ -201,6 +191,21 @@ def test_files_are_whole_and_the_users_settings_change_none(tmp_path):
             assert files[name].rstrip().endswith(b"%%EOF")
         else:
             assert again[name] == files[name]
+
+
+def test_a_command_draws_whatever_backend_and_settings_the_user_has(tmp_path):
+    """A notebook's backend that is not installed here, and a matplotlibrc that is no text."""
+    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\n\xff")
+    flags = ["--n=10", "--d=12", "--support=3", "--seeds=1", "--num_steps=9", "--exp_name=x"]
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.diag_nets", *flags, f"--runs_dir={tmp_path}"],
+        cwd=Path(__file__).parents[1],
+        env=os.environ | {"MPLBACKEND": "module://missing", "MPLCONFIGDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "diag_nets" / "x" / "figures" / "diag_nets_d1.png").stat().st_size > 5000
 
 
 def test_a_figure_that_cannot_be_drawn_or_written_is_a_warning_that_names_it(tmp_path, caplog):

@@ -10,7 +10,6 @@ from experiments.launch import cli
 # The last flag of a line is refused, the flags before it are allowed.
 LINES = """
 diag_nets     --seeds=0
-diag_nets     --data_seed=4294967296
 diag_nets     --num_steps=2147483648
 diag_nets     --alpha=nan
 diag_nets     --step_sizes 0.1 0.1 0.1 0
@@ -18,22 +17,17 @@ diag_nets     --decay_times 1 0.1 0.3 1.01
 diag_nets     --decay_factors 1 2
 diag_nets     --warmup_gains 0 0 0 -1
 diag_nets     --batch_sizes 1 1 1 81
-diag_nets     --support=201
 fc_nets       --momentum=1
-fc_nets       --weight_decay=-1e-9
 loss_surface  --grid=1
-loss_surface  --high=inf
 loss_surface  --low=3
 loss_surface  --step_sizes 0.1
 phase_diagram --trend_records=7
 phase_diagram --values 0.5 1.5
 phase_diagram --values 1 81 --axis=batch_size
-phase_diagram --batch_size=81
 phase_diagram --num_steps=30
 reproduce     --seeds=1
 resnet_cifar  --lr_init=nan
 resnet_cifar  --n_final_eval=0
-resnet_cifar  --frac_train=0
 sweep_deep    --lr_init 0.1 inf
 resnet_cifar  --n_final_eval=-1 --save_every_seconds=inf --momentum=0 --dataset=none
 sweep_deep    --frac_train 1 0.5 --dataset=none

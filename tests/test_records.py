@@ -1,9 +1,11 @@
 """Files of a run folder: what is read is what was written, and nothing is ever written in part."""
 
+import json
 import math
+import os
 import resource
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +23,7 @@ class Config:
 
 
 def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
-@pytest.fixture
-def small_files():
-    """No file may grow beyond 60 bytes: writing fails in its middle, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return sorted(os.listdir(folder))
 
 
 def test_a_folder_opens_again_with_the_same_settings_only(tmp_path):
@@ -46,16 +39,14 @@ def test_a_folder_opens_again_with_the_same_settings_only(tmp_path):
     assert records.read_json(folder / "config.json")["max_steps"] == 9
 
 
-def test_settings_of_another_version_are_named(tmp_path):
+def test_settings_of_another_version_and_damaged_ones_are_named(tmp_path):
     records.open_run(tmp_path, Config())
     saved = records.read_json(tmp_path / "config.json")
     del saved["seeds"]
-    records.write_json(tmp_path / "config.json", saved | {"old": None})
-    with pytest.raises(ValueError, match=r"seeds.*old"):
-        records.open_run(tmp_path, Config())
-    (tmp_path / "config.json").write_text('{"lr": 0.1, "se')
-    with pytest.raises(ValueError, match=r"config\.json"):
-        records.open_run(tmp_path, Config())
+    for text, named in ((json.dumps(saved | {"old": 0}), "seeds.*old"), ("{", r"config\.json")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=named):
+            records.open_run(tmp_path, Config())
 
 
 @pytest.mark.parametrize(
@@ -68,16 +59,7 @@ def test_a_run_has_a_folder_of_this_machine_with_one_file_name(runs_dir, name, f
         records.run_folder(runs_dir, "exp", name)
 
 
-@pytest.mark.parametrize("name", ["mom[0.9]", "a b", "η→0", "-x", "back\\slash", "%d{}", "x" * 255])
-def test_odd_but_legal_names_are_folders(tmp_path, name):
-    folder = records.run_folder(tmp_path / "r [1]", "exp", name)
-    records.open_run(folder, Config())
-    records.append_record(folder, {"step": 1})
-    assert names(folder.parent) == [name] and records.read_records(folder) == [{"step": 1}]
-
-
 def test_records_come_back_and_a_torn_last_line_is_dropped(tmp_path):
-    assert records.read_records(tmp_path) == []
     rows = [{"step": s, "loss": s / 3, "best": s == 1, "name": "NaN"} for s in range(3)]
     for row in rows:
         records.append_record(tmp_path, row)
@@ -109,30 +91,31 @@ def test_the_manifest_has_versions_and_whether_the_last_start_finished(tmp_path)
     first, second = records.read_starts(tmp_path)
     assert (first["seed"], first["from_step"], first["steps"], second["seed"]) == (5, 0, 7, 6)
     assert first["devices"] == ["cpu:a", "gpu:b"] and first["finished"] >= first["started"]
-    assert first["versions"]["numpy"] == np.__version__
-    assert first["python"] == sys.version.split()[0] and first["command"] == sys.orig_argv
+    assert first["versions"]["numpy"] == np.__version__ and first["command"] == sys.orig_argv
+
+
+append = lambda folder, x: records.append_record(folder, {"x": "x" * 40})
 
 
 @pytest.mark.parametrize(
     ("name", "write"),
     [
-        ("config.json", lambda folder, x: records.open_run(folder, replace(Config(), lr=x))),
+        ("config.json", lambda folder, x: records.open_run(folder, Config(lr=x))),
         ("a.npz", lambda folder, x: arrays.write_npz(folder / "a.npz", {"a": np.full(99, x)})),
+        ("metrics.jsonl", append),
     ],
 )
-def test_a_write_that_fails_leaves_the_old_file_and_names_it(tmp_path, name, write, request):
+def test_a_write_that_fails_leaves_what_was_there_and_names_the_file(tmp_path, name, write):
+    """No file may grow beyond 60 bytes: writing fails in its middle, as on a full disk."""
     write(tmp_path, 1)
-    before = (tmp_path / name).read_bytes()
-    request.getfixturevalue("small_files")
-    with pytest.raises(OSError) as failed:
-        write(tmp_path, 1)
+    read = records.read_records if write is append else lambda _: (tmp_path / name).read_bytes()
+    before = read(tmp_path)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60, limit[1]))
+    try:
+        with pytest.raises(OSError) as failed:
+            write(tmp_path, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert failed.value.filename == str(tmp_path / name)
-    assert names(tmp_path) == [name] and (tmp_path / name).read_bytes() == before
-
-
-def test_a_record_that_does_not_fit_on_the_disk_leaves_the_records_before(tmp_path, small_files):
-    records.append_record(tmp_path, {"step": 1})
-    with pytest.raises(OSError) as failed:
-        records.append_record(tmp_path, {"step": 2, "name": "x" * 60})
-    assert failed.value.filename == str(tmp_path / "metrics.jsonl")
-    assert records.read_records(tmp_path) == [{"step": 1}]
+    assert names(tmp_path) == [name] and read(tmp_path) == before

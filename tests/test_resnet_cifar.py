@@ -15,12 +15,13 @@ import pytest
 from experiments import resnet_cifar
 from experiments.deep import setup, training
 from experiments.deep.config import Config, folder_of
+from experiments.launch import cli
 from experiments.launch.signals import Stopped
 from experiments.storage import records
 
 NUM_STEPS = 5
 pytestmark = [
-    pytest.mark.usefixtures("shallow", "compiled_once", "single_precision"),
+    pytest.mark.usefixtures("shallow", "compiled_once", "unrendered", "single_precision"),
     # Where one array of a state can't be read, orbax abandons the others, which complain later.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -29,18 +30,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def base(small_cifar):
     """Evaluation sizes are the defaults, larger than the data."""
-    return Config(
-        model="shallow",
-        model_width=2,
-        batch_size=16,
-        epochs=4,
-        max_steps=NUM_STEPS,
-        eval_iter_freq=3,
-        lr_init=0.05,
-        lr_schedule="constant",
-        deterministic=True,
-        data_dir=small_cifar,
+    flags = (
+        "--model=shallow --model_width=2 --batch_size=16 --epochs=4 --max_steps=5 --lr_init=0.05 "
+        f"--lr_schedule=constant --eval_iter_freq=3 --deterministic --data_dir={small_cifar}"
     )
+    return cli.parse(Config, flags.split())
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +55,14 @@ def saved_state(folder, step=NUM_STEPS):
     return ocp.StandardCheckpointer().restore(folder / str(step) / "default")
 
 
-def assert_same_run(folder, whole):
-    """States bit for bit, metrics byte for byte."""
+def assert_same_state(folder, whole):
     both = [saved_state(path / "checkpoints") for path in (folder, whole[1])]
     jax.tree.map(np.testing.assert_array_equal, *both)
+
+
+def assert_same_run(folder, whole):
+    """States bit for bit, metrics byte for byte."""
+    assert_same_state(folder, whole)
     metrics = [path / "metrics.jsonl" for path in (folder, whole[1])]
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
 
@@ -166,8 +164,7 @@ def test_a_fork_without_changes_is_its_parent_and_outlives_it(whole, base, tmp_p
     folder = run(fork)
     shutil.rmtree(parent)
     run(replace(fork, max_steps=NUM_STEPS))
-    both = [saved_state(path / "checkpoints") for path in (folder, whole[1])]
-    jax.tree.map(np.testing.assert_array_equal, *both)
+    assert_same_state(folder, whole)
     assert steps_of(folder) == [3, 4, 5]
 
 
@@ -199,43 +196,26 @@ def test_training_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
         assert steps_of(folder) == [0] and saved_steps(folder / "checkpoints") == [0]
 
 
-def test_what_contradicts_the_folder_is_refused_and_changes_nothing(whole):
+def test_a_run_is_continued_with_its_own_settings_and_data_only(whole, tmp_path):
     config, folder = whole
+    other = shutil.copytree(config.data_dir, tmp_path / "data") / "cifar10" / "train_labels.npy"
+    np.save(other, np.load(other)[::-1])
     before = (folder / "config.json").read_bytes()
     with pytest.raises(ValueError, match=r"momentum 0\.9 -> 0\.5"):
         run(replace(config, momentum=0.5))
     assert (folder / "config.json").read_bytes() == before
-
-
-def test_a_run_is_continued_with_its_own_data_only(whole, tmp_path):
-    config, _ = whole
-    other = tmp_path / "data" / "cifar10"
-    shutil.copytree(f"{config.data_dir}/cifar10", other)
-    labels = np.load(other / "train_labels.npy")
-    np.save(other / "train_labels.npy", labels[::-1])
     with pytest.raises(ValueError, match="train data, labels"):
-        run(replace(config, data_dir=str(other.parent), max_steps=6))
+        run(replace(config, data_dir=str(tmp_path / "data"), max_steps=6))
 
 
 @pytest.fixture(scope="module")
 def switched(base, tmp_path_factory):
     """A run with the released code's other switches on, in bfloat16, with its states kept."""
-    config = replace(
-        base,
-        half_prec=True,
-        deterministic=False,
-        frac_train=0.75,
-        p_label_noise=0.25,
-        sgd_p_label_noise=0.5,
-        ln_schedule="inverted_cosine",
-        n_final_eval=20,
-        jacobian_examples=2,
-        save_model_each_k_epochs=1,
-        eval_iter_freq=-1,
-        epochs=2,
-        max_steps=0,
-        runs_dir=str(tmp_path_factory.mktemp("switched")),
-    )
+    runs_dir = str(tmp_path_factory.mktemp("switched"))
+    config = replace(base, deterministic=False, epochs=2, max_steps=0, runs_dir=runs_dir)
+    noise = {"p_label_noise": 0.25, "sgd_p_label_noise": 0.5, "ln_schedule": "inverted_cosine"}
+    sizes = {"frac_train": 0.75, "n_final_eval": 20, "jacobian_examples": 2, "eval_iter_freq": -1}
+    config = replace(config, half_prec=True, save_model_each_k_epochs=1, **noise, **sizes)
     with jax.enable_x64(False):
         return config, run(config)
 
@@ -259,18 +239,12 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
     plan = setup.resolve(chosen)
     begins = setup.initial_state(plan, plan.init_key, plan.weights)
     saved = saved_state(*(folder / "models", 3) if state else (folder / "checkpoints", 6))
-    same = lambda a, b: jax.tree.map(np.testing.assert_array_equal, a, b)
-    same((begins.params, begins.average), (saved["params"], saved["params"]))
-    same(begins.stats, saved["stats"])
+    ours = {"params": begins.params, "average": begins.average, "stats": begins.stats}
+    expected = {"params": saved["params"], "average": saved["params"], "stats": saved["stats"]}
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
     assert int(begins.step) == 0
-
-
-def test_weights_that_do_not_fit_are_refused(switched, tmp_path):
-    config, folder = switched
-    other = replace(config, model_path=str(folder), model_width=4, runs_dir=str(tmp_path))
-    for path in (folder, "nowhere", "gs://b/x"):
-        with pytest.raises(ValueError, match="--model_path"):
-            run(replace(other, model_path=str(path)))
+    with pytest.raises(ValueError, match="--model_path"):
+        run(replace(chosen, model_width=4))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -283,8 +257,8 @@ def test_shares_and_wrong_labels_are_of_the_training_set_alone(base):
     np.testing.assert_array_equal(noisy.test_images.labels, plain.test_images.labels[:7])
     assert len(setup.resolve(replace(base, n_final_eval=-1)).test_images.labels) == 64
     asym = setup.resolve(replace(base, p_label_noise=1.0, noise_type="asym"))
-    swapped = {9: 1, 2: 0, 3: 5, 5: 3, 4: 7}
-    assert asym.images.labels.tolist() == [swapped.get(y, y) for y in plain.images.labels.tolist()]
+    swapped = np.array([0, 1, 0, 5, 7, 3, 6, 7, 8, 1])
+    np.testing.assert_array_equal(asym.images.labels, swapped[plain.images.labels])
 
 
 @pytest.mark.parametrize(
@@ -302,22 +276,18 @@ def test_augmentation_is_the_released_codes(dataset, flips):
 WRONG = [
     ({"lr_schedule": "piecewise_04epochs"}, "--lr_schedule"),
     ({"ln_schedule": "piecewise_2_3_3"}, "--ln_schedule"),
-    ({"model": "resnet19"}, "--model"),
     ({"model": "vgg16", "droprate": 0.1}, "--model.*dropout"),
-    ({"dataset": "cifar11"}, "--dataset"),
     ({"batch_size": 12}, "--batch_size"),
     ({"batch_size": 72}, "--batch_size"),
-    ({"exp_name": "../up"}, "--exp_name"),
     ({"exp_name": "a[0]"}, "--exp_name"),
-    ({"runs_dir": "gs://bucket/runs"}, "--runs_dir"),
     ({"frac_train": 0.001}, "--frac_train"),
     ({"bn_images": 7}, "--bn_images"),
     ({"dataset": "mnist", "noise_type": "asym", "p_label_noise": 0.1}, "--noise_type"),
     ({"fork_from": "run"}, "--fork_step"),
     ({"fork_from": "run", "fork_step": 3}, "--fork_from"),
-    ({"fork_from": "run", "fork_step": 5}, "--fork_step"),
     ({"fork_from": "a[0]", "fork_step": 3}, "--fork_from"),
     ({"fork_from": "a", "fork_step": 1, "model_path": "b"}, "--model_path"),
+    ({"model_path": "nowhere"}, "--model_path"),
 ]
 
 
@@ -328,14 +298,6 @@ def test_bad_settings_are_refused_before_anything_is_written(base, wrong, named,
         run(replace(base, **{"runs_dir": str(tmp_path)} | wrong))
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_step_sizes_that_differ_have_folders_that_differ():
-    name = lambda lr: folder_of(Config(lr_init=lr)).name
-    old = "other-cifar10-resnet18_plain-w64-lr{}-piecewise-seed0".format
-    assert [name(0.75), name(1e-5), name(2.0)] == [old("0.75"), old("1e-05"), old("2")]
-    close = [0.12345678, 0.12345679, 1 / 3, np.nextafter(1 / 3, 1)]
-    assert len({name(lr) for lr in close}) == len(close)
 
 
 def test_the_penalty_passes_the_momentum():

@@ -1,6 +1,5 @@
 """Run folders of toys as users leave and find them: interrupted, damaged, of other settings."""
 
-import json
 import os
 import shutil
 import signal
@@ -16,7 +15,7 @@ from experiments.toy import config as toys, ensemble, problems
 
 TOY = problems.diagonal(n=12, d=16, support=2)
 CONFIG = replace(  # 8 devices take 128 seeds at once: two chunks
-    diag_nets.SETTINGS["d1"], seeds=130, num_steps=200, n=12, d=16, support=2, spectra_records=2
+    diag_nets.SETTINGS["d1"], seeds=130, num_steps=60, n=12, d=16, support=2, spectra_records=2
 )
 pytestmark = pytest.mark.usefixtures("compiled_once")
 
@@ -82,14 +81,6 @@ def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, caplo
     assert [path.name in record.getMessage() for record in caplog.records] == [True]
 
 
-def test_chunks_of_other_settings_are_not_taken(runs_dir):
-    """As where somebody copies a folder to start from, and edits its config.json."""
-    path = runs_dir / "diag_nets" / "d1" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"seed": 1}))
-    plan = toys.resolve("diag_nets", replace(CONFIG, runs_dir=str(runs_dir), seed=1), TOY)
-    assert ensemble.results(plan).identical(ensemble.simulate(plan, {}, lambda: None))
-
-
 def test_a_finished_run_is_read_again(whole, capsys):
     folder, dataset = whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")}
@@ -99,12 +90,6 @@ def test_a_finished_run_is_read_again(whole, capsys):
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")} == before
 
 
-def test_other_settings_under_the_same_name_are_refused_by_flag(whole):
-    with pytest.raises(ValueError, match="seed 0 -> 1") as refused:
-        run(whole[0].parents[1], seed=1)
-    assert str(whole[0]) in str(refused.value) and "spectra_records" not in str(refused.value)
-
-
 def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "diag_nets" / "d1")
     path = folder / "results.nc"
@@ -112,5 +97,3 @@ def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_pat
     with pytest.raises(ValueError, match="--exp_name") as refused:
         run(tmp_path)
     assert str(path) in str(refused.value)
-    shutil.rmtree(folder)  # what the message advises
-    assert run(tmp_path)[1].identical(whole[1])

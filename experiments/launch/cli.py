@@ -30,6 +30,8 @@ def main(
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows η as ?
         sys.stdout.reconfigure(errors="replace")
+    # Figures go to files: a notebook's backend may not be installed here, a matplotlibrc be broken.
+    os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
     try:
         config = parse(config_type, argv, settings=settings)
         with interrupting():

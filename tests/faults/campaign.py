@@ -87,7 +87,8 @@ class Campaign:
         for count in range(2):
             runs_dir = self.place / f"{self.experiment.name}-reference-{count}"
             began = time.monotonic()
-            process, log = self._start(runs_dir, runs_dir.with_suffix(".log"))
+            log = runs_dir.with_suffix(".log")
+            process = self._start(runs_dir, log)
             self._wait(process, runs_dir, lambda: self._starts(runs_dir))  # noqa: B023
             noted = time.monotonic()
             assert process.wait(300) == 0, log.read_text()
@@ -117,7 +118,7 @@ class Campaign:
             runs.append(Run(ran_in, self.place / name, lives))
         return runs
 
-    def _start(self, runs_dir: Path, log: Path) -> tuple[subprocess.Popen, Path]:
+    def _start(self, runs_dir: Path, log: Path) -> subprocess.Popen:
         """The command as its user types it, on one CPU device."""
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": "1",
@@ -126,46 +127,36 @@ class Campaign:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         command = [sys.executable, "-m", f"experiments.{self.experiment.name}"]
+        command += [*self.experiment.flags, f"--runs_dir={runs_dir}"]
         with log.open("w") as errors:
-            process = subprocess.Popen(
-                [*command, *self.experiment.flags, f"--runs_dir={runs_dir}"],
-                cwd=ROOT,
-                env=environment,
-                stdout=subprocess.DEVNULL,
-                stderr=errors,
+            return subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors
             )
-        return process, log
 
     def _life(self, runs_dir: Path, log: Path, after: str) -> Life:
         """One start: up to the next fault, if one is left and the run lasts so long."""
         folder = self.experiment.folder(runs_dir)
         before = finished(folder / self.experiment.saves)
         noted, self.seen = len(self._starts(runs_dir)), {}
-        process, _ = self._start(runs_dir, log)
+        process = self._start(runs_dir, log)
         moment = self.todo and self._lasts_to_a_moment(process, runs_dir, noted)
         kind = self.todo.pop() if moment else ""
         folder = self.experiment.folder(runs_dir)
         saves = folder / self.experiment.saves
         with KINDS[kind](Victim(process, folder, saves, self.disk), self.rng) as detail:
             self._wait(process, runs_dir)
-            code = ending(process)
+            code = process.poll()
+            if code is None:  # it hangs
+                process.kill()
+                process.wait()
             left, rows = finished(saves), records.read_records(folder)
         if detail is None:
             self.todo.insert(0, kind)
             kind = "kill -9"
         mine = self._starts(runs_dir)[noted:]
-        return Life(
-            after=after,
-            kind=kind,
-            detail=detail,
-            before=before,
-            seen=self.seen,
-            left=left,
-            rows=rows,
-            from_step=mine[0].get("from_step", 0) if mine else None,
-            code=code,
-            stderr=[line for line in log.read_text().splitlines() if line.strip()],
-        )
+        from_step = mine[0].get("from_step", 0) if mine else None
+        lines = [line for line in log.read_text().splitlines() if line.strip()]
+        return Life(after, kind, detail, before, self.seen, left, rows, from_step, code, lines)
 
     def _lasts_to_a_moment(self, process: subprocess.Popen, runs_dir: Path, noted: int) -> bool:
         """Waits for a random moment, of the start-up or of the work; whether it still runs then.
@@ -201,13 +192,3 @@ class Campaign:
     def _starts(self, runs_dir: Path) -> list[dict[str, Any]]:
         """The starts that the run has noted so far."""
         return records.read_starts(self.experiment.folder(runs_dir))
-
-
-def ending(process: subprocess.Popen) -> int | None:
-    """The exit code; None, and the process is killed, where it hangs."""
-    try:
-        return process.wait(1)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return None

@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from signal import SIGINT, SIGTERM, SIGUSR1
 from typing import NamedTuple
 
 
@@ -48,15 +50,10 @@ def may_bind(scratch: Path) -> bool:
     return False
 
 
-def signalled(number: signal.Signals) -> Fault:
-    """Sends it a signal."""
-
-    @contextlib.contextmanager
-    def fault(victim: Victim, rng: random.Random) -> Iterator[str]:
-        victim.process.send_signal(number)
-        yield ""
-
-    return fault
+@contextlib.contextmanager
+def signalled(number: signal.Signals, victim: Victim, rng: random.Random) -> Iterator[str]:
+    victim.process.send_signal(number)
+    yield ""
 
 
 @contextlib.contextmanager
@@ -130,8 +127,8 @@ def finished(saves: Path) -> dict[str, tuple[int, int]]:
 
 KINDS: dict[str, Fault] = {
     "": lambda victim, rng: contextlib.nullcontext(""),
-    "kill -9": signalled(signal.SIGKILL),
-    **{name: signalled(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1")},
+    "kill -9": partial(signalled, signal.SIGKILL),
+    **{each.name: partial(signalled, each) for each in (SIGTERM, SIGINT, SIGUSR1)},
     "disk full": disk_full,
     "read-only": read_only,
     "damaged save": damaged_save,

@@ -34,14 +34,7 @@ DEEP = Experiment(
     ),
     saves="checkpoints",
     whole=40,
-    kinds={
-        "kill -9": 8,
-        **SIGNALS,
-        "disk full": 5,
-        "read-only": 4,
-        "damaged save": 5,
-        "cut row": 3,
-    },
+    kinds=SIGNALS | {"kill -9": 8, "disk full": 5, "read-only": 4, "damaged save": 5, "cut row": 3},
 )
 TOY = Experiment(
     name="diag_nets",
@@ -51,7 +44,7 @@ TOY = Experiment(
     ),
     saves="chunks",
     whole=8,
-    kinds={"kill -9": 7, **SIGNALS, "disk full": 4, "read-only": 3, "damaged save": 5},
+    kinds=SIGNALS | {"kill -9": 7, "disk full": 4, "read-only": 3, "damaged save": 5},
 )
 
 

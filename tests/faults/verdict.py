@@ -150,9 +150,8 @@ def table(runs: Mapping[str, list[Run]], findings: Mapping[str, list[Finding]]) 
         rows.update((f"{name}, {life.kind}", "injected") for life in lives if life.kind)
         rows.update((f"{name}, {f.kind or 'no fault'}", f.counter) for f in findings[name])
     columns = ("injected", *COUNTERS)
-    kinds = sorted({kind for kind, _ in rows})
+    kinds = [*sorted({kind for kind, _ in rows}), "sum"]
     for (_, column), count in list(rows.items()):
         rows["sum", column] += count
     lines = [f"{kind:30}" + "".join(f"{rows[kind, c]:17}" for c in columns) for kind in kinds]
-    lines.append(f"{'sum':30}" + "".join(f"{rows['sum', c]:17}" for c in columns))
     return "\n".join([" " * 30 + "".join(f"{column:>17}" for column in columns), *lines])
