@@ -1,5 +1,6 @@
 """The benchmarks: both sides are the same networks, and what is written down can be run again."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -14,7 +15,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from benchmarks import deep, deep_plan, overheads, peaks
+from benchmarks import accelerator, deep, deep_plan, overheads, peaks, train_paper
 from experiments.deep.config import Config as Flags
 from experiments.launch import cli
 from sgd_sparse_jax import models
@@ -146,6 +147,34 @@ def test_a_save_is_a_share_of_the_time_between_two(tmp_path):
     assert min(found["save_alone_s"], found["save_keeps_the_loop_s"], found["ms_per_step"]) > 0
     cost = max(found["save_keeps_the_loop_s"], found["save_lengthens_the_run_s"])
     assert found["share_of_a_run"] == pytest.approx(cost / Flags.save_every_seconds)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_torch")
+def test_what_a_gpu_will_run_runs_at_small_size(tmp_path, small_cifar, monkeypatch):
+    monkeypatch.setattr(peaks, "sizes", lambda: (64, 2**16))
+    out = tmp_path / "all.json"
+    tiny = ("--nets=resnet_tiny", "--precisions=fp32", "--rounds=1", "--eval_images=8")
+    toys = ("--most_runs=16", "--toy_steps=8", f"--out={out}")
+    accelerator.main([*tiny, *toys, "--width=2", "--batch_size=8", "--images=16"])
+    found = json.loads(out.read_text())
+    assert list(found["toy_seconds_by_runs"]) == ["1", "4", "16"]
+    assert found["deep"]["fp32"]["nets"] and out.with_suffix(".png").exists()
+
+
+@pytest.mark.slow
+def test_the_papers_four_settings_are_trained_within_the_time(tmp_path, small_cifar, monkeypatch):
+    for name, setting in train_paper.SETTINGS.items():
+        small = {"model": "resnet_tiny", "batch_size": 16, "batch_size_eval": 16}
+        monkeypatch.setitem(train_paper.SETTINGS, name, dataclasses.replace(setting, **small))
+    monkeypatch.setattr(train_paper, "IMAGES", 64)
+    monkeypatch.setattr(train_paper, "PAPER_EPOCHS", 40)
+    argv = [f"--data_dir={small_cifar}", f"--out_dir={tmp_path}", "--model_width=2"]
+    with jax.enable_x64(False):
+        train_paper.main([*argv, "--seconds=1e6"])
+    outcomes = json.loads((tmp_path / "summary.json").read_text())["runs"]
+    assert [run["outcome"] for run in outcomes] == ["finished"] * 4
+    assert all(run["last_row"]["epoch"] == 40 for run in outcomes)
 
 
 @pytest.mark.parametrize(
