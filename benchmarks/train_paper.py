@@ -80,11 +80,11 @@ def run(config: Config) -> Path:
         records.write_json(chosen, {"epochs": epochs, "seconds": config.seconds})
     epochs = json.loads(chosen.read_text())["epochs"]
     print(f"{epochs} epochs of each setting", flush=True)
-    runs = [
-        sweep_deep.once(name, adapted(config, setting, epochs))
-        for name, setting in SETTINGS.items()
-    ]
-    sweep_deep.report(config.out_dir, f"{epochs} epochs of CIFAR-10", runs)
+    runs = {name: adapted(config, setting, epochs) for name, setting in SETTINGS.items()}
+    for each in runs.values():
+        setup.validate(each)
+    outcomes = {name: sweep_deep.once(each) for name, each in runs.items()}
+    sweep_deep.report(config.out_dir, f"{epochs} epochs of CIFAR-10", list(runs.items()), outcomes)
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     return config.out_dir
 
@@ -107,13 +107,11 @@ def affordable_epochs(config: Config, started: float) -> int:
         trial = adapted(
             config, setting, PAPER_EPOCHS, max_steps=steps, eval_iter_freq=WARM_UP, exp_name="trial"
         )
-        plan = setup.resolve(trial)
-        training.run(plan)
-        rows = curves.rows_of(plan.folder)
+        rows = curves.rows_of(training.run(trial))
         step, evaluating = rows[-1]["step_seconds"], rows[-1]["eval_seconds"]
         trial_evaluations = sum(row["eval_seconds"] for row in rows[1:])
         compiling = time.monotonic() - begun - trial_evaluations - step * steps
-        cost["epoch"] += step * plan.steps_per_epoch
+        cost["epoch"] += step * int(IMAGES * config.frac_train) // setting.batch_size
         cost["fixed"] += compiling + EVALUATIONS * evaluating
     left = config.seconds - (time.monotonic() - started) - cost["fixed"]
     epochs = min(int(left / cost["epoch"]), PAPER_EPOCHS)
