@@ -89,22 +89,20 @@ PUBLISHED = {
     },
 }
 COLUMNS = {
-    "1d": (
+    "1d": [
         *("train_loss", "nuclear_norm", "active_1", "flips_1", "sparsity_1", "rank"),
         "gradient_dimension",
-    ),
-    "two-layer": ("test_loss", "flips_1", "sparsity_1", "rank"),
-    "three-layer": (
-        *("test_loss", "effective_rank", "active_2", "sparsity_1", "sparsity_2", "rank"),
-    ),
+    ],
+    "two-layer": ["test_loss", "flips_1", "sparsity_1", "rank"],
+    "three-layer": ["test_loss", "effective_rank", "active_2", "sparsity_1", "sparsity_2", "rank"],
 }
 PANELS = {  # no test loss on the line: its test points are the training points
-    "1d": ("train_loss", "rank", "sparsity_1", "nuclear_norm", "gradient_dimension", "flips_1"),
-    "two-layer": ("train_loss", "test_loss", "rank", "sparsity_1", "nuclear_norm", "flips_1"),
-    "three-layer": (
+    "1d": ["train_loss", "rank", "sparsity_1", "nuclear_norm", "gradient_dimension", "flips_1"],
+    "two-layer": ["train_loss", "test_loss", "rank", "sparsity_1", "nuclear_norm", "flips_1"],
+    "three-layer": [
         *("train_loss", "test_loss", "rank", "sparsity_1", "sparsity_2", "effective_rank"),
         "flips_1",
-    ),
+    ],
 }
 
 

@@ -17,7 +17,7 @@ from experiments.deep.config import MAY_CHANGE, Config, folder_of
 from experiments.deep.setup import Plan
 from experiments.figures import progress, terminal
 from experiments.launch import hosts, lock
-from experiments.launch.signals import Stopped, StopRequest, deferred
+from experiments.launch.signals import Stopped, deferred
 from experiments.storage import records
 from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
@@ -45,7 +45,7 @@ class Since(NamedTuple):
 class Interrupts:
     """Whether to save, by the clock, or to stop, by a signal; the same answer on all hosts."""
 
-    def __init__(self, save_every_seconds: float, signal: StopRequest):
+    def __init__(self, save_every_seconds: float, signal: list[str]):
         self.every, self.signal = save_every_seconds, signal
         self.saved_at, self.calls = time.monotonic(), 0
         self.saves = self.stops = False
@@ -80,7 +80,7 @@ def run(config: Config) -> Path:
     return folder
 
 
-def _run_in_folder(plan: Plan, signal: StopRequest) -> None:
+def _run_in_folder(plan: Plan, signal: list[str]) -> None:
     folder, config = plan.folder, plan.config
     hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
     # Orbax logs what it also raises; asyncio logs the writes that orbax abandons after the first.
@@ -178,7 +178,7 @@ def train_on(
                 interrupts.saved()
             # A signal that arrives in the last call changes nothing: the run is finished.
             if interrupts.stops and step < plan.num_steps:
-                by = interrupts.signal.name or "Another host"
+                by = interrupts.signal[0] if interrupts.signal else "Another host"
                 raise Stopped(
                     f"{by}: stopped at step {step} of {plan.num_steps}, all of it saved in "
                     f"{plan.folder}; the same command continues."

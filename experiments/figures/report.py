@@ -11,10 +11,7 @@ from experiments.figures.verdicts import AGREES, ORDERED, Verdict
 from experiments.storage import records
 
 TITLE = "The paper's toy experiments, reproduced"
-HEADINGS = (
-    *("setting", "quantity", "published", "our median [5 %, 95 %]"),
-    *("diverged", "verdict"),
-)
+HEADINGS = ("setting", "quantity", "published", "our median [5 %, 95 %]", "diverged", "verdict")
 
 
 class Chapter(NamedTuple):

@@ -6,7 +6,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 REQUESTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -15,16 +14,6 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, continues 
 
 class Stopped(Exception):
     """A signal has stopped the run; what it needs to continue is saved."""
-
-
-@dataclass
-class StopRequest:
-    """The name of the signal that requested a stop; empty, and false, without one."""
-
-    name: str = ""
-
-    def __bool__(self) -> bool:
-        return bool(self.name)
 
 
 @contextlib.contextmanager
@@ -56,19 +45,19 @@ def interrupting() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deferred() -> Iterator[StopRequest]:
-    """Within, the first SIGINT, SIGTERM or SIGUSR1 is recorded only; a second one interrupts."""
-    request = StopRequest()
+def deferred() -> Iterator[list[str]]:
+    """Within, the first SIGINT, SIGTERM or SIGUSR1 is added to a list; a second one interrupts."""
+    received: list[str] = []
 
     def record(number: int, frame: object) -> None:
-        if request:
+        if received:
             raise KeyboardInterrupt
-        request.name = signal.Signals(number).name
-        message = f"\n{request.name}: saves what is done, then stops; once more to stop now\n"
+        received.append(signal.Signals(number).name)
+        message = f"\n{received[0]}: saves what is done, then stops; once more to stop now\n"
         os.write(2, message.encode())  # not print: that may be what the signal interrupted
 
     with _handling(record, REQUESTS):
-        yield request
+        yield received
 
 
 @contextlib.contextmanager

@@ -95,10 +95,9 @@ def in_folder(
 
         def stop_if_requested() -> None:
             if hosts.any_of(bool(signal)):
-                raise Stopped(
-                    f"{signal.name or 'Another host'}: stopped; {folder} has the finished chunks, "
-                    "and the same command continues after them."
-                )
+                by = signal[0] if signal else "Another host"
+                hint = "has the finished chunks, and the same command continues after them"
+                raise Stopped(f"{by}: stopped; {folder} {hint}.")
 
         def start() -> None:
             about = {"seed": config.seed, "processes": jax.process_count()}

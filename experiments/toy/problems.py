@@ -61,7 +61,6 @@ def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float =
         return {
             "support": measure.support_size(u, v, SUPPORT_THRESHOLD),
             "balancedness": measure.balancedness(u, v),
-            "imbalance": measure.imbalance(u, v),
         }
 
     def spectra(params: Params) -> dict:

@@ -1,4 +1,4 @@
-"""Singular values and eigenvalues, ranks and norms made of them."""
+"""Singular values, ranks and norms made of them."""
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,6 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
     finite = jnp.isfinite(matrix).all()  # what LAPACK makes of NaN is undefined
     values = jnp.linalg.svd(jnp.where(finite, matrix, 0.0), compute_uv=False)
     return jnp.where(finite, values, jnp.nan)
-
-
-@jax.custom_batching.sequential_vmap
-def symmetric_eigenvalues(matrix: Float[Array, "p p"]) -> Float[Array, " p"]:
-    """Eigenvalues of (A + A^T) / 2, in ascending order.
-
-    Example:
-        >>> symmetric_eigenvalues(jnp.array([[0.0, 1.0], [1.0, 0.0]])).round(9).tolist()
-        [-1.0, 1.0]
-    """
-    return jnp.linalg.eigvalsh(matrix)
 
 
 def numerical_rank(matrix: Float[Array, "n p"], tol: ArrayLike) -> Int[Array, ""]:

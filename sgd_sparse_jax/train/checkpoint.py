@@ -132,8 +132,9 @@ def save(
     with _saving(Path(checkpoints.directory)):
         args = ocp.args.StandardSave(state._asdict())
         is_newer = checkpoints.save(step, args=args, custom_metadata=beside)
-        if is_first:  # a folder that can't hold a state is noticed before training
+        if is_first:  # a folder that can't hold a state, or return it, is noticed before training
             checkpoints.wait_until_finished()
+            _read(checkpoints, step, state._asdict(), {})
     if not is_newer:  # orbax returns False and saves nothing
         newest = f"{checkpoints.latest_step()} in {checkpoints.directory}"
         raise ValueError(f"Step {step} isn't newer than step {newest}; choose another folder.")
