@@ -92,6 +92,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
     """The instructions of each computation of a program, by name; the first is "ENTRY"."""
     found: dict[str, list[Instruction]] = {}
     line_of = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\((.*?)\)(.*)$")
+    current: list[Instruction] = []
     for line in text.splitlines():
         if head := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
             current = found.setdefault("ENTRY" if head[1] else head[2], [])
@@ -144,8 +145,8 @@ def report(text: str, steps: int) -> dict[str, Any]:
     """Kernels and bytes per step, large copies per step, convolution layouts, loops."""
     program = computations(text)
     found = list(kernels(program))
-    kinds: collections.Counter = collections.Counter()
-    bytes_of: collections.Counter = collections.Counter()
+    kinds: dict[str, float] = collections.defaultdict(float)
+    bytes_of: dict[str, float] = collections.defaultdict(float)
     for each, count, times in found:
         target = re.search(r'custom_call_target="([^"]+)"', each.attributes)
         kind = target[1].lstrip("_$") if target else each.operation
@@ -157,8 +158,8 @@ def report(text: str, steps: int) -> dict[str, Any]:
     return {
         "kernels_per_step": round(sum(kinds.values()), 2),
         "bytes_per_step": round(sum(bytes_of.values())),
-        "kernels": {kind: round(count, 2) for kind, count in kinds.most_common()},
-        "bytes": {kind: round(count) for kind, count in bytes_of.most_common()},
+        "kernels": {kind: round(count, 2) for kind, count in kinds.items()},
+        "bytes": {kind: round(count) for kind, count in bytes_of.items()},
         "large_copies_per_step": sum(t for e, t in copies if e.bytes > LARGE) / steps,
         "convolution_layouts": dict(collections.Counter(labels)),
         "loops": len(loops),
@@ -206,10 +207,8 @@ def training(name: str, width: int, batch: int, dtype: Any, steps: int = STEPS) 
 
 def least_bytes(objective: Callable, state: Any, batch: int, itemsize: int) -> int:
     """Bytes that a training step has to move, see the top of this file."""
-    x, y = (
-        jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32),
-        jax.ShapeDtypeStruct((batch,), jnp.int32),
-    )
+    x: Any = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
+    y: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     traced = jax.make_jaxpr(objective)(state.params, state.stats, Batch(x, y))
     total = 0
     for equation in equations(traced.jaxpr):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from experiments import sweep_deep
-from experiments.deep import config as flags, curves, setup, training
+from experiments.deep import config as flags, curves, training
 from experiments.launch import cli, devices
 from experiments.storage import records
 
@@ -80,11 +80,8 @@ def run(config: Config) -> Path:
         records.write_json(chosen, {"epochs": epochs, "seconds": config.seconds})
     epochs = json.loads(chosen.read_text())["epochs"]
     print(f"{epochs} epochs of each setting", flush=True)
-    runs = {name: adapted(config, setting, epochs) for name, setting in SETTINGS.items()}
-    for each in runs.values():
-        setup.validate(each)
-    outcomes = {name: sweep_deep.once(each) for name, each in runs.items()}
-    sweep_deep.report(config.out_dir, f"{epochs} epochs of CIFAR-10", list(runs.items()), outcomes)
+    settings = {name: [adapted(config, each, epochs)] for name, each in SETTINGS.items()}
+    sweep_deep.compare(config.out_dir, f"{epochs} epochs of CIFAR-10", settings)
     print(f"{time.monotonic() - started:.0f} s", flush=True)
     return config.out_dir
 

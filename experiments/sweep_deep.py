@@ -68,12 +68,16 @@ def run(grid: Any) -> Path:
     settings = expand(grid)
     for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
         setup.validate(config)
+    for first, *_ in settings.values():
+        setup.resolve(first)  # missing data, too large a batch
     folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
-    with hosts.together(folder):
-        for first, *_ in settings.values():  # seeds share their data and sizes
-            setup.resolve(first)  # missing data, too large a batch
     everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
     hosts.on_first(lambda: records.open_run(folder, grid, may_change=everything))
+    return compare(folder, grid.exp_name, settings)
+
+
+def compare(folder: Path, title: str, settings: Mapping[str, Sequence[Config]]) -> Path:
+    """Runs what is missing of each setting's runs; writes summary.json, table and figures."""
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     outcomes = []
     for number, (_, config) in enumerate(flat, 1):
@@ -91,9 +95,9 @@ def run(grid: Any) -> Path:
         for (setting, config), outcome in zip(flat, outcomes, strict=True)
     ]
     records.write_json(folder / "summary.json", {"runs": entries})
-    show(folder, grid.exp_name, entries)
+    show(folder, title, entries)
     networks = {f"{c.dataset}, {c.model} of width {c.model_width}" for _, c in flat}
-    title = f"{grid.exp_name}: {networks.pop() if len(networks) == 1 else 'several networks'}"
+    title = f"{title}: {networks.pop() if len(networks) == 1 else 'several networks'}"
     folders = {setting: list(map(folder_of, configs)) for setting, configs in settings.items()}
     curves.several_runs(folder / "figures" / "sweep_deep", folders, title)
     return folder
