@@ -71,8 +71,7 @@ def run(grid: Any) -> Path:
     for first, *_ in settings.values():
         setup.resolve(first)  # missing data, too large a batch
     folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
-    everything = [field.name for field in dataclasses.fields(grid)]  # the grid may grow
-    hosts.on_first(lambda: records.open_run(folder, grid, may_change=everything))
+    hosts.on_first(lambda: records.open_run(folder, grid, may_change=vars(grid)))  # it may grow
     return compare(folder, grid.exp_name, settings)
 
 

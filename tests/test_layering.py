@@ -177,3 +177,11 @@ def test_rule_4_no_name_that_hides_the_noun():
     }
     assert classes
     assert not {name for name in classes if re.search("(Registry|Manager|Helper)s?$", name)}
+
+
+def test_no_file_is_long():
+    lines = {name: source.count("\n") for name, (source, _) in INTERNAL.items()}
+    lines |= {
+        str(path): path.read_text().count("\n") for path in Path(__file__).parent.rglob("*.py")
+    }
+    assert not {name: count for name, count in lines.items() if count > 400}

@@ -25,22 +25,6 @@ def test_squared_losses_are_sums_over_outputs_and_their_gradient_is_the_residual
     np.testing.assert_allclose(pull(jnp.ones(B))[0], out - y, rtol=1e-14)
 
 
-def test_the_logistic_loss_and_its_slope_are_those_of_numpy():
-    out, y = RNG.normal(size=B) * 3, np.array([1.0, -1.0, 1.0, 1.0, -1.0, -1.0])
-    loss, pull = jax.vjp(lambda out: train.logistic(out, jnp.asarray(y)), jnp.asarray(out))
-    np.testing.assert_allclose(loss, np.log1p(np.exp(-y * out)), rtol=1e-14)
-    np.testing.assert_allclose(pull(jnp.ones(B))[0], -y / (1 + np.exp(y * out)), rtol=1e-13)
-
-
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
-def test_the_logistic_loss_is_linear_or_flat_at_large_margins(dtype):
-    margins = jnp.array([-1e30, -1e4, -1e3, 1e3, 1e4, 1e30], dtype)
-    value, pull = jax.vjp(lambda out: train.logistic(out, -jnp.ones(6, dtype)), -margins)
-    assert value.dtype == dtype
-    np.testing.assert_array_equal(value, jnp.maximum(-margins, 0))
-    np.testing.assert_array_equal(pull(jnp.ones(6, dtype))[0], [1.0, 1, 1, 0, 0, 0])
-
-
 BATCH = Batch(jnp.asarray(RNG.normal(size=(B, 2))), jnp.ones(B))
 ROW, COLUMN = from_linen(MLP((4,))), from_linen(MLP((4,), outputs=1))  # outputs [b] and [b, 1]
 
