@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -117,10 +118,13 @@ def _decoded(name: str, split: str, root: Path) -> Images:
     try:
         note = _note(folder, tfds_folder) or _decode(name, root, tfds_folder)
     except ConnectionError as error:
+        program = f'from sgd_sparse_jax import data; data.load_images("{name}", "train")'
         raise FileNotFoundError(
             f"{name} is not in {folder} (data_dir, else TFDS_DATA_DIR, else "
-            f"~/tensorflow_datasets), and {error}. Put the official archive in {root / MANUAL}, or "
-            "copy the folder from a machine with network after data.load_images there."
+            f"~/tensorflow_datasets), its archive is not in {root / MANUAL}, and {error}. Put the "
+            "archive there, or on a machine with network run "
+            f"`TFDS_DATA_DIR={shlex.quote(str(root))} python -c {shlex.quote(program)}` "
+            f"and copy {folder} here."
         ) from error
     except OSError as error:
         reason = f"{folder} can't be written ({error.strerror or error})"
