@@ -9,6 +9,8 @@ is missing. A run that diverges is a result: it is in the table, and the others 
 
 import dataclasses
 import itertools
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -50,7 +52,12 @@ def grid_type() -> type:
     paired = tyro.conf.arg(
         help="Walk lists of equal length together, in place of crossing them; seeds are crossed."
     )
+    part = tyro.conf.arg(
+        help="I/N: this command runs every N-th run from the I-th on, and others the rest; by "
+        "default the task of a Slurm array."
+    )
     fields.append(("paired", Annotated[bool, paired], False))
+    fields.append(("part", Annotated[str, part], ""))
     grid = dataclasses.make_dataclass("Grid", fields, frozen=True)
     grid.__doc__ = "Trains image classifiers over a grid of settings, and compares them."
     return grid
@@ -65,33 +72,55 @@ def run(grid: Any) -> Path:
     """Runs what is missing of the grid; returns the folder of table and figures."""
     devices.set_up_deep(deterministic=grid.deterministic)
     hosts.join(grid.hosts)
-    settings = expand(grid)
+    settings, part = expand(grid), part_of(grid.part)
     for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
         setup.validate(config)
     for first, *_ in settings.values():
         setup.resolve(first)  # missing data, too large a batch
     folder = records.run_folder(grid.runs_dir, "sweep_deep", grid.exp_name)
     hosts.on_first(lambda: records.open_run(folder, grid, may_change=vars(grid)))  # it may grow
-    return compare(folder, grid.exp_name, settings)
+    return compare(folder, grid.exp_name, settings, part)
 
 
-def compare(folder: Path, title: str, settings: Mapping[str, Sequence[Config]]) -> Path:
-    """Runs what is missing of each setting's runs; writes summary.json, table and figures."""
+def part_of(text: str) -> slice:
+    """Which runs are this command's: those of --part I/N, or of the task of a Slurm array."""
+    task, first, count = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("ID", 0), ("MIN", 0), ("COUNT", 1))
+    )
+    found = re.fullmatch(r"(\d+)/(\d+)", text or f"{task - first + 1}/{count}")
+    place, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= place <= parts:
+        raise ValueError(f"--part is {text!r}; give I/N with I from 1 to N, such as 2/4.")
+    return slice(place - 1, None, parts)
+
+
+def compare(
+    folder: Path, title: str, settings: Mapping[str, Sequence[Config]], part: slice = slice(None)
+) -> Path:
+    """Runs what is missing of a part; when no run is missing, writes summary, table and figures."""
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
-    outcomes = []
-    for number, (_, config) in enumerate(flat, 1):
-        terminal.show(f"run {number} of {len(flat)}: {folder_of(config).name}")
-        outcomes.append(once(config))
+    mine = flat[part]
+    for number, (_, config) in enumerate(mine, 1):
+        terminal.show(f"run {number} of {len(mine)}: {folder_of(config).name}")
+        once(config)
     hosts.leave_the_rest_to_first()
+    outcomes = [outcome(config) for _, config in flat]
+    if missing := outcomes.count(""):
+        terminal.show(
+            f"{missing} of {len(flat)} runs are other parts' and not finished; the part that ends "
+            "last compares all of them, and so does the same command, later."
+        )
+        return folder
     entries = [
         {
             "setting": setting,
             "seed": config.seed,
             "folder": folder_of(config).name,
-            "outcome": outcome,
+            "outcome": ended,
             "last_row": curves.rows_of(folder_of(config))[-1],
         }
-        for (setting, config), outcome in zip(flat, outcomes, strict=True)
+        for (setting, config), ended in zip(flat, outcomes, strict=True)
     ]
     records.write_json(folder / "summary.json", {"runs": entries})
     show(folder, title, entries)
@@ -125,21 +154,27 @@ def expand(grid: Any) -> dict[str, list[Config]]:
     return settings
 
 
-def once(config: Config) -> str:
-    """Trains to the end, unless that is done; returns "finished", or why the run diverged."""
+def outcome(config: Config) -> str:
+    """How a run ended: "finished", or why it diverged; "" if it has not."""
     diverged = folder_of(config) / "diverged.json"
     if diverged.exists():
-        reason = cli.one_line(records.read_json(diverged)["reason"])
-        terminal.show(f"{diverged.parent} has diverged before ({reason}); remove it to try again.")
-        return reason
+        return cli.one_line(records.read_json(diverged)["reason"])
+    return "finished" if records.is_finished(folder_of(config)) else ""
+
+
+def once(config: Config) -> None:
+    """Trains to the end, unless that is done or the run has diverged."""
+    if (reason := outcome(config)) not in ("", "finished"):
+        terminal.show(
+            f"It has diverged before ({reason}); remove {folder_of(config)} to try again."
+        )
+        return
     try:
         training.run(config)
     except FloatingPointError as error:
-        reason = str(error)
-        terminal.show(reason)
-        hosts.on_first(lambda: records.write_json(diverged, {"reason": reason}))
-        return reason
-    return "finished"
+        reason = {"reason": str(error)}
+        terminal.show(str(error))
+        hosts.on_first(lambda: records.write_json(folder_of(config) / "diverged.json", reason))
 
 
 def show(folder: Path, title: str, entries: Sequence[Mapping[str, Any]]) -> None:

@@ -3,13 +3,23 @@
 import contextlib
 import os
 import resource
+import tempfile
 
 import jax
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
+# As the experiments do (launch/devices.py): convolution networks also compile faster.
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
 os.environ["SGD_SPARSE_ALLOW_JAXLIB"] = "1"  # tests/test_backend.py says what is wrong with it
+# Programs are kept on disk for the session, for all workers and for the commands that tests start.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory()  # of the first process: workers inherit the variable
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -36,21 +46,6 @@ def small_cifar(tmp_path_factory):
         np.save(root / "cifar10" / f"{split}_images.npy", images)
         np.save(root / "cifar10" / f"{split}_labels.npy", rng.integers(0, 10, 64, dtype=np.int32))
     return str(root)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """Keeps programs on disk: runs that differ in their data alone do not compile anew."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ from sgd_sparse_jax import data, train
 from sgd_sparse_jax.models import Layers, ResNet, from_linen
 from sgd_sparse_jax.types import Batch
 
-pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "single_precision")
+pytestmark = pytest.mark.usefixtures("shallow", "single_precision")
 
 
 def assert_same(a, b):

@@ -17,7 +17,6 @@ from sgd_sparse_jax.data.images import STORED
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
-    pytest.mark.usefixtures("compiled_once"),
 ]
 KINDS = ["cifar10", "cifar100", "cifar10_gs", "cifar10_dog_cat", "mnist", "tiny_imagenet"]
 KINDS += ["gaussians_binary"]

@@ -20,7 +20,6 @@ from sgd_sparse_jax.types import Batch, Network
 
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^#+ ([^\n]+)\n(.*?)(?=^#+ |\Z)", PAGE, re.DOTALL | re.MULTILINE))
-pytestmark = pytest.mark.usefixtures("compiled_once")
 FRAMEWORKS = ("Flax linen", "Flax NNX", "Equinox", "Haiku")
 
 

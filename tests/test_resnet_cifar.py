@@ -13,7 +13,7 @@ import optax
 import pytest
 
 from experiments import resnet_cifar
-from experiments.deep import setup, training
+from experiments.deep import setup, training, workbench
 from experiments.deep.config import Config, folder_of
 from experiments.launch import cli
 from experiments.launch.signals import Stopped
@@ -21,7 +21,7 @@ from experiments.storage import records
 
 NUM_STEPS = 5
 pytestmark = [
-    pytest.mark.usefixtures("shallow", "compiled_once", "unrendered", "single_precision"),
+    pytest.mark.usefixtures("shallow", "unrendered", "single_precision"),
     # Where one array of a state can't be read, orbax abandons the others, which complain later.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
@@ -237,7 +237,7 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
     config, folder = switched
     chosen = replace(config, model_path=str(folder / state), runs_dir=str(tmp_path))
     plan = setup.resolve(chosen)
-    begins = setup.initial_state(plan, plan.init_key, plan.weights)
+    begins = workbench.of(plan).initial_state(plan.init_key, plan.weights)
     saved = saved_state(*(folder / "models", 3) if state else (folder / "checkpoints", 6))
     ours = {"params": begins.params, "average": begins.average, "stats": begins.stats}
     expected = {"params": saved["params"], "average": saved["params"], "stats": saved["stats"]}
@@ -302,7 +302,7 @@ def test_bad_settings_are_refused_before_anything_is_written(base, wrong, named,
 
 def test_the_penalty_passes_the_momentum():
     """Coupled L2: two steps of zero gradient still build up velocity from the weights alone."""
-    tx = setup.optimizer(Config(l2_reg=0.1, momentum=0.9), lambda step: 0.5)
+    tx = setup.optimizer(lambda step: 0.5, momentum=0.9, l2_reg=0.1)
     p, state = jnp.ones(()), tx.init(jnp.ones(()))
     for _ in range(2):
         update, state = tx.update(jnp.zeros(()), state, p)

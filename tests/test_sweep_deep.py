@@ -7,11 +7,12 @@ import jax
 import pytest
 
 from experiments import sweep_deep
+from experiments.deep import training
 from experiments.deep.config import folder_of
 from experiments.launch import cli
 from experiments.storage import records
 
-pytestmark = pytest.mark.usefixtures("shallow", "compiled_once", "unrendered", "single_precision")
+pytestmark = pytest.mark.usefixtures("shallow", "unrendered", "single_precision")
 
 
 def grid(text):
@@ -70,6 +71,34 @@ def test_a_run_that_diverges_is_a_result(swept, capsys):
     assert sweep_deep.run(chosen) == folder  # the same command: nothing is trained again
     out = capsys.readouterr().out
     assert "already" in out and "diverged before" in out and "1 diverged" in out
+
+
+def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsys, monkeypatch):
+    chosen = replace(swept[0], lr_init=(0.05, 0.02), seed=(0, 1), runs_dir=str(tmp_path))
+    first = sweep_deep.run(replace(chosen, part="1/2"))
+    runs = sorted(path.name for path in (tmp_path / "resnet_cifar").iterdir())
+    assert len(runs) == 2 and not (first / "summary.json").exists()
+    assert "2 of 4 runs are other parts'" in capsys.readouterr().out
+    for name, value in {"ID": 8, "MIN": 7, "COUNT": 2}.items():  # the second task of an array
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    assert sweep_deep.run(chosen) == first
+    assert [run["outcome"] for run in records.read_json(first / "summary.json")["runs"]] == [
+        "finished"
+    ] * 4
+    with pytest.raises(ValueError, match="--part"):
+        sweep_deep.run(replace(chosen, part="3/2"))
+
+
+def test_runs_that_differ_in_numbers_are_compiled_once(swept, tmp_path, caplog):
+    (config,), _ = sweep_deep.expand(replace(swept[0], runs_dir=str(tmp_path))).values()
+    config = replace(config, sgd_p_label_noise=0.2, l2_reg=1e-3)
+    training.run(config)
+    other = {"lr_init": 0.01, "lr_schedule": "cosine", "momentum": 0.5, "l2_reg": 1e-4, "seed": 3}
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        training.run(replace(config, sgd_p_label_noise=0.1, **other))
+    compiled = [text for text in caplog.messages if "Finished XLA compilation" in text]
+    slow = ("_advance", "initial_state", "totals", "observe", "of_batch", "norms", "sampler")
+    assert not [text for text in compiled if any(name in text for name in slow)], compiled
 
 
 def test_what_cannot_be_run_is_refused_before_anything_is(swept, tmp_path):

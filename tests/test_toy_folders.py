@@ -17,7 +17,6 @@ TOY = problems.diagonal(n=12, d=16, support=2)
 CONFIG = replace(  # 8 devices take 128 seeds at once: two chunks
     diag_nets.SETTINGS["d1"], seeds=130, num_steps=60, n=12, d=16, support=2, spectra_records=2
 )
-pytestmark = pytest.mark.usefixtures("compiled_once")
 
 
 def run(runs_dir, **changes):
@@ -28,12 +27,12 @@ def run(runs_dir, **changes):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled_once):
+def whole(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, compiled_once):
+def stopped(tmp_path_factory):
     """A run that got SIGTERM when its first chunk was on disk."""
     runs_dir, write = tmp_path_factory.mktemp("stopped"), arrays.write_npz
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):

@@ -1,5 +1,6 @@
 """What is measured along the run of a classifier: a row of numbers per evaluation."""
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,15 +18,16 @@ from sgd_sparse_jax.types import Fetch, TrainState
 
 def make_evaluation(
     plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch, fetch_test: Fetch
-) -> Callable[[TrainState], dict[str, Any]]:
-    """State -> a row: loss, error and sparsity on training images, loss and error on test images.
+) -> Callable[..., dict[str, Any]]:
+    """(state, progress) -> a row: loss, error and sparsity on training images, and on test images.
 
-    Each image passes the network once per set of weights, current and averaged. The BatchNorm
-    moments of the averaged weights are estimated on `bn_images` training images, after all epochs
-    on all of them.
+    Each image passes the network once per set of weights, current and averaged; at step 0 they are
+    equal, and the averaged ones are left out. Their BatchNorm moments are estimated on `bn_images`
+    training images, after all epochs on all of them. `progress(share)` is called after each batch.
     """
-    key, network = plan.eval_key, plan.network
-    # One key for each block, the same at every step: curves compare the same sampled units.
+    # One key for each block, the same at every step and in every run: curves compare the same
+    # sampled units, and runs of several seeds share a program.
+    key, network = jr.key(0), plan.network
     block_keys = {f"block{i}": jr.fold_in(key, i) for i in range(1, 10)}
     shard = train.split_examples(mesh)
     n, n_test = len(plan.images.labels), len(plan.test_images.labels)
@@ -47,15 +49,22 @@ def make_evaluation(
     moments = measure.make_moments(models.from_linen(forgetful), fetch, **placed)
     norms = make_norms(plan, fetch, shard)
 
-    def evaluate(state: TrainState) -> dict[str, Any]:
-        started = time.perf_counter()
-        bn_images = n if int(state.step) == plan.total_steps else few
-        stats = moments(key, state.average, state.stats, bn_images)
+    def evaluate(
+        state: TrainState, progress: Callable[[float], None] = lambda share: None
+    ) -> dict[str, Any]:
+        started, step, done = time.perf_counter(), int(state.step), itertools.count(1)
+        n_moments, n_train = n if step == plan.total_steps else few, plan.config.sparsity_images
+        n_train = min(n_train, n)
+        sizes = (n_train, n_test, *((n_moments, n_test) if step else ()))
+        batches = sum(-(-size // batch) for size in sizes)
+        on_batch = lambda: progress(min(next(done) / batches, 1.0))
         parts = {
-            "train": on_train(key, state.params, state.stats, min(plan.config.sparsity_images, n)),
-            "test": on_test(key, state.params, state.stats, n_test),
-            "test_average": on_test(key, state.average, stats, n_test),
+            "train": on_train(key, state.params, state.stats, n_train, on_batch),
+            "test": on_test(key, state.params, state.stats, n_test, on_batch),
         }
+        if step:
+            stats = moments(key, state.average, state.stats, n_moments, on_batch)
+            parts["test_average"] = on_test(key, state.average, stats, n_test, on_batch)
         row = {f"{of}/{name}": value for of, part in parts.items() for name, value in part.items()}
         row |= jax.tree.map(float, norms(state))
         if plan.config.jacobian_examples:

@@ -1,11 +1,12 @@
 """The plan of a run: what follows from its flags and its data, resolved once.
 
-A plan becomes a compiled segment of training (`make_segment`); `training` runs segments and records
-a row per evaluation (`metrics`).
+A plan's compiled functions are those of `workbench`; `training` runs them and records a row per
+evaluation (`metrics`).
 """
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from experiments.deep import config as flags
 from experiments.deep.config import Config
 from sgd_sparse_jax import data, models, train, types
-from sgd_sparse_jax.types import Batch, Fetch, TrainState
+from sgd_sparse_jax.types import Batch, Fetch
 
 UNAUGMENTED = ("mnist", "gaussians_binary", "uniform_noise")  # as in the released code
 UNFLIPPED = ("svhn",)
 Weights = tuple[types.Params, types.Stats]
+sampler_of = functools.cache(train.reshuffled_epochs)  # one function, hence one compilation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Plan:
 
     config: Config  # as given: what saved states and config.json are compared with
     folder: Path
-    about: dict[str, Any]  # flags and fingerprints of the data, which saved states are checked for
+    about: dict[str, Any]  # flags and `about_data`, which saved states are checked for
+    about_data: dict[str, Any]  # fingerprints of the whole data set
     images: data.Images  # the training set, cut to its share and with its wrong labels
     test_images: data.Images
     model: nn.Module
@@ -44,11 +47,10 @@ class Plan:
     parent: Path | None  # the saved state to fork from
     step_size: optax.Schedule  # of `tx`; rows record its value
     tx: optax.GradientTransformation
-    noise: types.Noise | None
+    label_noise: optax.Schedule  # the share of labels drawn anew
     sampler: types.Sampler
     init_key: types.PRNGKey
     train_key: types.PRNGKey
-    eval_key: types.PRNGKey
     steps_per_epoch: int
     total_steps: int  # of all epochs
     num_steps: int  # of this command
@@ -79,7 +81,7 @@ def resolve(config: Config) -> Plan:
         whole = data.load_images(config.dataset, "train", data_dir=where)
         test = data.load_images(config.dataset, "test", data_dir=where)
     images = training_set(config, whole)
-    n, classes = len(images.labels), len(images.class_names)
+    n, classes, found = len(images.labels), len(images.class_names), fingerprints(whole, test)
     if n < config.batch_size:
         raise ValueError(
             f"--batch_size is {config.batch_size}, more than the {n} training images of "
@@ -99,7 +101,7 @@ def resolve(config: Config) -> Plan:
     network = models.from_linen(model)
     step_size, label_noise = schedules(config, steps_per_epoch)
     # fold_in(key, 1) is split(key)[1] in JAX: keys of one level are all made in one way.
-    init_key, train_key, eval_key = jr.split(jr.key(config.seed), 3)
+    init_key, train_key, _ = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
     n_test = None if config.n_final_eval == -1 else config.n_final_eval
@@ -107,7 +109,9 @@ def resolve(config: Config) -> Plan:
     return Plan(
         config=config,
         folder=folder,
-        about=about(config, whole, test),
+        about={k: v for k, v in dataclasses.asdict(config).items() if k not in flags.MAY_CHANGE}
+        | found,
+        about_data=found,
         images=images,
         test_images=test._replace(images=test.images[:n_test], labels=test.labels[:n_test]),
         model=model,
@@ -115,12 +119,11 @@ def resolve(config: Config) -> Plan:
         weights=weights(config, network, whole.images.shape[1:]) if is_new else None,
         parent=parent_state(config) if is_new else None,
         step_size=step_size,
-        tx=optimizer(config, step_size),
-        noise=data.uniform_label_noise(label_noise, classes) if config.sgd_p_label_noise else None,
-        sampler=train.reshuffled_epochs(n, config.batch_size),
+        tx=optimizer(step_size, config.momentum or None, config.l2_reg or None),
+        label_noise=label_noise,
+        sampler=sampler_of(n, config.batch_size),
         init_key=init_key,
         train_key=train_key,
-        eval_key=eval_key,
         steps_per_epoch=steps_per_epoch,
         total_steps=total_steps,
         num_steps=num_steps,
@@ -153,13 +156,15 @@ def training_set(config: Config, whole: data.Images) -> data.Images:
     return whole._replace(images=whole.images[:n], labels=labels)
 
 
-def about(config: Config, images: data.Images, test_images: data.Images) -> dict[str, Any]:
-    """What makes this run, as JSON values: flags, and fingerprints of the whole data set."""
-    found = {k: v for k, v in dataclasses.asdict(config).items() if k not in flags.MAY_CHANGE}
-    for split, part in (("train", images), ("test", test_images)):
-        fingerprint = data.fingerprint(part)
-        found |= {f"{split} data, {k}": v for k, v in fingerprint.items() if v != ""}
-    return found
+def fingerprints(images: data.Images, test_images: data.Images) -> dict[str, Any]:
+    """Fingerprints of the whole data set, as JSON values."""
+    parts = {"train": data.fingerprint(images), "test": data.fingerprint(test_images)}
+    return {
+        f"{split} data, {name}": value
+        for split, part in parts.items()
+        for name, value in part.items()
+        if value != ""
+    }
 
 
 def build(config: Config, classes: int) -> nn.Module:
@@ -186,11 +191,15 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, opt
     return step_size, label_noise
 
 
-def optimizer(config: Config, step_size: optax.Schedule) -> optax.GradientTransformation:
-    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too."""
-    penalty = optax.add_decayed_weights(config.l2_reg) if config.l2_reg else optax.identity()
-    # Momentum 0.0 would allocate a trace as large as the weights; None has none.
-    return optax.chain(penalty, optax.sgd(step_size, momentum=config.momentum or None))
+def optimizer(
+    step_size: optax.Schedule, momentum: Any, l2_reg: Any
+) -> optax.GradientTransformation:
+    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too.
+
+    `momentum` and λ, `l2_reg`, are numbers or traced scalars; None leaves the term out.
+    """
+    penalty = optax.identity() if l2_reg is None else optax.add_decayed_weights(l2_reg)
+    return optax.chain(penalty, optax.sgd(step_size, momentum))
 
 
 def weights(config: Config, network: types.Network, shape: tuple[int, ...]) -> Weights | None:
@@ -227,23 +236,6 @@ def augmentation(config: Config) -> Callable | None:
     if config.no_data_augm or base in UNAUGMENTED:
         return None
     return partial(data.crop_and_flip, flip=base not in UNFLIPPED)
-
-
-def initial_state(plan: Plan, key: types.PRNGKey, weights: Weights | None) -> TrainState:
-    """The state before step 0, with given `weights` in place of drawn ones; can be traced."""
-    x = jnp.zeros((1, *plan.images.images.shape[1:]), jnp.float32)
-    params, stats = weights or (None, None)
-    state = train.init_state(key, plan.network, plan.tx, x, averaged=True, params=params)
-    return state if stats is None else state._replace(stats=stats)
-
-
-def make_segment(plan: Plan, mesh: jax.sharding.Mesh, fetch: Fetch) -> types.Segment:
-    """The compiled loop over training steps."""
-    objective = train.make_objective(plan.network, train.cross_entropy)
-    step = train.make_step(objective, plan.tx, ema_decay=plan.config.swa_tau)
-    shard = train.split_examples(mesh)
-    # Unrolling would compile that many copies of the network.
-    return train.make_segment(step, fetch, shard, unroll=1, noise=plan.noise)
 
 
 def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:

@@ -5,17 +5,18 @@ import dataclasses
 import logging
 import operator
 import time
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from experiments.deep import metrics, setup
+from experiments.deep import setup, workbench
 from experiments.deep.config import MAY_CHANGE, Config, folder_of
 from experiments.deep.setup import Plan
-from experiments.figures import progress, terminal
+from experiments.figures import terminal
+from experiments.figures.progress import Live
 from experiments.launch import hosts, lock
 from experiments.launch.signals import Stopped, deferred
 from experiments.storage import records
@@ -110,7 +111,7 @@ def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, 
     parent at its first start only.
     """
     # Weights are an argument: as constants they would be compiled into the program.
-    init = jax.jit(partial(setup.initial_state, plan))
+    init = workbench.of(plan).initial_state
     like = setup.on_all_devices(jax.eval_shape(init, plan.init_key, plan.weights))
     if (found := train.restore(checkpoints, like, plan.about)) is not None:
         return found
@@ -133,17 +134,13 @@ def train_on(
     plan: Plan, checkpoints: Any, state: TrainState, known: dict[str, Any], interrupts: Interrupts
 ) -> None:
     """Trains to the end; evaluates, saves and stops between windows."""
-    mesh, shape, start = train.data_mesh(), plan.images.images.shape[1:], int(state.step)
-    pixels, test_pixels = (setup.placed(each, mesh) for each in (plan.images, plan.test_images))
-    segment = setup.make_segment(
-        plan, mesh, setup.make_fetch(pixels, shape, setup.augmentation(plan.config))
-    )
-    fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
-    evaluate = metrics.make_evaluation(plan, mesh, *fetches)
+    start, bench = int(state.step), workbench.of(plan)
     live = start_recording(plan, start) if hosts.is_first() else None  # one process writes
 
+    progress = (live.on_evaluation,) if live else ()
+
     def record(step: int, since: Since, state: TrainState) -> dict[str, Any]:
-        row = complete(plan, step, since, evaluate(state))
+        row = complete(plan, step, since, bench.evaluate(state, *progress))
         if live:
             records.append_record(plan.folder, row)
             live.on_row(row)
@@ -161,7 +158,7 @@ def train_on(
             plan.train_key,
             state,
             plan.sampler,
-            segment,
+            bench.segment(plan),
             plan.evaluations | plan.kept,
             steps_per_call=plan.steps_per_call,
             interrupt=interrupts,
@@ -185,7 +182,7 @@ def train_on(
                 )
 
 
-def start_recording(plan: Plan, start: int) -> progress.Live:
+def start_recording(plan: Plan, start: int) -> Live:
     """Adds this start to the manifest; returns the progress bar, with TensorBoard if requested."""
     records.start_manifest(
         plan.folder,
@@ -197,7 +194,7 @@ def start_recording(plan: Plan, start: int) -> progress.Live:
     )
     warn_of_changes(plan.folder)
     board = plan.folder / "tensorboard" if plan.config.tensorboard else None
-    return progress.Live(start, plan.num_steps, plan.config.batch_size, board)
+    return Live(start, plan.num_steps, plan.config.batch_size, board)
 
 
 def warn_of_changes(folder: Path) -> None:

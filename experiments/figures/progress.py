@@ -58,6 +58,10 @@ class Live:
         label = f"{rate:.0f} images/s {self.numbers}"
         self.bar.update(self.task, completed=step, description=label)
 
+    def on_evaluation(self, share: float) -> None:
+        """Shows the share of an evaluation that is done."""
+        self.bar.update(self.task, description=f"evaluating, {share:.0%} {self.numbers}")
+
     def on_row(self, row: dict[str, Any]) -> None:
         """Prints an evaluation, and adds it to TensorBoard."""
         head = "train/distinct/"

@@ -2,12 +2,19 @@
 
 import contextlib
 import os
+from importlib import metadata
 
 import jax
 
 from experiments.launch import cli
 
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
+# XLA compiles whole loops of small arrays into one function, in place of calling each operation of
+# their body: 2 to 3 times faster for one toy run, with equal results (docs/fast.md).
+FOLDED_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
+# Gradients of convolution kernels by Eigen and not by YNNPACK: 1.8 to 2.9 times faster.
+KERNEL_GRADIENTS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
+KNOWN = ((0, 10), (0, 12))  # versions of jaxlib with both: XLA ends the process at another's flag
 DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its user
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -21,6 +28,7 @@ def set_up_toys(cpu_devices: int | None = None) -> None:
     If JAX has started, its devices stay: only the speed depends on them.
     """
     _update(jax_enable_x64=True, **DEFAULTS)
+    add_xla_flags(FOLDED_LOOPS)
     named = jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
     # The older way is --xla_force_host_platform_device_count.
     if cpu_devices or not (named or "device_count" in os.environ.get("XLA_FLAGS", "")):
@@ -34,9 +42,16 @@ def set_up_deep(*, deterministic: bool) -> None:
     Call it before JAX starts, which is when XLA reads its flags.
     """
     _update(**DEFAULTS)
-    flags = os.environ.get("XLA_FLAGS", "")
-    if deterministic and FIXED_ORDER not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {FIXED_ORDER}".strip()
+    add_xla_flags(KERNEL_GRADIENTS, *((FIXED_ORDER,) if deterministic else ()))
+
+
+def add_xla_flags(*flags: str) -> None:
+    """Adds flags to XLA_FLAGS, which XLA reads when JAX starts; a flag that the user set stays."""
+    present = os.environ.get("XLA_FLAGS", "")
+    version = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
+    known = [flag for flag in flags if flag == FIXED_ORDER or KNOWN[0] <= version <= KNOWN[1]]
+    new = [flag for flag in known if flag.partition("=")[0] not in present]
+    os.environ["XLA_FLAGS"] = " ".join([present, *new]).strip()
 
 
 def start() -> None:

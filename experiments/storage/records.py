@@ -88,6 +88,7 @@ def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more:
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "git": git_revision(),
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         **more,
     }
     write_json(folder / "manifest.json", {"starts": [*read_starts(folder), start]})

@@ -1,7 +1,7 @@
 """Loops on the host over a data set: loss, error and sparsity of a classifier, its moments."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sgd_sparse_jax.types import Fetch, LossFn, Network, Params, PRNGKey, Scalar, Stats
+
+OnBatch: TypeAlias = Callable[[], None]
 
 
 def make_evaluation(
@@ -20,14 +22,15 @@ def make_evaluation(
     sample: Callable[[str, Array], Float[Array, "b m"]] | None = None,
     distinct: Callable[[Float[Array, "n m"]], Scalar] | None = None,
     shard: Callable = lambda idx: idx,
-) -> Callable[[PRNGKey, Params, Stats, int], dict[str, Any]]:
+) -> Callable[..., dict[str, Any]]:
     """(key, params, stats, n) -> mean loss and error of a classifier over the first n examples.
 
     `fetch(key, idx)` gathers examples, `batch` at a time; `shard` constrains the layout of `idx`
     over devices. With `sample(block, features) -> [b, m]`, also for each block of features:
     `active/BLOCK`, the share of positive entries, and `dead/BLOCK`, that of units which are
     positive for no example; with `distinct(units [n, m]) -> share` too, `distinct/BLOCK`, its value
-    for the sampled units. Each example passes the network once.
+    for the sampled units. Each example passes the network once. `on_batch()`, a further argument of
+    the result, is called after each batch.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -61,7 +64,9 @@ def make_evaluation(
     either = jax.jit(lambda a, b: jax.tree.map(jnp.logical_or, a, b))
     dead = jax.jit(lambda alive: jax.tree.map(lambda unit: (~unit).mean(), alive))
 
-    def evaluate(key: PRNGKey, params: Params, stats: Stats, n: int) -> dict[str, Any]:
+    def evaluate(
+        key: PRNGKey, params: Params, stats: Stats, n: int, on_batch: OnBatch = lambda: None
+    ) -> dict[str, Any]:
         sums, units, alive = [], [], None
         for start in range(0, n, batch):
             # Padded, so that one program takes all batches, and masked, so that counts are exact.
@@ -74,6 +79,7 @@ def make_evaluation(
                 units.append(some)
                 total |= active
             sums.append(total)
+            on_batch()
         joined = jax.tree.map(lambda *some: jnp.concatenate(some)[:n], *units) if units else {}
         once = {f"distinct/{block}": share(phi) for block, phi in joined.items()} if share else {}
         # The only transfer: a number fetched per batch would have the device wait for the host.
@@ -87,12 +93,13 @@ def make_evaluation(
 
 def make_moments(
     network: Network, fetch: Fetch, *, batch: int, shard: Callable = lambda idx: idx
-) -> Callable[[PRNGKey, Params, Stats, int], Stats]:
+) -> Callable[..., Stats]:
     """(key, params, stats, n) -> the mean of each batch's own statistics over the first n examples.
 
     For weights that have no statistics of their own, such as averages along a run. `network` must
     have no memory: BatchNorm whose running moments are those of the last batch (momentum 0 in
     Flax). Floats in `stats` are averaged over whole batches; other leaves, such as keys, stay.
+    `on_batch()`, a further argument of the result, is called after each batch.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -108,13 +115,18 @@ def make_moments(
     def of_batch(key, params, stats, idx):
         return network.apply(params, stats, fetch(key, shard(idx)).x, train=True).stats
 
-    def moments(key: PRNGKey, params: Params, stats: Stats, n: int) -> Stats:
+    def moments(
+        key: PRNGKey, params: Params, stats: Stats, n: int, on_batch: OnBatch = lambda: None
+    ) -> Stats:
         is_float = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
         if not any(map(is_float, jax.tree.leaves(stats))):
             return stats
         size, count = min(batch, n), max(n // batch, 1)
         rows = np.arange(count * size, dtype=np.int32).reshape(count, size)
-        found = [of_batch(key, params, stats, row) for row in rows]
+        found = []
+        for row in rows:
+            found.append(of_batch(key, params, stats, row))
+            on_batch()
         mean = lambda leaf, *new: sum(new) / count if is_float(leaf) else leaf
         return jax.tree.map(mean, stats, *found)
 

@@ -4,12 +4,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Float64
 
 from sgd_sparse_jax.types import PRNGKey, Sampler, Segment, TrainState
@@ -52,7 +54,8 @@ def windows(
         key: its halves go to `sampler` and to `segment`.
         state: where to begin; its buffers are donated.
         sampler: (key, step, count) -> indices [count, b], see `train.samplers`.
-        segment: what `make_segment` returns.
+        segment: what `make_segment` returns, or a `jax.tree_util.Partial(function, *arrays)`, which
+            is compiled once for all runs that share the function, whatever the arrays' values.
         stops: steps to yield at; those up to `state.step` are ignored.
         steps_per_call: steps in one compiled call; at most two programs are compiled.
         interrupt: called after each call with the step reached; where it returns True a window is
@@ -82,7 +85,8 @@ def windows(
     # Committed to their devices, as what comes back: else the second call would compile again.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
     draw = jax.jit(sampler, static_argnums=2)
-    advance = jax.jit(segment, donate_argnums=1)
+    shared = isinstance(segment, Partial)
+    advance = partial(_advance, segment) if shared else jax.jit(segment, donate_argnums=1)
     compiled: set[int] = set()
     step, last_loss = int(state.step), None
     for stop in sorted({stop for stop in stops if stop > step}):
@@ -117,6 +121,11 @@ def windows(
                     raise _not_finite(f"state at step {step}", step, last_loss)
                 yield Window(state, step, np.array(losses), seconds)
                 losses, begun = [], time.perf_counter()
+
+
+@partial(jax.jit, donate_argnums=2)
+def _advance(segment: Partial, key: PRNGKey, state: TrainState, rows: jax.Array):
+    return segment(key, state, rows)
 
 
 @jax.jit
