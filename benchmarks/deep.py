@@ -33,7 +33,7 @@ from benchmarks import peaks, timing
 from benchmarks.deep_plan import EVAL_BATCH, SHAPE, Config, Plan, command, complete, validate
 from benchmarks.deep_sides import Side, Training, jax_side, memory_peak, torch_device, torch_sides
 from benchmarks.deep_table import show
-from experiments.launch import cli
+from experiments.launch import cli, devices
 from sgd_sparse_jax import measure, train
 
 
@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def run(config: Config) -> dict[str, Any]:
     """Measures every network, prints tables, and writes all of it after each network."""
+    devices.set_up_deep(deterministic=False)
     validate(config)
     plan = complete(config)
     results: dict[str, Any] = {

@@ -6,24 +6,22 @@ Diagonal nets of D1's size in float64, their final parameters returned. The memo
 the whole process, compiler included.
 """
 
-import os
 import resource
 import statistics
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import timing, toy as toys
 from experiments.figures import plots
+from experiments.launch import devices
 from experiments.toy import problems
 
 
 def main() -> None:
     """Measures, prints, and writes JSON and a figure next to it."""
     args = timing.arguments(__doc__, most=4096, steps=2_000, points=8, repeats=3)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    jax.config.update("jax_enable_x64", True)
+    devices.set_up_toys()
     toy = problems.PROBLEMS["diagonal"]()
     counts = [4**k for k in range(12) if 4**k <= args.most]
     seconds = timing.rounds(

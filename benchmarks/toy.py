@@ -22,6 +22,7 @@ import optax
 import torch
 
 from benchmarks import timing
+from experiments.launch import devices
 from experiments.toy import problems
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.train import (
@@ -139,7 +140,8 @@ def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array)
         state = init_state(key, network, tx, train.x)
         return record_run(key, sampler, segment, state, [start], steps)[0].params
 
-    sweep, keys = make_sweep(run), jr.split(jr.key(0), seeds)
+    sweep = make_sweep(run)
+    keys = jr.split(jr.key(0), seeds)
     return lambda: sweep(keys, step_sizes)
 
 
@@ -201,8 +203,7 @@ def rank_sides(count: int) -> dict:
 def main() -> None:
     """Times all sides and prints tables; `--out` also writes them as JSON."""
     args = timing.arguments(__doc__, runs=128, steps=100_001, ranks=348, repeats=5)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    jax.config.update("jax_enable_x64", True)
+    devices.set_up_toys()
     torch.set_num_threads(1)
     per_step, tables = "step_and_run", {}
     sides = diagonal_net_sides(args.steps, args.runs)

@@ -134,7 +134,8 @@ def save(
         is_newer = checkpoints.save(step, args=args, custom_metadata=beside)
         if is_first:  # a folder that can't hold a state, or return it, is noticed before training
             checkpoints.wait_until_finished()
-            _read(checkpoints, step, state._asdict(), {})
+            if jax.process_count() == 1:
+                _read(checkpoints, step, state._asdict(), {})
     if not is_newer:  # orbax returns False and saves nothing
         newest = f"{checkpoints.latest_step()} in {checkpoints.directory}"
         raise ValueError(f"Step {step} isn't newer than step {newest}; choose another folder.")
@@ -261,8 +262,11 @@ def _read(
     _assert_alike(*mine, like, about, where)
     # The digest is that of the whole state: parts that `like` lacks are read too.
     place = jax.tree.leaves(like)[0].sharding
-    target = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
-    args = ocp.args.StandardRestore(jax.tree.map(target, saved) | dict(like))
+    at = lambda place: (
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or x.sharding)
+    )
+    targets = jax.tree.map(at(place), saved) | jax.tree.map(at(None), dict(like))
+    args = ocp.args.StandardRestore(targets)  # not arrays: those of several hosts are refused
     with _raised_as(_Damaged, f"{where} is damaged: "):
         state = checkpoints.restore(step, args=args)
         if int(digest(TrainState(**state))) != beside["digest"]:
