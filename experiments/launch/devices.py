@@ -9,12 +9,9 @@ import jax
 from experiments.launch import cli
 
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
-# XLA compiles whole loops of small arrays into one function, in place of calling each operation of
-# their body: 2 to 3 times faster for one toy run, with equal results (docs/fast.md).
-FOLDED_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
 # Gradients of convolution kernels by Eigen and not by YNNPACK: 1.8 to 2.9 times faster.
 KERNEL_GRADIENTS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-KNOWN = ((0, 10), (0, 12))  # versions of jaxlib with both: XLA ends the process at another's flag
+KNOWN = ((0, 10), (0, 12))  # versions of jaxlib with it: XLA ends the process at another's flag
 DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its user
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -28,7 +25,6 @@ def set_up_toys(cpu_devices: int | None = None) -> None:
     If JAX has started, its devices stay: only the speed depends on them.
     """
     _update(jax_enable_x64=True, **DEFAULTS)
-    add_xla_flags(FOLDED_LOOPS)
     named = jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
     # The older way is --xla_force_host_platform_device_count.
     if cpu_devices or not (named or "device_count" in os.environ.get("XLA_FLAGS", "")):
