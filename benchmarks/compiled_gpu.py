@@ -31,6 +31,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks import timing
+from benchmarks.toy_runs import make_run
 from experiments.toy import problems
 from sgd_sparse_jax import Batch, data, models, train
 
@@ -232,19 +233,9 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def sweep(problem: str, runs: int, steps: int, records: int = 4) -> dict[str, Any]:
     """`runs` runs of `steps` single-example steps with `records` equally spaced records."""
     toy = problems.PROBLEMS[problem]()
-    network, examples = toy.network(1.0), toy.train
-
-    def run(key, step_size):
-        tx = optax.sgd(step_size)
-        fetch = lambda key, idx: Batch(examples.x[idx], examples.y[idx])
-        step = train.make_step(train.make_objective(network, toy.loss), tx)
-        state = train.init_state(key, network, tx, examples.x)
-        at = [steps // records * i for i in range(records)]
-        probe = train.Probe(lambda state: toy.mean_loss(state.params, examples), at)
-        sampler = train.with_replacement(len(examples.y), 1)
-        segment = train.make_segment(step, fetch)
-        return train.record_run(key, sampler, segment, state, [probe], steps)
-
+    at = [steps // records * i for i in range(records)]
+    probe = train.Probe(lambda state: toy.mean_loss(state.params, toy.train), at)
+    run = make_run(toy, steps, [probe])
     keys = jax.eval_shape(lambda: jr.split(jr.key(0), runs))
     sizes = jax.ShapeDtypeStruct((runs,), jnp.float64)
     program = compiled(jax.vmap(run), keys, sizes)

@@ -18,24 +18,14 @@ import jax.numpy as jnp
 import jax.random as jr
 import numba
 import numpy as np
-import optax
 import torch
 
 from benchmarks import timing
+from benchmarks.toy_runs import make_run
 from experiments.launch import devices
 from experiments.toy import problems
 from sgd_sparse_jax import measure
-from sgd_sparse_jax.train import (
-    Probe,
-    init_state,
-    make_objective,
-    make_segment,
-    make_step,
-    make_sweep,
-    record_run,
-    with_replacement,
-)
-from sgd_sparse_jax.types import Batch
+from sgd_sparse_jax.train import Probe, make_sweep
 
 DIAGONAL_STEP_SIZE, FC_STEP_SIZE = 0.25, 1e-4
 INIT_SCALE = 0.1
@@ -129,18 +119,8 @@ def jax_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
 
 def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array):
     """Seeds x step sizes, final parameters."""
-    network, train = toy.network(1.0), toy.train
-
-    def run(key, step_size):
-        tx = optax.sgd(step_size)
-        fetch = lambda key, idx: Batch(train.x[idx], train.y[idx])
-        segment = make_segment(make_step(make_objective(network, toy.loss), tx), fetch)
-        sampler = with_replacement(len(train.y), 1)
-        start = Probe(lambda state: state.step, [0])
-        state = init_state(key, network, tx, train.x)
-        return record_run(key, sampler, segment, state, [start], steps)[0].params
-
-    sweep = make_sweep(run)
+    run = make_run(toy, steps, [Probe(lambda state: state.step, [0])])
+    sweep = make_sweep(lambda key, step_size: run(key, step_size)[0].params)
     keys = jr.split(jr.key(0), seeds)
     return lambda: sweep(keys, step_sizes)
 

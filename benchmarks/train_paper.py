@@ -90,9 +90,13 @@ def adapted(config: Config, setting: flags.Config, epochs: int, **changes) -> fl
     """One of the four settings at the given length."""
     of = {n: getattr(config, n) for n in ("data_dir", "model_width", "half_prec", "seed")}
     of |= {"frac_train": config.frac_train, "runs_dir": str(config.out_dir / "runs")}
-    per_epoch = int(IMAGES * config.frac_train) // setting.batch_size
-    every = max(epochs * per_epoch // (EVALUATIONS - 1), 1)
+    every = max(epochs * steps_per_epoch(config, setting) // (EVALUATIONS - 1), 1)
     return dataclasses.replace(setting, **of, epochs=epochs, **{"eval_iter_freq": every} | changes)
+
+
+def steps_per_epoch(config: Config, setting: flags.Config) -> int:
+    """Whole batches of the share of the training set."""
+    return int(IMAGES * config.frac_train) // setting.batch_size
 
 
 def affordable_epochs(config: Config, started: float) -> int:
@@ -108,7 +112,7 @@ def affordable_epochs(config: Config, started: float) -> int:
         step, evaluating = rows[-1]["step_seconds"], rows[-1]["eval_seconds"]
         trial_evaluations = sum(row["eval_seconds"] for row in rows[1:])
         compiling = time.monotonic() - begun - trial_evaluations - step * steps
-        cost["epoch"] += step * int(IMAGES * config.frac_train) // setting.batch_size
+        cost["epoch"] += step * steps_per_epoch(config, setting)
         cost["fixed"] += compiling + EVALUATIONS * evaluating
     left = config.seconds - (time.monotonic() - started) - cost["fixed"]
     epochs = min(int(left / cost["epoch"]), PAPER_EPOCHS)
