@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-# As the experiments do (launch/devices.py): convolution networks also compile faster.
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution")
 os.environ["SGD_SPARSE_ALLOW_JAXLIB"] = "1"  # tests/test_backend.py says what is wrong with it
+
+from experiments.launch import devices  # refuses that jaxlib without the variable
+
+devices.add_xla_flag(devices.KERNEL_GRADIENTS)  # convolution networks also compile faster
 # Programs are kept on disk for the session, for all workers and for the commands that tests start.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     PROGRAMS = tempfile.TemporaryDirectory()  # of the first process: workers inherit the variable

@@ -135,12 +135,12 @@ def train_on(
 ) -> None:
     """Trains to the end; evaluates, saves and stops between windows."""
     start, bench = int(state.step), workbench.of(plan)
+    evaluate = bench.evaluation()
     live = start_recording(plan, start) if hosts.is_first() else None  # one process writes
-
     progress = (live.on_evaluation,) if live else ()
 
     def record(step: int, since: Since, state: TrainState) -> dict[str, Any]:
-        row = complete(plan, step, since, bench.evaluate(state, *progress))
+        row = complete(plan, step, since, evaluate(state, *progress))
         if live:
             records.append_record(plan.folder, row)
             live.on_row(row)

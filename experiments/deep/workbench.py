@@ -1,6 +1,7 @@
 """Compiled functions and data on the devices, shared by runs that differ in numbers alone."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -39,9 +40,9 @@ class Workbench(NamedTuple):
     """The functions of a run."""
 
     initial_state: Callable[..., types.TrainState]  # (key, weights or None), compiled
-    pixels: types.Batch
+    images: Callable[[], list[types.Batch]]  # both splits, on the devices from the first call on
     step: Callable  # (pixels, numbers, key, state, indices) -> (state, losses), see `segment`
-    evaluate: Callable[[types.TrainState], dict[str, Any]]
+    evaluation: Callable[[], Callable[..., dict[str, Any]]]
 
     def segment(self, plan: Plan) -> Partial:
         """The segment of a run, as `train.windows` compiles it: once for all runs."""
@@ -53,7 +54,7 @@ class Workbench(NamedTuple):
             *map(jnp.float32, (config.momentum, config.l2_reg, config.swa_tau)),
         )
         # Arguments, pixels too: JAX keeps compiled functions, and what is part of them, for long.
-        return Partial(self.step, self.pixels, train.replicate(numbers, train.data_mesh()))
+        return Partial(self.step, self.images()[0], train.replicate(numbers, train.data_mesh()))
 
 
 _latest: dict[tuple, Workbench] = {}  # one: a data set fills a part of a device's memory
@@ -75,9 +76,7 @@ def of(plan: Plan) -> Workbench:
 
 def _make(plan: Plan) -> Workbench:
     config, mesh, shape = plan.config, train.data_mesh(), plan.images.images.shape[1:]
-    pixels, test_pixels = (setup.placed(each, mesh) for each in (plan.images, plan.test_images))
     augment, shard = setup.augmentation(config), train.split_examples(mesh)
-    fetches = [setup.make_fetch(each, shape) for each in (pixels, test_pixels)]
     objective = train.make_objective(plan.network, train.cross_entropy)
     classes, noisy = len(plan.images.class_names), config.sgd_p_label_noise > 0
 
@@ -98,5 +97,14 @@ def _make(plan: Plan) -> Workbench:
         state = train.init_state(key, plan.network, plan.tx, x, averaged=True, params=params)
         return state if stats is None else state._replace(stats=stats)
 
-    evaluate = metrics.make_evaluation(plan, mesh, *fetches)
-    return Workbench(jax.jit(initial_state), pixels, step, evaluate)
+    # Once, and not before training: a finished run, or one that is refused, needs no images.
+    @functools.cache
+    def images():
+        return [setup.placed(each, mesh) for each in (plan.images, plan.test_images)]
+
+    @functools.cache
+    def evaluation():
+        fetches = [setup.make_fetch(pixels, shape) for pixels in images()]
+        return metrics.make_evaluation(plan, mesh, *fetches)
+
+    return Workbench(jax.jit(initial_state), images, step, evaluation)

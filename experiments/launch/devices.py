@@ -9,9 +9,8 @@ import jax
 from experiments.launch import cli
 
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
-# Gradients of convolution kernels by Eigen and not by YNNPACK: 1.8 to 2.9 times faster.
+# On CPUs: gradients of convolution kernels not by YNNPACK, 1.8 to 2.9 times faster (docs/fast.md).
 KERNEL_GRADIENTS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-KNOWN = ((0, 10), (0, 12))  # versions of jaxlib with it: XLA ends the process at another's flag
 DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its user
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
@@ -38,16 +37,19 @@ def set_up_deep(*, deterministic: bool) -> None:
     Call it before JAX starts, which is when XLA reads its flags.
     """
     _update(**DEFAULTS)
-    add_xla_flags(KERNEL_GRADIENTS, *((FIXED_ORDER,) if deterministic else ()))
+    add_xla_flag(KERNEL_GRADIENTS)
+    if deterministic:
+        add_xla_flag(FIXED_ORDER)
 
 
-def add_xla_flags(*flags: str) -> None:
-    """Adds flags to XLA_FLAGS, which XLA reads when JAX starts; a flag that the user set stays."""
+def add_xla_flag(flag: str) -> None:
+    """Adds a flag to XLA_FLAGS, unless it has a value there or jaxlib may not know it."""
     present = os.environ.get("XLA_FLAGS", "")
+    # XLA ends the process at a flag that it doesn't know, as later versions may.
     version = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
-    known = [flag for flag in flags if flag == FIXED_ORDER or KNOWN[0] <= version <= KNOWN[1]]
-    new = [flag for flag in known if flag.partition("=")[0] not in present]
-    os.environ["XLA_FLAGS"] = " ".join([present, *new]).strip()
+    known = flag == FIXED_ORDER or (0, 10) <= version <= (0, 12)
+    if known and flag.partition("=")[0] not in present:
+        os.environ["XLA_FLAGS"] = f"{present} {flag}".strip()
 
 
 def start() -> None:
