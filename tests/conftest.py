@@ -83,7 +83,15 @@ def single_precision():
 
 
 @pytest.fixture(scope="module")
-def shallow():
+def quick_compilation():
+    """Half the time to compile, for tests that compare programs with each other."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def shallow(quick_compilation):
     """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
     from sgd_sparse_jax import models  # not above: pytest first has to say that shapes are checked
 

@@ -39,7 +39,7 @@ def fill(path, leaf):
 n, h, w, c = np.ogrid[:8, :32, :32, :3]
 WAVES = 0.37 * n + 0.11 * h * (1 + n % 3) + 0.23 * w + 1.9 * c + 0.05 * h * w * (n % 2)
 X, Y = jnp.asarray(0.5 + 0.5 * np.sin(WAVES)), jnp.asarray((3 * np.arange(8) + 1) % 10)
-QUICK = ("resnet18_plain", "resnet_tiny_gn", "resnet_tiny_softplus", "vgg16")
+QUICK = ("resnet18_plain", "resnet_tiny_gn")
 
 
 def weights(model, shape):

@@ -3,6 +3,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -79,12 +80,12 @@ def make_norms(plan: Plan, fetch: Fetch, shard: Callable) -> Callable:
     objective = train.make_objective(plan.network, train.cross_entropy)
 
     @jax.jit
-    def norms(state: TrainState) -> dict[str, jax.Array]:
+    def norms(fetch: Fetch, state: TrainState) -> dict[str, jax.Array]:
         batch = fetch(jr.key(0), shard(jnp.arange(plan.config.batch_size)))
         grads = jax.grad(lambda p: objective(p, state.stats, batch)[0])(state.params)
         return {"param_norm": optax.tree.norm(state.params), "grad_norm": optax.tree.norm(grads)}
 
-    return norms
+    return partial(norms, fetch)
 
 
 def jacobian_rank(plan: Plan, state: TrainState) -> int:

@@ -107,4 +107,6 @@ def _make(plan: Plan) -> Workbench:
         fetches = [setup.make_fetch(pixels, shape) for pixels in images()]
         return metrics.make_evaluation(plan, mesh, *fetches)
 
-    return Workbench(jax.jit(initial_state), images, step, evaluation)
+    # Runs once: at XLA's highest level it takes three times as long to compile, for the same bits.
+    once = jax.jit(initial_state, compiler_options={"xla_backend_optimization_level": 1})
+    return Workbench(once, images, step, evaluation)

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from sgd_sparse_jax.types import Fetch, LossFn, Network, Params, PRNGKey, Scalar, Stats
@@ -25,12 +26,15 @@ def make_evaluation(
 ) -> Callable[..., dict[str, Any]]:
     """(key, params, stats, n) -> mean loss and error of a classifier over the first n examples.
 
-    `fetch(key, idx)` gathers examples, `batch` at a time; `shard` constrains the layout of `idx`
-    over devices. With `sample(block, features) -> [b, m]`, also for each block of features:
-    `active/BLOCK`, the share of positive entries, and `dead/BLOCK`, that of units which are
-    positive for no example; with `distinct(units [n, m]) -> share` too, `distinct/BLOCK`, its value
-    for the sampled units. Each example passes the network once. `on_batch()`, a further argument of
-    the result, is called after each batch.
+    `fetch(key, idx)` gathers examples, `batch` at a time; as a `jax.tree_util.Partial(f, *arrays)`
+    its arrays are no constants of the compiled program, over which XLA takes seconds per 100 MB.
+    `shard` constrains the layout of `idx` over devices.
+
+    With `sample(block, features) -> [b, m]`, also for each block of features: `active/BLOCK`, the
+    share of positive entries, and `dead/BLOCK`, that of units which are positive for no example;
+    with `distinct(units [n, m]) -> share` too, `distinct/BLOCK`, its value for the sampled units.
+    Each example passes the network once. `on_batch()`, a further argument of the result, is called
+    after each batch.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -41,8 +45,10 @@ def make_evaluation(
         {'loss': 3.0, 'error': 0.5}
     """
 
+    fetch = fetch if isinstance(fetch, Partial) else Partial(fetch)
+
     @jax.jit
-    def totals(key, params, stats, idx, mask):
+    def totals(fetch, key, params, stats, idx, mask):
         examples = fetch(key, shard(idx))
         logits, features, _ = network.apply(params, stats, examples.x)
         summed = lambda values: jnp.where(mask, values, 0).sum(dtype=logits.dtype)
@@ -72,7 +78,7 @@ def make_evaluation(
             # Padded, so that one program takes all batches, and masked, so that counts are exact.
             places = np.arange(start, start + batch)
             idx, mask = np.minimum(places, n - 1).astype(np.int32), places < n
-            total, features = totals(key, params, stats, idx, mask)
+            total, features = totals(fetch, key, params, stats, idx, mask)
             if sample:
                 active, on, some = observe(features, mask)
                 alive = either(alive, on) if alive else on
@@ -111,8 +117,10 @@ def make_moments(
         2.5
     """
 
+    fetch = fetch if isinstance(fetch, Partial) else Partial(fetch)
+
     @jax.jit
-    def of_batch(key, params, stats, idx):
+    def of_batch(fetch, key, params, stats, idx):
         return network.apply(params, stats, fetch(key, shard(idx)).x, train=True).stats
 
     def moments(
@@ -125,7 +133,7 @@ def make_moments(
         rows = np.arange(count * size, dtype=np.int32).reshape(count, size)
         found = []
         for row in rows:
-            found.append(of_batch(key, params, stats, row))
+            found.append(of_batch(fetch, key, params, stats, row))
             on_batch()
         mean = lambda leaf, *new: sum(new) / count if is_float(leaf) else leaf
         return jax.tree.map(mean, stats, *found)
