@@ -1,5 +1,6 @@
 """The installed jaxlib computes what NumPy does, and a command sets JAX up as its flags say."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import jax
 import jaxlib
 import numpy as np
 import pytest
+import xarray
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,3 +83,20 @@ def test_jax_that_can_not_start_is_one_line(tmp_path):
     flags = ["--seeds=1", f"--runs_dir={tmp_path}"]
     done = python("-m", "experiments.diag_nets", *flags, JAX_PLATFORMS="cuda")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+
+
+def test_folded_loops_give_the_same_bits(tmp_path):
+    """Small loops are one function by default; `XLA_FLAGS` of the user, here without it, stays."""
+    unfolded = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=0"
+    sizes = ["--n=20", "--d=24", "--support=3", "--seeds=2", "--num_steps=200"]
+    found = []
+    for name, flags in (("folded", None), ("unfolded", unfolded)):
+        where = [f"--runs_dir={tmp_path}", f"--exp_name={name}"]
+        done = python("-m", "experiments.diag_nets", *sizes, *where, XLA_FLAGS=flags)
+        assert done.returncode == 0, done.stderr
+        with xarray.open_dataset(tmp_path / "diag_nets" / name / "results.nc") as dataset:
+            found.append(dataset.load())
+        manifest = json.loads((tmp_path / "diag_nets" / name / "manifest.json").read_text())
+        folds = "threshold=1000000000" in manifest["starts"][0]["xla_flags"]
+        assert folds == (name == "folded")
+    xarray.testing.assert_identical(*(dataset.drop_attrs() for dataset in found))

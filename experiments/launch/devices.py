@@ -9,6 +9,8 @@ import jax
 from experiments.launch import cli
 
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
+# On CPUs, loops over small arrays become one function (docs/fast.md); weights are the same bits.
+SMALL_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
 # On CPUs: gradients of convolution kernels not by YNNPACK, 1.8 to 2.9 times faster (docs/fast.md).
 KERNEL_GRADIENTS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
 DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its user
@@ -24,6 +26,7 @@ def set_up_toys(cpu_devices: int | None = None) -> None:
     If JAX has started, its devices stay: only the speed depends on them.
     """
     _update(jax_enable_x64=True, **DEFAULTS)
+    add_xla_flag(SMALL_LOOPS)
     named = jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
     # The older way is --xla_force_host_platform_device_count.
     if cpu_devices or not (named or "device_count" in os.environ.get("XLA_FLAGS", "")):
