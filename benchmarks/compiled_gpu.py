@@ -34,6 +34,7 @@ from benchmarks import timing
 from benchmarks.toy_runs import make_run
 from experiments.toy import problems
 from sgd_sparse_jax import Batch, data, models, train
+from sgd_sparse_jax.train.sweep import STRIDE
 
 # NVIDIA H100 80GB HBM3, as XLA describes it.
 H100 = """
@@ -239,8 +240,20 @@ def sweep(problem: str, runs: int, steps: int, records: int = 4) -> dict[str, An
     keys = jax.eval_shape(lambda: jr.split(jr.key(0), runs))
     sizes = jax.ShapeDtypeStruct((runs,), jnp.float64)
     program = compiled(jax.vmap(run), keys, sizes)
-    found = report(program.as_text(), steps)
-    return found | {"temporary_bytes": program.memory_analysis().temp_size_in_bytes}
+    text = program.as_text()
+    bodies = computations(text)
+    # The loop over steps is the innermost one of known length; each trip takes STRIDE steps.
+    loops = [each for body in bodies.values() for each in body if each.operation == "while"]
+    inner = [each.refers_to("body") for each in loops if "known_trip_count" in each.attributes]
+    counts = [
+        sum(1 for _ in kernels(bodies, name))
+        for name in inner
+        if not any(each.operation == "while" for each in bodies[name])
+    ]
+    return report(text, steps) | {
+        "kernels_per_step": max(counts) / STRIDE,
+        "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
+    }
 
 
 def main() -> None:

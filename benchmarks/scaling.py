@@ -202,14 +202,14 @@ def count(name: str, config: Config, mesh: Mesh) -> dict[str, Any]:
         "step_flop_per_image": flop,
         "state_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         "gradient_bytes": 4 * parameters,
-        "norm_bytes": 4 * 4 * channels,
+        "norm_bytes": 4 * 2 * channels,
         "kept_bytes_per_image": kept_bytes_per_image(model),
     }
     exchanged = {
         "ops": sorted({each.op for each in sent}),
         "instructions": len(sent),
         "elements": sum(each.elements for each in sent),
-        "elements_by_law": parameters + 4 * channels + 1,
+        "elements_by_law": parameters + 2 * channels + 1,
         "bytes": sum(each.bytes for each in sent),
         "bytes_by_dtype": bytes_by_dtype(sent),
     }

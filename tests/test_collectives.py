@@ -9,18 +9,17 @@ from benchmarks import scaling
 
 @pytest.mark.usefixtures("shallow")
 def test_a_step_adds_up_gradients_moments_and_the_loss(tmp_path):
-    """And nothing else: each parameter once, each norm's channels four times, a scalar.
+    """And nothing else: each parameter once, each norm's channels twice, a scalar.
 
-    Forward, a norm adds up its sums for mean and, which takes the mean, variance. Backward, its
-    variance's cotangent is its scale's gradient up to factors; its mean's comes as two sums, of the
-    activations' cotangents and, later, of what passes through the variance (0 but for rounding).
+    Forward, a norm adds up its two moments in one pass. Backward, the two sums that it needs are
+    the gradients of its scale and bias up to factors, which are parameters.
     """
     out = tmp_path / "scaling.json"
     scaling.main(["--nets", "shallow", "--width=2", "--precision=fp32", f"--out={out}"])
     net = json.loads(out.read_text())["nets"]["shallow"]
     exchanged = net["exchanged"]
     assert exchanged["ops"] == ["all-reduce"]
-    assert exchanged["elements"] == net["parameters"] + 4 * net["norm_channels"] + 1
+    assert exchanged["elements"] == net["parameters"] + 2 * net["norm_channels"] + 1
     assert exchanged["elements"] == exchanged["elements_by_law"]
     assert exchanged["bytes"] == net["gradient_bytes"] + net["norm_bytes"] + 4
     assert exchanged["bytes_sent_per_device_of_8"] == round(7 / 4 * exchanged["bytes"])

@@ -91,17 +91,16 @@ def record_run(
 def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, stop) -> TrainState:
     """Steps until `state.step` is `stop`, which may be traced: one program for all distances."""
 
-    def window(state: TrainState) -> TrainState:
-        offset = state.step % WINDOW
-        indices = sampler(order, state.step - offset, WINDOW)
-        todo = jnp.minimum(stop - state.step, WINDOW - offset)
-        rows = lambda first, count: jax.lax.dynamic_slice_in_dim(indices, offset + first, count)
-        stride = lambda i, state: segment(noise, state, rows(i * STRIDE, STRIDE))[0]
-        single = lambda i, state: segment(noise, state, rows(i, 1))[0]
-        state = jax.lax.fori_loop(0, todo // STRIDE, stride, state)
-        return jax.lax.fori_loop(todo - todo % STRIDE, todo, single, state)
+    def window(state: TrainState, trips, length: int) -> TrainState:
+        indices = sampler(order, state.step, WINDOW)
+        rows = lambda i: jax.lax.dynamic_slice_in_dim(indices, i * length, length)
+        advance = lambda i, state: segment(noise, state, rows(i))[0]
+        return jax.lax.fori_loop(0, trips, advance, state)
 
-    return jax.lax.while_loop(lambda state: state.step < stop, window, state)
+    # The number of trips of the inner loop is known, else a GPU asks the host at each of them.
+    full = lambda state: window(state, WINDOW // STRIDE, STRIDE)
+    state = jax.lax.while_loop(lambda state: state.step + WINDOW <= stop, full, state)
+    return window(state, stop - state.step, 1)
 
 
 def _record_if(scheduled, record: Record, state: TrainState):
