@@ -81,11 +81,11 @@ class Sides:
     def watched(self) -> None:
         """With the progress bar and records of `experiments.resnet_cifar`."""
         live = progress.Live(0, self.config.steps, self.config.batch_size)
-        row = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
+        record = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
         try:
             list(self.windows(on_call=live.on_call))
-            records.append_record(self.folder, row)
-            live.on_row(row)
+            records.append_record(self.folder, record)
+            live.on_record(record)
         finally:
             live.close()
 

@@ -108,7 +108,7 @@ def affordable_epochs(config: Config, started: float) -> int:
         trial = adapted(
             config, setting, PAPER_EPOCHS, max_steps=steps, eval_iter_freq=WARM_UP, exp_name="trial"
         )
-        rows = curves.rows_of(training.run(trial))
+        rows = curves.records_of(training.run(trial))
         step, evaluating = rows[-1]["step_seconds"], rows[-1]["eval_seconds"]
         trial_evaluations = sum(row["eval_seconds"] for row in rows[1:])
         compiling = time.monotonic() - begun - trial_evaluations - step * steps

@@ -78,7 +78,7 @@ def test_a_wrong_flag_is_named_before_anything_runs(argv, named, capsys):
         (FloatingPointError("the loss is NaN"), 1, "error: the loss is NaN"),
         (FileNotFoundError(2, "No such file", "a/b"), 1, "error: a/b: No such file"),
         (Stopped("step 3; the same command continues"), 75, "step 3; the same command"),
-        (KeyboardInterrupt(), 130, "error: interrupted; the same command continues"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command to continue"),
     ],
 )
 def test_an_end_that_is_no_bug_is_one_line(error, code, message, capsys, monkeypatch):

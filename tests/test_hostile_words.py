@@ -85,7 +85,7 @@ def test_tables_on_the_terminal_print_names_as_they_are(monkeypatch, tmp_path, c
     entry = {"setting": f"setting {word}", "outcome": "diverged"}
     sweep_deep.show(tmp_path, f"about {word}", [entry])
     text = capsys.readouterr().out
-    assert f"about {word}: last rows" in text and f"setting {word}" in text
+    assert f"about {word}: last records" in text and f"setting {word}" in text
 
 
 @settings(max_examples=60)

@@ -173,7 +173,7 @@ def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert ended.returncode != 0
-    assert "waits 1 s" in ended.stderr and "--coordinator" in ended.stderr
+    assert "waiting 1 s" in ended.stderr and "--coordinator" in ended.stderr
 
 
 def test_half_a_description_of_the_hosts_is_refused():

@@ -98,7 +98,7 @@ def test_a_finished_run_is_only_shown_again(whole, capsys):
     config, folder = whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("m*.json*")}
     assert run(config) == run(replace(config, max_steps=2)) == folder
-    assert capsys.readouterr().out.count("at step 5 already") == 2
+    assert capsys.readouterr().out.count("already at step 5") == 2
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("m*.json*")}
 
 

@@ -78,7 +78,7 @@ def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsy
     first = sweep_deep.run(replace(chosen, part="1/2"))
     runs = sorted(path.name for path in (tmp_path / "resnet_cifar").iterdir())
     assert len(runs) == 2 and not (first / "summary.json").exists()
-    assert "2 of 4 runs are other parts'" in capsys.readouterr().out
+    assert "2 of 4 runs, of other parts, are not finished" in capsys.readouterr().out
     for name, value in {"ID": 8, "MIN": 7, "COUNT": 2}.items():  # the second task of an array
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert sweep_deep.run(chosen) == first

@@ -93,7 +93,7 @@ def of_end(experiment: Experiment, life: Life, folder: Path) -> Iterator[Finding
         step = r" at step \d+ of \d+" if experiment.saves == "checkpoints" else ""
         expected = rf"^{life.kind}: stopped{step}.*{re.escape(str(folder))}.*the same command"
     elif is_signal and life.code == INTERRUPTED:
-        expected = "^error: interrupted; the same command continues"
+        expected = "^error: interrupted; run the same command to continue"
     elif not life.kind:  # all states were damaged
         expected += ".*to start from the beginning"
     by_kill = life.kind in ("kill -9", "damaged save", "cut row") and life.code == -signal.SIGKILL
