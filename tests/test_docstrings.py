@@ -19,7 +19,7 @@ SHELVES = ("models", "data", "train", "measure")
 
 
 def public(name):
-    """Functions and classes of the library in the module `name`, under their decorators."""
+    """Public functions and classes defined in the module `name`, unwrapped."""
     found = {}
     for key, value in vars(importlib.import_module(name)).items():
         value = value.func if isinstance(value, functools.partial) else value
