@@ -58,10 +58,7 @@ def test_a_seed_does_not_depend_on_the_number_of_seeds_or_chunks(whole, tmp_path
 def test_a_stopped_run_continues_to_the_same_results(whole, runs_dir, caplog):
     folder = runs_dir / "diag_nets" / "d1"
     scratch = [folder / "chunks" / f".x.npz-{32 * 'a'}", folder / f".config.json-{32 * '0'}"]
-    for path in (
-        *scratch,
-        folder / "chunks" / "batch1-0.npz",
-    ):  # of a kill, of another version
+    for path in (*scratch, folder / "chunks" / "batch1-0.npz"):  # of a kill, of another version
         path.write_bytes(b"half")
     assert run(runs_dir)[1].identical(whole[1]) and not caplog.records
     assert not (folder / "chunks").exists() and not any(path.exists() for path in scratch)
