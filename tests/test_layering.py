@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHELVES = ("models", "data", "train", "measure", "theory")
+SUBPACKAGES = ("models", "data", "train", "measure", "theory")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "registry", "manager"}
 HEAVY = {"tensorflow_datasets", "tensorflow", "matplotlib", "tyro", "orbax", "rich", "PIL"}
 NO_JAX = ("storage", "figures")  # folders without JAX
@@ -57,11 +57,11 @@ def against_library_rule(name, source, is_package=False):
     """Imports that rule 1 forbids in the library module `name`."""
     if name == "sgd_sparse_jax":
         return {other for other in internal(name, source, is_package) if "experiments" in other}
-    shelf = ".".join(name.split(".")[:2])
+    subpackage = ".".join(name.split(".")[:2])
     return {
         other
         for other in internal(name, source, is_package)
-        if other != "sgd_sparse_jax.types" and not f"{other}.".startswith(f"{shelf}.")
+        if other != "sgd_sparse_jax.types" and not f"{other}.".startswith(f"{subpackage}.")
     }
 
 
