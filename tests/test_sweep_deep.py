@@ -70,7 +70,7 @@ def test_a_run_that_diverges_is_a_result(swept, capsys):
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".pdf"}
     assert sweep_deep.run(chosen) == folder  # the same command: nothing is trained again
     out = capsys.readouterr().out
-    assert "already" in out and "diverged before" in out and "1 diverged" in out
+    assert "already" in out and "diverged in an earlier start" in out and "1 diverged" in out
 
 
 def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsys, monkeypatch):
