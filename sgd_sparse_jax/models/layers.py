@@ -81,9 +81,9 @@ class Layers(NamedTuple):
 class BatchNorm(nn.Module):
     """scale (x - m) / sqrt(v + 1e-5) + bias for each channel; m, v its mean and biased variance.
 
-    These are moments of the batch in training, else running moments with decay `momentum`. `axis` is
-    the axis of pmap or shard_map over which they are averaged (None: no average). They are computed
-    in float32 or more; the result has the dtype of x. Source: Ioffe & Szegedy, 2015 (arXiv
+    These are moments of the batch in training, else running moments with decay `momentum`. `axis`
+    is the axis of pmap or shard_map over which they are averaged (None: no average). They are
+    computed in float32 or more; the result has the dtype of x. Source: Ioffe & Szegedy, 2015 (arXiv
     1502.03167).
 
     Example:
@@ -105,9 +105,9 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, size, stored)
         wide, channels = x.astype(stored), (*[1] * (x.ndim - 1), *size)
         mean, var = running.value.reshape(channels), running_var.value.reshape(channels)
-        # One pass over x: two passes, as in Flax, move a seventh more bytes in a step of ResNet-18 on
-        # a GPU (benchmarks/compiled_gpu). E d^2 - (E d)^2 of d = x - running mean loses fewer digits
-        # than that of x, whose mean may be large; the same holds for the sums of gradients.
+        # One pass over x: Flax's two passes move a seventh more bytes per step of ResNet-18 on GPUs
+        # (benchmarks/compiled_gpu). E d^2 - (E d)^2 of d = x - running mean loses fewer digits than
+        # that of x, whose mean may be large; the same holds for the sums of gradients.
         centred, shift = wide - mean, jnp.zeros_like(mean)
         if self.train:
             places = tuple(range(x.ndim - 1))
