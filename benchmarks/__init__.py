@@ -1,1 +1,1 @@
-"""Measurements: each module times both sides in one run and writes its results as JSON."""
+"""Benchmarks: each module times this library and baselines in one run, and writes JSON."""

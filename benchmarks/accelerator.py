@@ -1,8 +1,8 @@
-"""All that the README says about an accelerator, in one call: deep steps and toy sweeps.
+"""All measurements on an accelerator in one call: deep steps and toy sweeps.
 
     python -m benchmarks.accelerator --out benchmarks/results/h100.json
 
-Deep networks: `benchmarks.deep` in bf16 and fp32, with PyTorch in turn where it is installed: step,
+Deep networks: `benchmarks.deep` in bf16 and fp32, alternating with PyTorch if installed: step,
 epoch, evaluation, memory, and the share of the rate of matrix products. Toys: SGD steps per second
 of diagonal nets (D1, float64), from 1 to --most_runs runs in one program. Writes one JSON and, next
 to it, one figure. Also runs on a CPU, at small sizes.
@@ -30,14 +30,14 @@ STEP_SIZE = 0.25  # D1's, which is stable
 
 @dataclass(frozen=True)
 class Config:
-    """Measures deep steps, epochs and evaluations, and toy sweeps, on the devices at hand."""
+    """Measures deep steps, epochs and evaluations, and toy sweeps, on the available devices."""
 
     nets: tuple[str, ...] = deep_plan.TORCH_NETS
     """Networks by name."""
     precisions: tuple[str, ...] = ("bf16", "fp32")
-    """Of convolutions."""
+    """Precisions of convolutions."""
     width: int = 0
-    """Width in the network's own measure (0: its default)."""
+    """Width of the networks (0: their defaults)."""
     batch_size: int = 256
     """Examples per step."""
     images: int = 0
@@ -45,11 +45,11 @@ class Config:
     eval_images: int = 0
     """Images of an evaluation (0: 512 on CPUs, else 10,000)."""
     most_runs: int = 65_536
-    """Most toy runs in one program; numbers of runs are powers of 4."""
+    """Largest number of toy runs in one program; all numbers are powers of 4."""
     toy_steps: int = 1_000
     """SGD steps of each toy run."""
     rounds: int = 5
-    """How often everything is timed."""
+    """Number of timings of everything."""
     out: Path = Path("accelerator.json")
     """Where to write the JSON; the figure has the same name."""
 
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures everything; the figure is drawn last."""
+    """Measures everything, then draws the figure."""
     results: dict[str, Any] = {"device_kind": jax.devices()[0].device_kind, "deep": {}}
     write = lambda: timing.write(config.out, command(config), ("flax", "optax"), **results)
     for precision in config.precisions:
@@ -77,7 +77,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def toys(config: Config) -> dict[int, float]:
-    """Number of runs -> median seconds of one call, final parameters of all on the device."""
+    """Number of runs -> median seconds of a call, which leaves final parameters on the device."""
     counts = [4**k for k in range(32) if 4**k <= config.most_runs]
     sides = {str(count): toy_side(count, config.toy_steps) for count in counts}
     seconds = timing.rounds(sides, config.rounds)
@@ -85,7 +85,7 @@ def toys(config: Config) -> dict[int, float]:
 
 
 def toy_side(runs: int, steps: int):
-    """`runs` diagonal nets in one program; the order of examples is drawn in it."""
+    """`runs` diagonal nets in one program, which also draws the order of examples."""
     toy = problems.PROBLEMS["diagonal"]()
     run, keys = make_run(toy, steps), jr.split(jr.key(0), runs)
     program = jax.jit(jax.vmap(lambda key: run(key, STEP_SIZE)[0].params))
@@ -93,7 +93,7 @@ def toy_side(runs: int, steps: int):
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
-    """Images per second of every side of every net; toy steps per second over runs."""
+    """Draws images per second of every side of every net, and toy steps per second over runs."""
     seconds = results["toy_seconds_by_runs"]
     counts = np.array(list(seconds))
     rate = counts * config.toy_steps / np.array(list(seconds.values()))

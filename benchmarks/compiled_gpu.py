@@ -1,14 +1,14 @@
-"""The programs of an H100, compiled on a machine without a GPU: kernels, bytes and memory per step.
+"""Programs for an H100, compiled without a GPU: kernels, bytes and memory per step.
 
     python -m venv gpu && gpu/bin/pip install -e ".[cuda12]"     # 5.6 GB
     gpu/bin/python -m benchmarks.compiled_gpu --out benchmarks/results/compiled_gpu.json
 
-XLA's CUDA plugin compiles ahead of time for a described device. Nothing is run, and cuDNN's
-algorithms are not chosen: no number here is a speed, but what has to be launched and moved. A
-kernel's bytes are the sizes of what it reads and writes; of an array that it only gathers rows
-from, the rows; of an array that it updates in place, the update.
+XLA's CUDA plugin compiles ahead of time for a described device. Nothing is executed, and cuDNN's
+algorithms are not selected: the numbers are counts of kernels and bytes, not speeds. The bytes of a
+kernel are the sizes of the arrays it reads and writes; of an array it gathers from, only the rows;
+of an array it updates in place, only the update.
 
-The least of a training step, `least_bytes`: each of the three passes of a convolution reads its
+`least_bytes` is a lower bound for a training step: each of three passes of a convolution reads its
 inputs and writes its outputs once; a norm reads its map for the moments, reads and writes it to
 normalize, reads map and gradient for two sums, and reads both and writes one; parameters, momentum
 and their average (float32) are read and written.
@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # a GPU that is there stays unused
+os.environ["JAX_PLATFORMS"] = "cpu"  # does not use a GPU
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 BYTES = {"bf16": 2, "f16": 2, "pred": 1} | {f"{k}{8 * b}": b for k in "fsu" for b in (1, 2, 4, 8)}
 NO_KERNEL = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call")
 SLICES = ("gather", "dynamic-slice", "slice")
-LARGE = 2**20  # bytes of a copy that counts
+LARGE = 2**20  # bytes from which copies are counted
 NETS = {"resnet18_plain": 64, "wrn28": 10, "densenet100_12": 12}
 STEPS = 25  # of one compiled call
 
@@ -70,7 +70,7 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of its result."""
+        """Bytes of its result."""
         return size(self.shape)
 
     def refers_to(self, attribute: str) -> str:
@@ -119,7 +119,7 @@ def moved(instruction: Instruction, known: dict[str, Instruction], program: dict
         updates = [each for each in users if each.operation == "dynamic-update-slice"]
         if users and all(each.operation in SLICES for each in users):
             total += sum(each.bytes for each in users)
-        elif updates and len(updates) == len(users):  # in place: neither read nor written whole
+        elif updates and len(updates) == len(users):  # in place
             total += sum(2 * by_name[each.operands[1]].bytes - each.bytes for each in updates)
         else:
             total += parameter.bytes
@@ -129,7 +129,7 @@ def moved(instruction: Instruction, known: dict[str, Instruction], program: dict
 def kernels(
     program: dict, name: str = "ENTRY", times: float = 1
 ) -> Iterator[tuple[Any, int, float]]:
-    """(instruction, bytes, how often) of each kernel; loops of unknown length count once."""
+    """(instruction, bytes, count) of each kernel; loops of unknown length count once."""
     known = {each.name: each for each in program[name]}
     for each in program[name]:
         if each.operation == "while":
@@ -208,7 +208,7 @@ def training(name: str, width: int, batch: int, dtype: Any, steps: int = STEPS) 
 
 
 def least_bytes(objective: Callable, state: Any, batch: int, itemsize: int) -> int:
-    """Bytes that a training step has to move, see the top of this file."""
+    """Lower bound of the bytes of a training step, see the docstring of this module."""
     x: Any = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.float32)
     y: Any = jax.ShapeDtypeStruct((batch,), jnp.int32)
     traced = jax.make_jaxpr(objective)(state.params, state.stats, Batch(x, y))

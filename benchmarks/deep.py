@@ -1,16 +1,16 @@
-"""Image classifiers: a training step, an epoch and an evaluation, in JAX and in PyTorch, in turn.
+"""Image classifiers: training step, epoch and evaluation, in JAX and in PyTorch, alternating.
 
     python -m benchmarks.deep --nets resnet18_plain wrn28 densenet100_12 --batch_size 256 \\
         --precision bf16 --out benchmarks/results/deep.json
 
 Both sides: random 32 x 32 images as uint8 on the device, crops and flips, cross-entropy, SGD with
 momentum 0.9 and an L2 penalty of 5e-4, a moving average of the weights. JAX runs the program of
-`experiments.resnet_cifar`. PyTorch's is channels-last, compiled where that works, and under
-autocast at bf16. At fp32 both multiply in tf32 where JAX does by default: on recent NVIDIA GPUs.
+`experiments.resnet_cifar`. PyTorch's is channels-last, compiled if possible, and under autocast at
+bf16. At fp32, both multiply in tf32 on recent NVIDIA GPUs, as JAX does by default.
 
-FLOP/s count convolutions and the last layer by formula (`peaks.step_flop`), alike for both sides;
-XLA's own count of the compiled step is printed too. Drawing the order of examples is part of an
-epoch, not of a step. Two idle CPU cores take half a minute for `--nets resnet18_plain --width 8
+FLOP/s count convolutions and the last layer by a formula (`peaks.step_flop`) for both sides; XLA's
+count for the compiled step is printed too. Drawing the order of examples is part of an epoch, not a
+step. Two idle CPU cores take half a minute for `--nets resnet18_plain --width 8
 --batch_size 16 --rounds 1`.
 """
 
@@ -22,7 +22,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-# Both frameworks live in one process: neither may take all of the device's memory.
+# Both frameworks share one process: neither may allocate the whole memory of the device.
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.45")
 
 import jax
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Measures every network, prints tables, and writes all of it after each network."""
+    """Measures every network; prints a table and writes all results after each."""
     devices.set_up_deep(deterministic=False)
     validate(config)
     plan = complete(config)
@@ -66,7 +66,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def measure_ceilings(plan: Plan) -> dict[str, float | int]:
-    """The rates of one device; of matrix products, the better of both frameworks'."""
+    """Peak rates of one device; the better framework counts for matrix products."""
     rates = {"jax_matmul_flop_per_s": peaks.matmul_rate(plan.dtype)}
     if not plan.no_torch:
         from benchmarks import torch_nets
@@ -84,7 +84,7 @@ def measure_ceilings(plan: Plan) -> dict[str, float | int]:
 
 
 def measure_net(name: str, plan: Plan, ceilings: Mapping[str, float]) -> dict[str, Any]:
-    """One network: steps of all sides in turn, then our epoch and our evaluation."""
+    """One network: alternating steps of all sides, then our epoch and our evaluation."""
     before = memory_peak()
     training = Training(name, plan)
     print(f"-- {name}", flush=True)
@@ -101,7 +101,7 @@ def measure_net(name: str, plan: Plan, ceilings: Mapping[str, float]) -> dict[st
         "step_flop": flop,
         "sides": rows,
         "torch_failed": failed,
-        # Known where this network raised it: a process has one high-water mark.
+        # Known only if this network raised it: the peak is per process.
         "our_peak_bytes": peak if peak > before else None,
         "floors": floors(flop, rows, ceilings),
         "evaluation": evaluation(training),
@@ -112,7 +112,7 @@ def measure_net(name: str, plan: Plan, ceilings: Mapping[str, float]) -> dict[st
 def timed(
     sides: Mapping[str, Side], flop: int, plan: Plan, ceilings: Mapping[str, float]
 ) -> dict[str, dict[str, Any]]:
-    """All sides in turn, one row each: medians over rounds, rates, and shares of the ceiling."""
+    """Times all sides alternately; a row each: medians over rounds, rates, shares of the peak."""
     seconds = timing.rounds({name: side.run for name, side in sides.items()}, plan.config.rounds)
     rows = {}
     for name, side in sides.items():
@@ -137,7 +137,7 @@ def floors(
     """Lower bounds of a step's time: its operations, and XLA's count of bytes, at peak rates."""
     row = sides.get("JAX, 1 per call", {})
     moved, counted = row.get("xla_bytes"), row.get("xla_flop")
-    devices = jax.device_count()  # XLA counts what one of them does
+    devices = jax.device_count()  # XLA counts per device
     return {
         "operations_ms": 1e3 * flop / ceilings["matmul_flop_per_s"] / devices,
         "memory_ms": moved and 1e3 * moved / ceilings["memory_bytes_per_s"],
@@ -146,7 +146,7 @@ def floors(
 
 
 def epoch(training: Training, per_call: int, ms_per_step: float) -> dict[str, Any]:
-    """The second of two epochs of `train.windows`: order drawn, losses fetched, states checked."""
+    """The second of two epochs of `train.windows`, including order, losses and checks of states."""
     stops = (training.per_epoch, 2 * training.per_epoch)
     run = train.windows(
         *(jr.key(2), training.start(), training.sampler, training.segment, stops),
@@ -163,7 +163,7 @@ def epoch(training: Training, per_call: int, ms_per_step: float) -> dict[str, An
 
 
 def evaluation(training: Training) -> dict[str, Any]:
-    """One evaluation, without and with sparsity, and its bare forward passes."""
+    """An evaluation, without and with sparsity, and its forward passes alone."""
     key, n = jr.key(3), len(training.plan.test_images.labels)
     devices, shard = jax.device_count(), train.split_examples(training.mesh)
     batch = math.ceil(min(EVAL_BATCH, n) / devices) * devices

@@ -1,4 +1,4 @@
-"""The flags of `benchmarks.deep`, and their defaults on the device at hand."""
+"""The flags of `benchmarks.deep`, and their defaults on the available device."""
 
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -35,45 +35,45 @@ class Config:
     """Times training steps, epochs and evaluations of image classifiers in JAX and PyTorch."""
 
     nets: tuple[str, ...] = TORCH_NETS
-    """Networks by name; PyTorch's side knows these three."""
+    """Networks by name; these three have a PyTorch counterpart."""
     width: int = 0
-    """Width in the network's own measure (0: resnet18_plain 64, wrn28 10, densenet100_12 12)."""
+    """Width of the networks (0: resnet18_plain 64, wrn28 10, densenet100_12 12)."""
     batch_size: int = 256
     """Examples per step, over all devices."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of convolutions; parameters are float32 in both."""
+    """Precision of convolutions; parameters are float32 in both."""
     steps_per_call: tuple[int, ...] = (1, 5, 25)
-    """Steps in one compiled call of JAX, each tried; on CPUs always 1."""
+    """Numbers of steps in one compiled call of JAX; on CPUs always 1."""
     torch_modes: tuple[str, ...] = ()
-    """PyTorch's: eager, or a mode of torch.compile (none given: eager on CPUs, else default and
+    """PyTorch modes: eager, or a mode of torch.compile (default: eager on CPUs, else default and
     reduce-overhead)."""
     steps: int = 0
     """Steps per round, rounded up to whole calls (0: 10 on CPUs, else 25)."""
     rounds: int = 5
-    """How often each side is timed."""
+    """Number of timings of each side."""
     images: int = 0
-    """Training images, an epoch's (0: 20 batches on CPUs, else 50,000)."""
+    """Training images, one epoch (0: 20 batches on CPUs, else 50,000)."""
     eval_images: int = 0
-    """Images of an evaluation (0: 512 on CPUs, else 10,000)."""
+    """Images per evaluation (0: 512 on CPUs, else 10,000)."""
     out: Path | None = None
-    """Where to write the JSON; it is written anew after every network."""
+    """Where to write the JSON, after every network."""
 
 
 class Plan(NamedTuple):
-    """A config with everything that depends on the device filled in."""
+    """A config completed with everything that depends on the device."""
 
     config: Config
     dtype: Any
     calls: tuple[int, ...]
     torch_modes: tuple[str, ...]
-    no_torch: str  # why PyTorch's side is missing, or ""
+    no_torch: str  # reason why PyTorch is missing, or ""
     steps: int
     images: data.Images
     test_images: data.Images
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError, by the name of the flag, for what can't be run."""
+    """Raises ValueError, naming the flag, for flags that can't be run."""
     for field, least in {"batch_size": 1, "rounds": 1, "width": 0, "steps": 0}.items():
         if getattr(config, field) < least:
             raise ValueError(f"--{field} is {getattr(config, field)}; it must be {least} or more.")
@@ -99,7 +99,7 @@ def validate(config: Config) -> None:
 
 
 def why_no_torch() -> str:
-    """Why PyTorch can't be the other side here; "" where it can."""
+    """The reason why PyTorch can't be timed here; "" if it can."""
     if find_spec("torch") is None:
         return "PyTorch is not installed (pip install -e .[bench])."
     import torch
@@ -112,7 +112,7 @@ def why_no_torch() -> str:
 
 
 def complete(config: Config) -> Plan:
-    """Sizes for the device at hand, and images drawn at random."""
+    """Sizes for the available device, and random images."""
     on_cpu = jax.default_backend() == "cpu"
     rng = np.random.default_rng(0)
 

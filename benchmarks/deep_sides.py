@@ -28,7 +28,7 @@ from sgd_sparse_jax.types import Fetch, TrainState
 
 
 class Side(NamedTuple):
-    """What is timed: `run()` does `steps` training steps and waits for the last."""
+    """A side of the comparison: `run()` executes `steps` training steps and waits for the last."""
 
     run: Callable[[], object]
     steps: int
@@ -37,7 +37,7 @@ class Side(NamedTuple):
 
 
 class Training:
-    """Training of one network in JAX, put together as `experiments.resnet_cifar` does."""
+    """Training of one network in JAX, composed as in `experiments.resnet_cifar`."""
 
     def __init__(self, name: str, plan: Plan):
         batch, width = plan.config.batch_size, plan.config.width or None
@@ -63,18 +63,18 @@ class Training:
         return train.replicate(self.fresh(jr.key(0)), self.mesh)
 
     def fetch_from(self, images: data.Images, *, augmented: bool) -> Fetch:
-        """Gathers from images that are on every device, as a run does."""
+        """A function that gathers from images on every device, as in a run."""
         pixels = setup.placed(images, self.mesh)
         return setup.make_fetch(pixels, SHAPE, data.crop_and_flip if augmented else None)
 
 
 def memory_peak() -> int:
-    """Most bytes this process has had on a device so far, autotuning included; 0 if not known."""
+    """Peak bytes of this process on a device so far, including autotuning; 0 if not known."""
     return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def jax_side(training: Training, per_call: int) -> Side:
-    """Calls of `per_call` steps, compiled here; the order of examples is drawn beforehand."""
+    """Calls of `per_call` steps, compiled here, with a precomputed order of examples."""
     plan, key = training.plan, jr.key(1)
     count = math.ceil(plan.steps / per_call)
     draw = jax.jit(training.sampler, static_argnums=2)
@@ -87,7 +87,7 @@ def jax_side(training: Training, per_call: int) -> Side:
         jax.block_until_ready(training.state)
 
     begin = time.perf_counter()
-    compiled = advance.lower(key, training.state, calls[0]).compile()  # jit finds it again
+    compiled = advance.lower(key, training.state, calls[0]).compile()  # jit reuses it
     facts = {"compile_s": time.perf_counter() - begin}
     some(calls[:1])
     facts |= {"first_call_s": time.perf_counter() - begin}
@@ -100,9 +100,9 @@ def jax_side(training: Training, per_call: int) -> Side:
 
 
 def counted_by_xla(compiled: Any, per_call: int) -> dict[str, Any]:
-    """Memory of a program of one device; operations and bytes where it is one step without a loop.
+    """Memory of a program on one device; operations and bytes if it is a single step.
 
-    Of a loop XLA counts the body once, or as often as it has unrolled it.
+    XLA counts the body of a loop once, or as often as it is unrolled.
     """
     cost, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
     facts: dict[str, Any] = {}
@@ -116,12 +116,12 @@ def counted_by_xla(compiled: Any, per_call: int) -> dict[str, Any]:
 
 
 def torch_device() -> str:
-    """PyTorch's name for where JAX runs."""
+    """PyTorch's name of the device on which JAX runs."""
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def torch_sides(name: str, plan: Plan) -> tuple[dict[str, Side], dict[str, str]]:
-    """PyTorch in every mode that works, else as it is; and why the others don't."""
+    """(PyTorch in every mode that works, else eager; errors of the others)."""
     sides: dict[str, Side] = {}
     failed: dict[str, str] = {}
     if plan.no_torch or name not in TORCH_NETS:
@@ -131,13 +131,13 @@ def torch_sides(name: str, plan: Plan) -> tuple[dict[str, Side], dict[str, str]]
             continue  # eager is the last resort
         try:
             sides[f"torch, {mode}"] = torch_side(name, mode, plan)
-        except Exception as error:  # whatever a compiler may raise
+        except Exception as error:  # compilers raise many types
             failed[mode] = f"{type(error).__name__}: {error}".splitlines()[0]
     return sides, failed
 
 
 def torch_side(name: str, mode: str, plan: Plan) -> Side:
-    """PyTorch's steps, on one device; three are done here, which compile."""
+    """PyTorch's steps on one device, compiled here by three of them."""
     import torch
 
     from benchmarks import torch_nets
@@ -163,7 +163,7 @@ def torch_side(name: str, mode: str, plan: Plan) -> Side:
     steps(1)
     facts: dict[str, Any] = {"first_call_s": time.perf_counter() - begin}
     print(f"torch, {mode}: first step done after {facts['first_call_s']:.1f} s", flush=True)
-    steps(2)  # momentum is there, and CUDA graphs are recorded, only now
+    steps(2)  # allocates momentum and records CUDA graphs
     if device == "cuda":
         facts["memory_bytes"] = torch.cuda.max_memory_allocated() - before
     return Side(lambda: steps(plan.steps), plan.steps, 1, facts)

@@ -1,4 +1,4 @@
-"""What `benchmarks.deep` prints."""
+"""Tables printed by `benchmarks.deep`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ GIB = 2**30
 
 
 def show(name: str, results: Mapping[str, Any]) -> None:
-    """A network's sides as a table, and what else was measured below it."""
+    """Prints the sides of a network as a table, and the other measurements below."""
     from rich.console import Console
     from rich.table import Table
 
@@ -41,7 +41,7 @@ def show(name: str, results: Mapping[str, Any]) -> None:
 
 
 def remarks(net: Mapping[str, Any], results: Mapping[str, Any]) -> list[str]:
-    """Ceilings, floors, epoch, evaluation, and what is missing, in a line each."""
+    """Peak rates, lower bounds, epoch, evaluation, and missing sides, in a line each."""
     top, floor = results["ceilings"], net["floors"]
     whole, seen = net["epoch"], net["evaluation"]
     known = lambda value, unit: f"{value:.4g} {unit}" if value else f"{unit} not known"

@@ -1,10 +1,10 @@
-"""The overhead of a run over its steps: progress bar and records, and saving of states.
+"""Overhead of a run over its steps alone: progress bar and records, and checkpoints.
 
     python -m benchmarks.overheads --batch_size 32 --out benchmarks/results/overheads.json
 
-Each side runs the same steps, in turn: bare; with the bar moved at every call and records written;
-with a save after the first quarter, whose files are written during the steps that follow. By
-default a run saves every 300 seconds, and at every evaluation.
+Three sides run the same steps, alternating: bare; with progress bar and records; with a save after
+the first quarter, whose files are written during the following steps. By default a run saves every
+300 seconds, and at every evaluation.
 """
 
 import contextlib
@@ -30,18 +30,18 @@ from sgd_sparse_jax import train
 
 @dataclass(frozen=True)
 class Config:
-    """Times the same training steps bare, watched and saved."""
+    """Times the same training steps bare, with progress bar and records, and with a save."""
 
     net: str = "resnet18_plain"
     """Network by name."""
     width: int = 0
-    """Width in the network's own measure (0: its default)."""
+    """Width of the network (0: its default)."""
     batch_size: int = 256
     """Examples per step, over all devices."""
     steps: int = 40
-    """Steps of each side and round."""
+    """Steps per side and round."""
     rounds: int = 5
-    """How often each side is timed."""
+    """Number of timings of each side."""
     steps_per_call: int = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
     out: Path | None = None
@@ -49,7 +49,7 @@ class Config:
 
 
 class Sides:
-    """The same steps in three ways, and for how long each save blocks the loop."""
+    """The same steps in three ways, and the times for which saves block the loop."""
 
     def __init__(self, config: Config, folder: Path):
         plan = deep_plan.complete(
@@ -68,7 +68,7 @@ class Sides:
         self.first: list[float] = []
 
     def windows(self, *stops: int, **hooks: Any) -> Iterator[train.Window]:
-        """The steps, with stops before their end."""
+        """The steps, with additional stops."""
         training, every = self.training, self.steps_per_call
         stops = (*stops, self.config.steps)
         parts = (jr.key(2), training.start(), training.sampler, training.segment, stops)
@@ -79,18 +79,18 @@ class Sides:
         list(self.windows())
 
     def watched(self) -> None:
-        """With the progress bar and records of `experiments.resnet_cifar`."""
+        """With progress bar and records, as in `experiments.resnet_cifar`."""
         live = progress.Live(0, self.config.steps, self.config.batch_size)
-        row = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
+        record = {"step": self.config.steps, "train/loss": 0.0, "test/error": 0.0}
         try:
             list(self.windows(on_call=live.on_call))
-            records.append_record(self.folder, row)
-            live.on_row(row)
+            records.append_record(self.folder, record)
+            live.on_record(record)
         finally:
             live.close()
 
     def saved(self) -> None:
-        """With a save after the first quarter of the steps, waited for at the end if need be."""
+        """With a save after the first quarter of the steps, finished at the end at the latest."""
         quarter = max(self.config.steps // 4 // self.steps_per_call, 1) * self.steps_per_call
         with self.checkpoints() as checkpoints:
             for window in self.windows(quarter):
@@ -100,7 +100,7 @@ class Sides:
                     self.blocked.append(time.perf_counter() - begin)
 
     def alone(self) -> float:
-        """Seconds until a state is on disk, without steps meanwhile."""
+        """Seconds until a state is on disk, without concurrent steps."""
         state = jax.block_until_ready(self.training.start())
         with self.checkpoints() as checkpoints:
             begin = time.perf_counter()
@@ -116,7 +116,7 @@ class Sides:
             train.open_checkpoints(place) as checkpoints,
         ):
             begin = time.perf_counter()
-            train.save(checkpoints, self.training.start())  # the first waits until it is written
+            train.save(checkpoints, self.training.start())  # the first save is synchronous
             self.first.append(time.perf_counter() - begin)
             yield checkpoints
 
@@ -152,9 +152,9 @@ def run(config: Config) -> dict[str, Any]:
         "rounds": seconds | {"alone": alone, "keeps_the_loop": sides.blocked[1:]},
     }
     print(
-        f"{config.net}: {results['ms_per_step']:.1f} ms a step, with bar and rows "
+        f"{config.net}: {results['ms_per_step']:.1f} ms a step, with bar and records "
         f"{results['watched_over_bare']:.4f} of that. A save of "
-        f"{results['state_bytes'] / 2**20:.0f} MiB takes {results['save_alone_s']:.2f} s, keeps "
+        f"{results['state_bytes'] / 2**20:.0f} MiB takes {results['save_alone_s']:.2f} s, blocks "
         f"the loop for {results['save_keeps_the_loop_s']:.2f} s and lengthens the run by "
         f"{results['save_lengthens_the_run_s']:.2f} s: {results['share_of_a_run']:.2%} of the "
         f"{Flags.save_every_seconds:.0f} s from one to the next"

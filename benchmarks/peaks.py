@@ -1,4 +1,4 @@
-"""The highest rates of a device, measured, and the operations of a training step, counted."""
+"""Measured peak rates of a device, and the number of operations of a training step."""
 
 import math
 import statistics
@@ -16,7 +16,7 @@ IN_FLIGHT, ROUNDS = 10, 5
 
 
 def median_seconds(one: Callable[[Any], Any], start: Any, wait: Callable[[Any], object]) -> float:
-    """Seconds of x -> one(x), several in flight at a time; a first, uncounted round compiles."""
+    """Median seconds of x -> one(x), with several calls in flight; a first round compiles."""
     seconds, x = [], start
     for _ in range(ROUNDS + 1):
         wait(x)
@@ -29,14 +29,14 @@ def median_seconds(one: Callable[[Any], Any], start: Any, wait: Callable[[Any], 
 
 
 def sizes() -> tuple[int, int]:
-    """Rows of the matrices, and bytes of the array moved: several times what a cache holds."""
+    """Rows of the matrices, and bytes of the array: several times the size of a cache."""
     return (1024, 2**27) if jax.default_backend() == "cpu" else (8192, 2**29)
 
 
 def matmul_rate(dtype: DTypeLike) -> float:
     """FLOP/s of square matrix products in JAX at its default precision, on one device."""
     n = sizes()[0]
-    # Random entries, scaled so that products stay of order 1: zeros are multiplied faster.
+    # Random entries, because zeros are multiplied faster; scaled so that products stay of order 1.
     a, b = (jr.normal(key, (n, n)) for key in jr.split(jr.key(0)))
     a, b = a.astype(dtype), (b / n**0.5).astype(dtype)
     product = jax.jit(lambda x: x @ b)
@@ -44,7 +44,7 @@ def matmul_rate(dtype: DTypeLike) -> float:
 
 
 def torch_matmul_rate(bf16: bool, device: str) -> float:
-    """The same in PyTorch."""
+    """FLOP/s of square matrix products in PyTorch."""
     import torch
 
     n, dtype = sizes()[0], torch.bfloat16 if bf16 else torch.float32
@@ -65,8 +65,8 @@ def memory_rate() -> float:
 def step_flop(model: nn.Module, shape: tuple[int, ...]) -> int:
     """Operations of a step's convolutions and dense layers on inputs of `shape`, batch first.
 
-    2 per multiplication, those with the border's zeros included. The backward pass has twice the
-    forward pass's; for the first layer as many: its input needs no gradient.
+    2 per multiplication, including those with padding. The backward pass has twice as many as the
+    forward pass; for the first layer, whose input needs no gradient, as many.
     """
     forward: list[int] = []
 

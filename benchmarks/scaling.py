@@ -1,13 +1,13 @@
-"""What a training step sends between devices and what each of them holds: counted, not timed.
+"""Communication and memory of a training step on several devices, counted from its program.
 
     python -m benchmarks.scaling --out benchmarks/results/scaling.json
     python -m benchmarks.scaling --topology v5e:2x4 --out benchmarks/results/scaling_v5e.json
 
 The step is that of `experiments.resnet_cifar` on 32 x 32 images: crops, flips, momentum, an L2
-penalty, averaged weights. It is compiled for several devices and never run: for CPUs, or for the
-TPUs of `--topology`, which need not be there (`pip install -e .[tpu]` brings their compiler; at a
-machine without TPUs its complaints about missing ones are harmless). Step times are estimates from
-published peaks and assumed utilisation: see `estimate`. Two cores take two minutes.
+penalty, averaged weights. It is compiled for several devices but not executed: for CPUs, or for the
+TPUs of `--topology`, which need not exist (`pip install -e .[tpu]` installs their compiler, whose
+warnings about missing TPUs are harmless). Step times are estimates from published peaks and assumed
+utilisation, see `estimate`. Two cores take two minutes.
 """
 
 import math
@@ -48,7 +48,7 @@ ARRAY = re.compile(r"\b([a-z]+\d*[a-z\d]*)\[([\d,]*)\]")
 
 
 class Machine(NamedTuple):
-    """Devices that stand together: published figures of one, and an assumed latency."""
+    """A group of devices: published figures of one, and an assumed latency."""
 
     devices: int
     flop_per_s: float  # published: dense, bf16
@@ -67,28 +67,28 @@ UTILISATION = (0.2, 0.4)  # assumed: share of the published operations per secon
 
 @dataclass(frozen=True)
 class Config:
-    """Counts what a data-parallel training step sends and holds, network by network."""
+    """Counts communication and memory of a data-parallel training step for each network."""
 
     nets: tuple[str, ...] = NETS
     """Networks by name."""
     width: int = 0
-    """Width in the network's own measure (0: its default)."""
+    """Width of the networks (0: their defaults)."""
     batch_size: int = 256
     """Examples per step, over all devices."""
     devices: int = 8
     """CPU devices to compile for."""
     topology: str = ""
-    """TPUs to compile for in place of CPUs, as v5e:2x4 (needs the extra `tpu`, but no TPU)."""
+    """TPUs to compile for instead of CPUs, such as v5e:2x4 (needs the extra `tpu`, but no TPU)."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of convolutions; parameters are float32 in both."""
+    """Precision of convolutions; parameters are float32 in both."""
     images_as_maps: bool = False
-    """Let images lie on the devices as they are, and not as rows of bytes: what that would cost."""
+    """Store images on the devices as maps, not as rows of bytes, to count the cost."""
     out: Path | None = None
-    """Where to write the JSON; it is written anew after every network."""
+    """Where to write the JSON, after every network."""
 
 
 class Collective(NamedTuple):
-    """One instruction that devices exchange arrays with, and the arrays that come out."""
+    """An instruction by which devices exchange arrays, and its results."""
 
     op: str
     arrays: tuple[tuple[str, tuple[int, ...]], ...]  # dtype and shape of each
@@ -111,9 +111,9 @@ def itemsize(dtype: str) -> int:
 
 
 def collectives(hlo_text: str) -> list[Collective]:
-    """What a compiled program (`lower(...).compile().as_text()`) exchanges, in its order.
+    """Collectives of a compiled program (`lower(...).compile().as_text()`), in order.
 
-    An instruction inside a loop counts once; one that starts and ends apart, once, by its start.
+    An instruction inside a loop counts once; so does an asynchronous one, by its start.
     """
     found = []
     for line in hlo_text.splitlines():
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Counts every network, prints tables, and writes all of it after each network."""
+    """Counts every network, writes all results after each, and prints tables."""
     mesh = train.data_mesh(devices_of(config))
     if config.batch_size % mesh.size:
         raise ValueError(
@@ -158,7 +158,7 @@ def run(config: Config) -> dict[str, Any]:
 
 def devices_of(config: Config) -> Sequence[Any]:
     """CPUs of this machine, `--devices` of them, or descriptions of TPUs."""
-    jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator would only be held
+    jax.config.update("jax_platforms", "cpu")  # nothing runs: does not occupy an accelerator
     if not config.topology:
         jax.config.update("jax_num_cpu_devices", config.devices)
         return jax.devices()
@@ -171,8 +171,8 @@ def devices_of(config: Config) -> Sequence[Any]:
         return topologies.get_topology_desc(config.topology, platform="tpu").devices
     except Exception as error:
         raise ValueError(
-            f"--topology {config.topology} can't be compiled for ({error}); it takes the compiler "
-            "that pip install -e .[tpu] brings, and a name as v5e:2x4 or v5e:16x16."
+            f"--topology {config.topology} can't be compiled for ({error}); it needs the compiler "
+            "of pip install -e .[tpu], and a name such as v5e:2x4 or v5e:16x16."
         ) from error
 
 
@@ -185,7 +185,7 @@ def command(config: Config) -> str:
 
 
 def count(name: str, config: Config, mesh: Mesh) -> dict[str, Any]:
-    """One network: its sizes, what its compiled step exchanges and holds, and step times."""
+    """One network: sizes, communication and memory of its compiled step, and step times."""
     dtype = jnp.bfloat16 if config.precision == "bf16" else jnp.float32
     model = models.build(name, classes=deep_plan.CLASSES, width=config.width or None, dtype=dtype)
     flop = peaks.step_flop(model, (1, *deep_plan.SHAPE))
@@ -279,7 +279,7 @@ def step_of(model: nn.Module, config: Config, mesh: Mesh) -> tuple[Any, Any]:
 
 
 def kept_bytes_per_image(model: nn.Module) -> int:
-    """Bytes that reverse mode keeps of each image of a batch, before a compiler recomputes any."""
+    """Bytes that reverse mode stores per image of a batch, if the compiler recomputes nothing."""
 
     def of_batch(b: int) -> int:
         x = jax.ShapeDtypeStruct((b, *deep_plan.SHAPE), jnp.float32)
@@ -325,7 +325,7 @@ def estimate(
 
 
 def show(results: Mapping[str, Any]) -> None:
-    """Counts of all networks as one table, estimates as another."""
+    """Prints a table of counts of all networks, and one of estimates."""
     from rich.console import Console
     from rich.table import Table
 

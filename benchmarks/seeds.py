@@ -1,9 +1,9 @@
-"""What more seeds cost: time per run from 1 to 4,096 seeds, and the memory of a large sweep.
+"""Cost of seeds: time per run from 1 to 4,096 seeds, and memory of a large sweep.
 
     python -m benchmarks.seeds --out benchmarks/results/seeds.json
 
-Diagonal nets of D1's size in float64, their final parameters returned. The memory is the peak of
-the whole process, compiler included.
+Diagonal nets of D1's size in float64, which return final parameters. The memory is the peak of the
+process, including the compiler.
 """
 
 import resource

@@ -1,4 +1,4 @@
-"""Sides of a comparison timed in turn, and results as JSON with what they ran on."""
+"""Alternating timings of the sides of a comparison, and results as JSON with the machine."""
 
 import argparse
 import json
@@ -28,9 +28,9 @@ def rounds(sides: Mapping[str, Callable], repeats: int) -> dict[str, list[float]
 def compare(
     counted: Mapping[str, tuple[Callable, int]], repeats: int, *, unit: str
 ) -> dict[str, dict]:
-    """Microseconds per `unit` of each side (callable, units it does), and how often the first's.
+    """Microseconds per `unit` of each side (callable, units), and its speed-up over the first.
 
-    Medians over rounds; of the ratios too, which are taken round by round. Prints a table.
+    `units` is how many a call takes. Medians over rounds, also of speed-ups; prints a table.
     """
     seconds = rounds({name: side for name, (side, _) in counted.items()}, repeats)
     micros = {n: [1e6 * s / counted[n][1] for s in seconds[n]] for n in counted}

@@ -1,6 +1,6 @@
-"""The other side of `benchmarks.deep`: three image classifiers and their SGD step in PyTorch.
+"""PyTorch side of `benchmarks.deep`: three image classifiers and their SGD step.
 
-Layer for layer what `sgd_sparse_jax.models` builds under the same names.
+The layers are those of `sgd_sparse_jax.models` with the same names.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ BORDER = 4  # of zeros, inside which a crop is drawn
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:
-    """Convolution without bias, zero-padded alike on both sides."""
+    """Convolution without bias, with equal zero padding on both sides."""
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
@@ -124,7 +124,7 @@ NETWORKS = {"resnet18_plain": resnet18_plain, "wrn28": wrn28, "densenet100_12": 
 
 
 def parameters(net: nn.Module) -> int:
-    """How many numbers are trained."""
+    """Number of parameters."""
     return sum(p.numel() for p in net.parameters())
 
 
@@ -150,7 +150,7 @@ def multiply_as_jax_does() -> None:
 
 
 def start_counting_memory(device: str) -> int:
-    """Bytes that are taken already; the peak is counted from here."""
+    """Resets the peak of memory; returns the bytes already allocated."""
     if device != "cuda":
         return 0
     torch.cuda.reset_peak_memory_stats()
@@ -172,7 +172,7 @@ def trainer(
 ) -> Callable[[int], torch.Tensor]:
     """steps -> the last loss: SGD on crops and flips of `images`, uint8 [n, h, w, c] on a device.
 
-    The network is compiled in torch.compile's `mode`, or run as it is in mode "eager".
+    The network is compiled by torch.compile in `mode`, unless that is "eager".
     """
     device = images.device
     net = net.to(device).to(memory_format=torch.channels_last).train()  # pyright: ignore[reportCallIssue]
@@ -185,7 +185,7 @@ def trainer(
     mixed = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
     def step() -> torch.Tensor:
-        # Drawn on the device: nothing of a step waits for the host.
+        # Drawn on the device: a step does not wait for the host.
         idx = torch.randint(len(labels), (batch,), device=device)
         # A view of [b, h, w, c] as [b, c, h, w] is what "channels last" means.
         x = crop_and_flip(images[idx]).permute(0, 3, 1, 2).float() / 255

@@ -1,4 +1,4 @@
-"""Toy networks: the field's loops and this library's sweeps (sizes of the paper, float64).
+"""Toy networks: common training loops and this library's sweeps (the paper's sizes, float64).
 
     python -m benchmarks.toy --out benchmarks/results/toy.json
 
@@ -32,7 +32,7 @@ INIT_SCALE = 0.1
 
 
 def numpy_side(toy: problems.Toy, steps: int, batch: int = 1):
-    """One run for any batch size, as the equations are; drawing the batches is timed."""
+    """One run for any batch size, written as the equations; drawing batches is timed."""
     x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
 
     def side():
@@ -48,7 +48,7 @@ def numpy_side(toy: problems.Toy, steps: int, batch: int = 1):
 
 
 def numpy_single_side(toy: problems.Toy, steps: int):
-    """One run of single-example steps, with the order drawn beforehand and not timed."""
+    """One run of single-example steps; drawing the order is not timed."""
     x, y = np.asarray(toy.train.x), np.asarray(toy.train.y)
     order = np.random.RandomState(1).randint(0, len(y), size=steps)
 
@@ -113,7 +113,7 @@ def torch_side(toy: problems.Toy, steps: int):
 
 
 def jax_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
-    """`runs` seeds of one step size, as a user writes them; drawing the order is timed."""
+    """`runs` seeds of one step size, as a user would write it; drawing the order is timed."""
     return sweep_side(toy, steps, runs, jnp.array([step_size]))
 
 

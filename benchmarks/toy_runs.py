@@ -10,9 +10,9 @@ from sgd_sparse_jax import Batch, train
 
 
 def make_run(toy: problems.Toy, steps: int, probes: Sequence[train.Probe] = ()) -> Callable:
-    """(key, step_size) -> (last state, records) of single-example SGD, as a user writes it.
+    """(key, step_size) -> (final state, records) of single-example SGD, as a user would write it.
 
-    Drawing the order of examples is a part of the run.
+    The run includes drawing the order of examples.
     """
     network, examples = toy.network(1.0), toy.train
 

@@ -1,11 +1,11 @@
-"""The paper's four command lines of CIFAR-10, in as many epochs as fit into a given time.
+"""The paper's four CIFAR-10 commands, for as many epochs as fit into a given time.
 
     python -m benchmarks.train_paper --seconds 540 --data_dir DATA --out_dir paper
 
 Some steps of each setting are timed first; then all four are trained for the same number of epochs,
 the largest that fits (at most the paper's 100), with the schedules stretched over them. Each is a
 run folder of `experiments.resnet_cifar`; table and figure are those of `experiments.sweep_deep`.
-Interrupted, the same command continues with the same number of epochs.
+The same command continues an interrupted run, with the same number of epochs.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ class Config:
     """Trains the paper's four settings on CIFAR-10 within a given time."""
 
     seconds: float = 540.0
-    """Time for everything, compilation and evaluations included."""
+    """Total time, including compilation and evaluations."""
     data_dir: str = ""
-    """Where the data are (else TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
+    """Folder of the data (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     out_dir: Path = Path("paper")
-    """Where run folders, table and figure go."""
+    """Folder for run folders, table and figure."""
     model_width: int = 64
     """Channels of the first stage; the paper's is 64."""
     frac_train: float = 1.0
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> Path:
-    """Trains what is not trained yet; returns the folder of table and figure."""
+    """Trains unfinished runs; returns the folder of table and figure."""
     started = time.monotonic()
     devices.set_up_deep(deterministic=False)
     chosen = config.out_dir / "epochs.json"
@@ -100,7 +100,7 @@ def steps_per_epoch(config: Config, setting: flags.Config) -> int:
 
 
 def affordable_epochs(config: Config, started: float) -> int:
-    """Epochs for which all four settings fit into what is left of the time."""
+    """Number of epochs for which all four settings fit into the remaining time."""
     cost = {"epoch": 0.0, "fixed": 0.0}
     for setting in SETTINGS.values():
         begun = time.monotonic()
@@ -108,7 +108,7 @@ def affordable_epochs(config: Config, started: float) -> int:
         trial = adapted(
             config, setting, PAPER_EPOCHS, max_steps=steps, eval_iter_freq=WARM_UP, exp_name="trial"
         )
-        rows = curves.rows_of(training.run(trial))
+        rows = curves.records_of(training.run(trial))
         step, evaluating = rows[-1]["step_seconds"], rows[-1]["eval_seconds"]
         trial_evaluations = sum(row["eval_seconds"] for row in rows[1:])
         compiling = time.monotonic() - begun - trial_evaluations - step * steps

@@ -1,4 +1,4 @@
-"""Makes gallery.md and its figures from finished run folders.
+"""Writes gallery.md and its figures from finished run folders.
 
 python -m experiments.reproduce
 python -m experiments.phase_diagram   # and its other commands below
@@ -15,7 +15,7 @@ HERE = Path(__file__).parent
 
 
 class Entry(NamedTuple):
-    """A figure: where its run wrote it, the command behind it, and what it shows."""
+    """A figure: its path in the runs folder, its command, and what it shows."""
 
     title: str
     command: str
@@ -29,72 +29,74 @@ ENTRIES = (
         "D1: diagonal nets, SGD",
         "python -m experiments.diag_nets",
         f"{TOYS}/diag_nets/d1/figures/diag_nets_d1.png",
-        "At the small step size the support stays full. At the large ones the loss is held on a "
-        "plateau until the step size decays (dotted), and meanwhile coordinates die: the longer "
-        "the plateau, the sparser the predictor, the lower the rank and the test loss. Lines are "
-        "medians over the seeds that survive, bands reach from the 5th to the 95th percentile.",
+        "At the small step size the support stays full. At the large ones the loss stabilizes "
+        "until the step size decays (dotted), while coordinates vanish: the longer the plateau, "
+        "the sparser the predictor and the lower the rank and the test loss. Lines are medians "
+        "over the seeds that did not diverge, bands the 5th to the 95th percentile.",
     ),
     Entry(
         "D2: gradient descent is no substitute",
         "python -m experiments.diag_nets --setting d2",
         f"{TOYS}/diag_nets/d2/figures/diag_nets_d2.png",
-        "Large steps of gradient descent bounce on a plateau too and reduce the support a little, "
-        "but the test loss gets worse. SGD at the published step size diverges for all seeds here.",
+        "With large steps of gradient descent the loss also stabilizes and the support decreases a "
+        "little, but the test loss increases. SGD at the published step size diverges for nearly "
+        "all seeds.",
     ),
     Entry(
-        "D3: three ways down",
+        "D3: three paths",
         "python -m experiments.loss_surface",
         f"{TOYS}/loss_surface/d3/figures/loss_surface.png",
-        "Small steps go to the flow's solution; gradient descent with large steps bounces across "
-        "the valley and away from the sparse solution; SGD bounces along the valley to it.",
+        "Small steps converge to the solution of gradient flow. Gradient descent with large steps "
+        "oscillates across the valley and moves away from the sparse solution; SGD moves along the "
+        "valley towards it.",
     ),
     Entry(
-        "D3: the paths as they grow",
+        "D3: animation of the paths",
         "python -m experiments.loss_surface",
         f"{TOYS}/loss_surface/d3/figures/loss_surface.gif",
         "The same paths, step by step.",
     ),
     Entry(
-        "D3: a plane shows a path's shadow",
+        "D3: losses on and off the plane",
         "python -m experiments.loss_surface",
         f"{TOYS}/loss_surface/d3/figures/loss_surface_along.png",
-        "The training loss of a path next to that of its projection to the plane: where they part, "
-        "the map above is not what the path sees.",
+        "The training loss along each path and along its projection to the plane. Where they "
+        "differ, the map does not show the loss of the path.",
     ),
     Entry(
         "F1: regression on a line",
         "python -m experiments.fc_nets",
         f"{TOYS}/fc_nets/1d/figures/fc_nets_1d.png",
-        "A long warm-up to large steps moves a ReLU net of 100 units from about 97 to about 25 "
-        "independent directions of its Jacobian, and halves the active features.",
+        "A long warm-up to large steps reduces the Jacobian rank of a ReLU net with 100 units from "
+        "about 97 to about 25, and halves the share of active features.",
     ),
     Entry(
         "F1: what is learned",
         "python -m experiments.fc_nets",
         f"{TOYS}/fc_nets/1d/figures/fc_nets_1d_functions.png",
-        "Small steps keep the kinks of the initialization; large ones end with few.",
+        "Small steps retain the kinks of the initialization; large ones leave few.",
     ),
     Entry(
         "F2: over-regularized",
         "python -m experiments.fc_nets --setting 1d-overregularized",
         f"{TOYS}/fc_nets/1d-overregularized/figures/fc_nets_1d-overregularized.png",
-        "A little more warm-up, and some seeds no longer fit the points at all.",
+        "With a stronger warm-up, some seeds no longer fit the points.",
     ),
     Entry(
         "F2: what is learned",
         "python -m experiments.fc_nets --setting 1d-overregularized",
         f"{TOYS}/fc_nets/1d-overregularized/figures/fc_nets_1d-overregularized_functions.png",
-        "One seed of it.",
+        "The predictor of one seed.",
     ),
     Entry(
         "T1: teacher and student on the circle",
         "python -m experiments.fc_nets --setting two-layer --seeds 256",
         f"{TOYS}/fc_nets/two-layer/figures/fc_nets_two-layer.png",
-        "Most seeds diverge at the published large step size; those that survive are sparser and "
+        "Most seeds diverge at the published large step size; the others become sparser and "
         "generalize better.",
     ),
     Entry(
-        "T1: where the units went",
+        "T1: incoming weights of the units",
         "python -m experiments.fc_nets --setting two-layer --seeds 256",
         f"{TOYS}/fc_nets/two-layer/figures/fc_nets_two-layer_neurons.png",
         "Large steps align the student's units with the teacher's.",
@@ -103,34 +105,34 @@ ENTRIES = (
         "T3: three layers",
         "python -m experiments.fc_nets --setting three-layer",
         f"{TOYS}/fc_nets/three-layer/figures/fc_nets_three-layer.png",
-        "Both layers get sparser, the deeper one and the rank most, the later the decay comes.",
+        "The later the decay, the sparser both layers become, in particular the deeper one.",
     ),
     Entry(
         "Phases of D1: step size and time of the decay",
         "python -m experiments.phase_diagram",
         "phase_diagram/diagonal-decay_time/figures/phase_diagram.png",
-        "Between convergence and divergence lies the region where the loss stabilizes; only there "
-        "do rank and support fall. Cells are medians over seeds that did not diverge.",
+        "Between convergence and divergence, there is a region where the loss stabilizes; rank and "
+        "support decrease only there. Cells are medians over the seeds that did not diverge.",
     ),
     Entry(
         "Phases of D2: step size and batch size",
         "python -m experiments.phase_diagram --problem diagonal-small --axis batch_size "
         "--values 1 4 20 40 --step_sizes 0.1 0.2 0.5 1 2 3.5 5",
         "phase_diagram/diagonal-small-batch_size/figures/phase_diagram.png",
-        "Smaller batches diverge at smaller steps, and reach lower test losses before they do.",
+        "Smaller batches diverge at smaller step sizes, and reach lower test losses below those.",
     ),
     Entry(
         "Phases of T1: step size and scale of the initialization",
         "python -m experiments.phase_diagram --problem two-layer --axis init_scale "
         "--values 0.25 0.5 1 2 --step_sizes 0.05 0.1 0.2 0.3 0.4 0.5",
         "phase_diagram/two-layer-init_scale/figures/phase_diagram.png",
-        "The scale of the initial weights moves the border of divergence.",
+        "The step size at which runs diverge depends on the scale of the initial weights.",
     ),
 )
 
 
 def main() -> None:
-    """Copies the figures, made small, and writes the page."""
+    """Copies the figures, with fewer colours, and writes the page."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--runs_dir", type=Path, default=Path("runs"))
     runs = parser.parse_args().runs_dir
@@ -138,15 +140,15 @@ def main() -> None:
     if missing:
         commands = "\n  ".join(dict.fromkeys(["", *(entry.command for entry in missing)]))
         raise SystemExit(
-            f"{len(missing)} figures are not in {runs}; python -m experiments.reproduce makes "
-            f"those of the paper, the others are made by{commands}"
+            f"{len(missing)} figures are not in {runs}; run python -m experiments.reproduce for "
+            f"those of the paper, and for the others{commands}"
         )
     (HERE / "figures").mkdir(exist_ok=True)
     lines = [
         "# Gallery",
         "",
-        "Every figure with the command that draws it, and what it shows. The runs are those "
-        "of `python -m experiments.reproduce` (32 seeds) and of the commands shown.",
+        "All figures, with their commands. Figures of the paper's settings were drawn by "
+        "`python -m experiments.reproduce` (32 seeds).",
         "",
     ]
     for entry in ENTRIES:

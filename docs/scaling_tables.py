@@ -1,4 +1,4 @@
-"""Writes the tables of scaling.md from benchmarks/results/scaling*.json, between their marks.
+"""Writes the tables of scaling.md from benchmarks/results/scaling*.json, between marks.
 
 python docs/scaling_tables.py
 """
@@ -21,12 +21,12 @@ COUNTED, FOR_TPU, AS_MAPS = (
 )
 POD = "256 TPU v5e"
 PER_DEVICE = 256 // 8  # images of the compiled program
-SHARE = 0.75  # of its memory that JAX takes of a GPU, by default
+SHARE = 0.75  # of the memory of a GPU, which JAX takes by default
 MEMORY = (16e9, 80e9)
 
 
 def sent() -> Iterator[Sequence[str]]:
-    """Sizes of the nets, and what a step exchanges."""
+    """Sizes of the nets, and communication of a step."""
     yield (
         "net",
         "parameters P",
@@ -50,7 +50,7 @@ def sent() -> Iterator[Sequence[str]]:
 
 
 def per_device() -> Iterator[Sequence[str]]:
-    """What each device sends per step, by precision and number of devices."""
+    """Bytes sent per device and step, by precision and number of devices."""
     yield (
         "net",
         "float32, of 8",
@@ -106,7 +106,7 @@ def strong() -> Iterator[Sequence[str]]:
 
 
 def work(net: dict[str, Any], utilisation: float) -> float:
-    """Operations of a step of 256, over the share of the peak that is reached."""
+    """Operations of a step with batch 256, divided by the utilisation."""
     return COUNTED["batch_size"] * net["step_flop_per_image"] / utilisation
 
 
@@ -144,7 +144,7 @@ def rows() -> Iterator[Sequence[str]]:
 
 
 def compilation() -> Iterator[Sequence[str]]:
-    """Seconds that two cores took."""
+    """Seconds on two cores."""
     yield "net", "for 8 CPU devices, s", "for 8 TPU v5e, s"
     for name, net in COUNTED["nets"].items():
         there = FOR_TPU["nets"][name]
@@ -183,14 +183,14 @@ TABLES: dict[str, Callable[[], Iterator[Sequence[str]]]] = {
 
 
 def table(name: str) -> str:
-    """One of them, in Markdown."""
+    """A table in Markdown."""
     head, *body = TABLES[name]()
     lines = [head, ["---"] * len(head), *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def filled(page: str) -> str:
-    """The page with every table between its marks made anew."""
+    """The page with every table between marks replaced."""
     mark = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return mark.sub(lambda found: f"{found[1]}{table(found[2])}\n{found[3]}", page)
 

@@ -54,7 +54,7 @@ SETTINGS = {
     ),
 }
 
-# What the original's notebook printed for one seed, a number per schedule.
+# Printed by the original's notebook for one seed: a number per schedule.
 PUBLISHED = {
     "d1": {
         "test_loss": (3.5286e-3, 6.6e-4, 2.8e-4, 1.5e-4),
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the ensemble into its folder, or reads it if finished; then prints and draws."""
+    """Runs the ensemble, or loads it if finished; then prints its table and draws figures."""
     hosts.join(config.hosts)
     ranges.check(config)
     if config.support > config.d:

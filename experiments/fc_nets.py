@@ -65,7 +65,7 @@ SETTINGS = {
 }
 PROBLEM = {"1d-overregularized": "1d"}  # the others have the setting's name
 
-# What the original's notebooks printed for one seed, a number per schedule (None: not printed).
+# Printed by the original's notebooks for one seed: a number per schedule (None: not printed).
 PUBLISHED = {
     "1d": {
         "train_loss": (2.09e-4, 1.7e-4),
@@ -96,7 +96,7 @@ COLUMNS = {
     "two-layer": ["test_loss", "flips_1", "sparsity_1", "rank"],
     "three-layer": ["test_loss", "effective_rank", "active_2", "sparsity_1", "sparsity_2", "rank"],
 }
-PANELS = {  # no test loss on the line: its test points are the training points
+PANELS = {  # 1d has no test loss: its test points are its training points
     "1d": ["train_loss", "rank", "sparsity_1", "nuclear_norm", "gradient_dimension", "flips_1"],
     "two-layer": ["train_loss", "test_loss", "rank", "sparsity_1", "nuclear_norm", "flips_1"],
     "three-layer": [
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the ensemble into its folder, or reads it if finished; then prints and draws."""
+    """Runs the ensemble, or loads it if finished; then prints its table and draws figures."""
     hosts.join(config.hosts)
     ranges.check(config)
     problem = PROBLEM.get(config.setting, config.setting)
@@ -132,7 +132,7 @@ def run(config: Config) -> tables.Finding:
 
 
 def draw_functions(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
-    """The predictor of one seed at six records, as in the paper's figure."""
+    """Draws the predictor of one seed at six records, as in the paper's figure."""
     toy, snapshots, steps = plan.toy, dataset["shown_theta"].values, plan.record_steps
     x, y = np.asarray(toy.train.x)[:, 0], np.asarray(toy.train.y)
     grid = np.linspace(x.min() - 0.05, x.max() + 0.05, 400)
@@ -147,13 +147,13 @@ def draw_functions(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> li
 
 
 def draw_neurons(stem: Path, plan: toys.Plan, dataset: "xarray.Dataset") -> list[Path]:
-    """Where each unit's incoming weights moved, for the first seed that diverged nowhere."""
+    """Draws each unit's incoming weights before and after training, for the shown seed."""
     seed = int(dataset["shown_seed"].values[0])
     kernel = lambda theta: np.asarray(toy_runs.parameters(plan.toy, theta)["layer1"]["kernel"])
     ends = [[kernel(theta) for theta in pair] for pair in dataset["theta"].values[seed]]
-    finite = [each[np.isfinite(each)] for pair in ends for each in pair]  # of runs that diverged
+    finite = [each[np.isfinite(each)] for pair in ends for each in pair]  # NaN of diverged runs
     teacher = np.asarray(problems.data.CIRCLE_TEACHER[0].kernel)
-    # A NaN between two segments is a gap in the line.
+    # NaN leaves a gap between two segments.
     segments = lambda start, end: np.stack([start, end, np.nan * end], -1).reshape(2, -1)
     panels = [
         plots.Panel(

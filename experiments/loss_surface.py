@@ -1,10 +1,10 @@
-"""The loss around a diagonal net's path: small steps, large steps and noise (D3 of the paper).
+"""The loss around paths of a diagonal net: gradient flow, GD and SGD (D3 of the paper).
 
 python -m experiments.loss_surface                 # maps, paths, losses along them, animation
 
-The plane goes through the initialization, the sparse solution (√θ*, √θ*) and what small steps of
-gradient descent find. A path leaves the plane, so that the loss at its projection is not its loss:
-both are drawn.
+The plane contains the initialization, the sparse solution (√θ*, √θ*) and the solution of gradient
+descent with small steps. Paths leave the plane, so that the losses along a path and along its
+projection differ: both are drawn.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config(toys.Config):
-    """n=20, d=30, 3-sparse; three ways down: flow (GD with small steps), GD and SGD with large."""
+    """n=20, d=30, 3-sparse; three paths: flow (GD, small steps), GD and SGD (large steps)."""
 
     setting: Literal["d3"] = "d3"
-    """The paper's; the first of its schedules is taken for the flow."""
+    """The paper's setting; the first of its schedules approximates gradient flow."""
     grid: TwoOrMore = 100
-    """Points of the maps in each direction."""
+    """Grid points of the maps in each direction."""
     low: Finite = -0.5
-    """Least coordinate of the maps."""
+    """Smallest coordinate of the maps."""
     high: Finite = 2.3
-    """Greatest coordinate of the maps."""
+    """Largest coordinate of the maps."""
     frames: CountOrNone = 60
     """Frames of the animation; 0 for none."""
 
@@ -59,16 +59,16 @@ WAYS = ("flow", "GD", "SGD")
 
 
 class Surface(NamedTuple):
-    """Losses over the plane [grid, grid], and where points and paths lie in it."""
+    """Losses over the plane [grid, grid], and coordinates of points and paths in it."""
 
-    at: np.ndarray  # the coordinates of rows and of columns
+    at: np.ndarray  # coordinates of rows and of columns
     train: np.ndarray
     test: np.ndarray
     points: dict[str, tuple[float, float]]
     paths: dict[str, np.ndarray]  # [records, 2]
     steps: np.ndarray
     loss: dict[str, np.ndarray]  # training loss of the path
-    loss_in_plane: dict[str, np.ndarray]  # at its projection
+    loss_in_plane: dict[str, np.ndarray]  # training loss of its projection
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> tables.Finding:
-    """Runs the three ways into a folder, or reads them there; then prints, draws and animates."""
+    """Runs the three paths, or loads them if finished; then prints, draws and animates."""
     hosts.join(config.hosts)
     ranges.check(config)
     if len(config.step_sizes) != len(WAYS):
@@ -96,17 +96,17 @@ def run(config: Config) -> tables.Finding:
 
 
 def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Surface:
-    """The plane through initialization, sparse solution and end of the flow, and all over it."""
+    """Losses over the plane through initialization, sparse solution and end of the flow."""
     snapshots = jnp.asarray(dataset["shown_theta"].values)
     unravel = lambda theta: toy_runs.parameters(toy, theta)
-    # The minimum with u = v >= 0, of all that u * v = θ* allows the one of least norm.
+    # u = v = √θ* is the solution of u * v = θ* with the least norm.
     root = jnp.sqrt(jnp.asarray(data.sparse_regression(0, n=20, d=30, support=3).target))
     sparse, flow = {"u": root, "v": root}, unravel(snapshots[0, -1])
     plane = measure.plane_through(unravel(snapshots[0, 0]), sparse, flow)
     at = jnp.linspace(config.low, config.high, config.grid)
 
     def place(theta):
-        # (u, v) and (-u, -v) are the same predictor: that with u >= 0, as at initialization.
+        # (u, v) and (-u, -v) are the same predictor: u >= 0, as at initialization.
         params = unravel(theta)
         sign = jnp.where(params["u"] < 0, -1.0, 1.0)
         return measure.coordinates(plane, {"u": sign * params["u"], "v": sign * params["v"]})
@@ -118,7 +118,7 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
     places = np.asarray(jax.jit(jax.vmap(jax.vmap(place)))(snapshots))
     paths: dict[str, np.ndarray] = dict(zip(WAYS, places, strict=True))
     points = {"init": plane.origin, "flow": flow, "√θ*": sparse}
-    seeds = dataset["shown_seed"].values.astype(int)  # GD and SGD may show different ones
+    seeds = dataset["shown_seed"].values.astype(int)  # not the same for GD and SGD
     return Surface(
         at=np.asarray(at),
         train=over(toy.train),
@@ -135,7 +135,7 @@ def map_out(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> Sur
 
 
 def draw(folder: Path, surface: Surface, frames: int) -> list[Path]:
-    """Both losses over the plane, the loss along each path, and the paths as they grow."""
+    """Draws both losses over the plane, the loss along each path, and the animation."""
 
     def over(z: np.ndarray, title: str) -> maps.Map:
         return maps.Map(
@@ -166,7 +166,7 @@ def draw(folder: Path, surface: Surface, frames: int) -> list[Path]:
     stem, title = folder / "loss_surface_along", "Training loss along the paths"
     figures += plots.figure(stem, [along(way) for way in WAYS], columns=3, title=title)
     if frames:
-        # Most of the way is covered in the first steps: the frames' ends are spaced evenly in log.
+        # Paths move most in the first steps: frames are spaced logarithmically.
         ends = np.unique(np.geomspace(2, len(surface.steps), frames).astype(int))
         titles = [f"Training loss, step {surface.steps[end - 1]:,}" for end in ends]
         path = folder / "loss_surface.gif"

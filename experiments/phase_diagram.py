@@ -1,4 +1,4 @@
-"""A toy problem over step size x a second axis x seeds: what is learned, and how runs end.
+"""Phase diagrams: outcomes and metrics of a toy problem over step size x a second axis.
 
 python -m experiments.phase_diagram                                    # D1 over step size x decay
 python -m experiments.phase_diagram --problem two-layer --axis init_scale \\
@@ -33,22 +33,22 @@ AXES = {
     "decay_factor": "factor of the decay",
     "warmup_gain": "gain of the warm-up",
 }
-TAIL = 8  # consecutive losses before the decay, in which period 2 shows
+TAIL = 8  # consecutive losses before the decay, for the detection of period 2
 MAPS = ("noise_level", "test_loss", "rank", "support", "sparsity_1", "sparsity_2")
 
 
 @dataclass(frozen=True)
 class Config:
-    """Every pair of a step size and a value of the axis, `seeds` times."""
+    """Runs a toy problem for every pair of a step size and a value of a second axis."""
 
     problem: Literal[
         "diagonal", "diagonal-small", "diagonal-plane", "1d", "two-layer", "three-layer"
     ] = "diagonal"
-    """Which toy problem: data and network of the paper's settings."""
+    """Toy problem: data and network of one of the paper's settings."""
     axis: Literal["batch_size", "init_scale", "decay_time", "decay_factor", "warmup_gain"] = (
         "decay_time"
     )
-    """What the second axis varies."""
+    """Parameter on the second axis."""
     values: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
     """Values of the second axis."""
     step_sizes: tuple[Positive, ...] = (0.05, 0.1, 0.15, 0.2, 0.23, 0.25, 0.265, 0.28, 0.29, 0.3)
@@ -60,21 +60,21 @@ class Config:
     num_steps: Count = 20_001
     """Steps of each run."""
     batch_size: Count = 1
-    """Examples per step, unless that is the axis; all of them is gradient descent."""
+    """Examples per step, unless on the axis; all examples: gradient descent."""
     init_scale: Positive = 1.0
-    """Multiplies the paper's initial weights, unless that is the axis."""
+    """Multiplies the paper's initial weights, unless on the axis."""
     decay_time: Share = 0.5
-    """Share of the run after which the step size decays, unless that is the axis; 1 is never."""
+    """Share of the run after which the step size decays, unless on the axis; 1: never."""
     decay_factor: Positive = 4.0
-    """What the step size is divided by then, unless that is the axis."""
+    """Factor that divides the step size at the decay, unless on the axis."""
     warmup_gain: AboveMinusOne = 0.0
-    """Until it decays the step size grows as 1 + gain * step / num_steps; unless the axis."""
+    """Until the decay, the step size grows as 1 + gain * step / num_steps; unless on the axis."""
     trend_records: Annotated[int, Range(8)] = 64
-    """Losses before the decay that classify the outcome, evenly spaced."""
+    """Number of evenly spaced losses before the decay that classify the outcome."""
     exp_name: str = ""
     """Name of the run's folder; empty: PROBLEM-AXIS."""
     runs_dir: str = "runs"
-    """Where run folders go."""
+    """Folder that contains the run folders."""
     hosts: Hosts = ALONE
 
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> "xarray.Dataset":
-    """Runs the grid into its folder, or reads it if finished; then prints and draws."""
+    """Runs the grid, or loads it if finished; then prints outcomes and draws maps."""
     hosts.join(config.hosts)
     ranges.check(config)
     toy = problems.PROBLEMS[config.problem]()
@@ -103,7 +103,7 @@ def run(config: Config) -> "xarray.Dataset":
 
 
 def validate(config: Config, examples: int) -> None:
-    """Raises ValueError for flags that don't fit each other or the number of examples."""
+    """Raises ValueError for flags that contradict each other or the number of examples."""
     for value in config.values:
         declared = ranges.declared(Config)[config.axis]
         declared.check(f"--values of --axis {config.axis}", value)
@@ -125,9 +125,9 @@ def validate(config: Config, examples: int) -> None:
 def simulate(
     config: Config, toy: problems.Toy, store: ensemble.Store, on_chunk: Callable[[], None]
 ) -> "xarray.Dataset":
-    """Every step size x value of the axis x seed, in one program per batch size.
+    """Runs every step size x value of the axis x seed, in one program per batch size.
 
-    Finished chunks are found in `store`, others are added; `on_chunk()` is called after each.
+    Reads finished chunks from `store`, adds others to it, and calls `on_chunk()` after each.
     """
     axes = {"step_size": config.step_sizes, config.axis: config.values}
     grid = {name: np.asarray(values) for name, values in train.grid(**axes).items()}
@@ -142,8 +142,8 @@ def simulate(
         decay_factor=of("decay_factor"),
         init_scale=of("init_scale"),
     )
-    # Losses before each point's decay, [points, records]: spread evenly, then at consecutive steps.
-    # A run records them for all decay times, so that the decay time needs no program of its own.
+    # Steps of the losses before each point's decay, [points, records]: evenly spaced, then
+    # consecutive. Runs record those of all decay times, which thus share a program.
     ends, last = np.minimum(decay_steps, config.num_steps - 1), np.array([config.num_steps - 1])
     trend = np.rint(np.linspace(0, ends - TAIL, config.trend_records, axis=1)).astype(int)
     held = np.concatenate([trend, ends[:, None] - np.arange(TAIL, 0, -1)], axis=1)
@@ -178,10 +178,10 @@ def simulate(
 
 
 def _with_outcomes(results: dict[str, np.ndarray], trend_records: int) -> dict[str, np.ndarray]:
-    """Noise level and outcome in place of the losses they follow from; NaN where runs diverged."""
+    """Replaces losses by noise level and outcome; metrics of diverged runs are NaN."""
     twice = lambda function: jax.vmap(jax.vmap(function))
     trend, tail = np.split(jnp.asarray(results.pop("held")), [trend_records], axis=-1)
-    # The first half of the trend has the descent to the level.
+    # The first half of the trend contains the descent to the level.
     results["noise_level"] = twice(measure.noise_level)(trend[..., trend_records // 2 :])
     diverged = ~np.isfinite(results["train_loss"])
     outcome = np.asarray(twice(measure.outcome)(trend, tail))
@@ -190,13 +190,13 @@ def _with_outcomes(results: dict[str, np.ndarray], trend_records: int) -> dict[s
 
 
 def draw(folder: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
-    """Medians over the seeds that did not diverge, and the outcome most of them had."""
+    """Draws medians over the seeds that did not diverge, and the most frequent outcome."""
     x, y = np.array(config.step_sizes), np.array(config.values)
 
     def panel(title: str, z: np.ndarray, zlabel: str = "", **look) -> maps.Map:
         return maps.Map(title, "step size", AXES[config.axis], x, y, z.T, zlabel, **look)
 
-    # No median of codes: a point of as many converged as period-2 runs isn't stabilized.
+    # Not the median of codes: between converged and period-2, that is stabilized.
     codes = dataset["outcome"].values
     counts = np.stack([(codes == code).sum(0) for code in range(len(measure.OUTCOMES))])
     panels = [

@@ -1,4 +1,4 @@
-"""Every toy number that the paper's code printed next to our runs, with a computed verdict.
+"""Compares every toy number that the paper's code printed with our runs.
 
 python -m experiments.reproduce                    # 32 seeds: report.md and report.html
 python -m experiments.reproduce --seeds 128 --exp_name more
@@ -32,20 +32,19 @@ class Config:
 
     seeds: TwoOrMore = 32
     """Seeds of every setting (two-layer nets, most of which diverge: eight times as many); a
-    verdict needs eight that did not diverge."""
+    verdict needs eight that do not diverge."""
     seed: Seed = 0
     """Base seed."""
     spectra_records: Count = 40
-    """Number of records with singular values for every seed (for one seed: all records)."""
+    """Number of records with singular values for every seed (one seed has all records)."""
     frames: CountOrNone = 40
     """Frames of the animation; 0 for none."""
     workers: CountOrNone = 0
-    """Settings run at the same time, each on one device; 0: one per core, or one after another on
-    an accelerator."""
+    """Settings to run in parallel, each on one device; 0: one per core on CPUs, else 1."""
     exp_name: str = "toys"
     """Name of the run's folder."""
     runs_dir: str = "runs"
-    """Where run folders go."""
+    """Folder that contains the run folders."""
 
 
 class Task(NamedTuple):
@@ -58,7 +57,7 @@ class Task(NamedTuple):
 TITLES = {  # in the paper's order
     "d1": "D1 · diagonal nets, SGD",
     "d2": "D2 · diagonal nets, GD and SGD",
-    "d3": "D3 · over the loss",
+    "d3": "D3 · loss surface",
     "1d": "F1 · 1-D regression",
     "1d-overregularized": "F2 · 1-D, over-regularized",
     "two-layer": "T1 · teacher-student, two layers",
@@ -73,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> list[Chapter]:
-    """Runs all settings (finished ones are read) and writes the two reports."""
+    """Runs all settings, or loads finished ones, and writes the reports."""
     ranges.check(config)
     folder = records.run_folder(config.runs_dir, "reproduce", config.exp_name)
     start = time.perf_counter()
@@ -100,9 +99,9 @@ def tasks(config: Config, runs_dir: str) -> list[Task]:
 
 
 def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
-    """The chapters in order, computed `workers` at a time in processes of one device each.
+    """The chapters in order, from `workers` parallel processes of one device each.
 
-    Compiling takes one core: two settings at once take little longer than one.
+    Compilation uses a single core, so that two settings take little longer than one.
     """
     chapters: list[Chapter] = []
     spawn = multiprocessing.get_context("spawn")
@@ -115,13 +114,13 @@ def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
         except BrokenProcessPool as error:
             raise OSError(
                 "A worker was killed, perhaps for lack of memory; try --workers 1. "
-                "The same command reads what is finished."
+                "Finished settings are not run again."
             ) from error
     return chapters
 
 
 def _quiet_chapter(task: Task) -> Chapter:
-    """`chapter_of` in a worker, whose tables would mix with those of the others."""
+    """`chapter_of` without output, which would mix with that of other workers."""
     with contextlib.redirect_stdout(io.StringIO()):
         return chapter_of(task)
 
@@ -138,7 +137,7 @@ def chapter_of(task: Task) -> Chapter:
         for row, found in compared
         if found.word == verdicts.DIFFERS
     ]
-    # D2's SGD diverges for nearly all seeds at the published step size: what about smaller ones?
+    # D2's SGD diverges for nearly all seeds at the published step size: report smaller ones.
     unstable = any(row.share_diverged > 0.9 for row, _ in compared)
     if unstable and isinstance(settings, diag_nets.Config):
         evidence.append(survival(settings))
@@ -147,7 +146,7 @@ def chapter_of(task: Task) -> Chapter:
 
 
 def survival(settings: diag_nets.Config) -> str:
-    """What SGD does below the step size at which nearly all diverged, as a sentence of evidence."""
+    """A sentence about SGD at step sizes below the published one, at which nearly all diverge."""
     shares = (0.9, 0.92, 0.94, 0.96, 0.98)
     last = lambda values: (values[-1],) * len(shares)
     near = replace(

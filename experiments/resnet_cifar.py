@@ -1,11 +1,11 @@
-"""Image classifiers with large and small step sizes: loss, error and sparsity of every block.
+"""Trains image classifiers, and records loss, error and the sparsity of every block.
 
     python -m experiments.resnet_cifar --dataset=cifar10 --lr_init=0.75 \\
         --lr_schedule=piecewise_05epochs --warmup_exp=1.05 --model=resnet18_plain \\
         --model_width=64 --epochs=100 --batch_size=256 --momentum=0.0 --l2_reg=0.0 \\
         --no_data_augm --eval_iter_freq=200 --exp_name=no_explicit_reg
 
-The flags are the released code's. The same command again continues from the newest checkpoint.
+Flags are named as in the released code. The same command continues from the newest checkpoint.
 """
 
 from collections.abc import Sequence
@@ -23,17 +23,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(config: Config) -> Path:
-    """Trains, prints the last row and draws; returns the run's folder."""
+    """Trains, prints the last record and draws curves; returns the run's folder."""
     devices.set_up_deep(deterministic=config.deterministic)
     hosts.join(config.hosts)
     folder = training.run(config)
     hosts.leave_the_rest_to_first()
-    row = curves.rows_of(folder)[-1]
-    sparsity = " / ".join(f"{row[f'train/distinct/{block}']:.1%}" for block in curves.blocks(row))
+    last = curves.records_of(folder)[-1]
+    sparsity = " / ".join(f"{last[f'train/distinct/{block}']:.1%}" for block in curves.blocks(last))
     terminal.show(
-        f"step {row['step']}: train loss {row['train/loss']:.4f}, train error "
-        f"{row['train/error']:.2%}, test error {row['test/error']:.2%} (averaged weights "
-        f"{row['test_average/error']:.2%})\n"
+        f"step {last['step']}: train loss {last['train/loss']:.4f}, train error "
+        f"{last['train/error']:.2%}, test error {last['test/error']:.2%} (averaged weights "
+        f"{last['test_average/error']:.2%})\n"
         f"active units without duplicates, block by block: {sparsity}",
         folder,
     )

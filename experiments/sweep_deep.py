@@ -1,10 +1,11 @@
-"""A grid of classifier runs: finished ones are skipped, interrupted ones continued, all compared.
+"""Trains image classifiers over a grid of flags, and compares the runs.
 
     python -m experiments.sweep_deep --lr_init 0.002 0.05 --paired --seed 0 1 2 \\
         --lr_schedule constant piecewise_05epochs --l2_reg 0.0005 --exp_name sota_setting
 
-Every flag of experiments.resnet_cifar takes several values here. The same command again runs what
-is missing. A run that diverges is a result: it is in the table, and the others continue.
+Flags of experiments.resnet_cifar take several values, except switches, --exp_name, --fork_from and
+those that may change between starts, such as --max_steps and --keep. Finished runs are skipped,
+interrupted ones continue. A diverged run is reported in the table, and the others continue.
 """
 
 import dataclasses
@@ -25,7 +26,7 @@ from experiments.storage import records
 
 FIXED = (*MAY_CHANGE, "exp_name", "fork_from")  # one value for all runs
 IN_NAME = ("dataset", "model", "model_width", "lr_init", "lr_schedule", "seed", "fork_step")
-SHOWN = {  # columns of the last row: heading and format
+SHOWN = {  # of the last record: heading and format
     "train/loss": ("train loss", ".4f"),
     "test/error": ("test error", ".2%"),
     "test_average/error": ("test error, averaged weights", ".2%"),
@@ -34,14 +35,14 @@ SHOWN = {  # columns of the last row: heading and format
 
 
 def grid_type() -> type:
-    """The flags of a run with the same descriptions; those that may vary are lists."""
+    """The flags of a run, with their help; those that may vary take several values."""
     import docstring_parser
     import tyro
 
     help_of = {p.arg_name: p.description for p in docstring_parser.parse_from_object(Config).params}
     fields: list[Any] = []
     for field in dataclasses.fields(Config):
-        if dataclasses.is_dataclass(field.default):  # a group of flags, which describes itself
+        if dataclasses.is_dataclass(field.default):  # a group of flags, with its own help
             fields.append((field.name, field.type, field.default))
             continue
         many = not (field.name in FIXED or isinstance(field.default, bool))
@@ -50,11 +51,11 @@ def grid_type() -> type:
         described = Annotated[kind, tyro.conf.arg(help=help_of[field.name])]
         fields.append((field.name, described, default))
     paired = tyro.conf.arg(
-        help="Walk lists of equal length together, in place of crossing them; seeds are crossed."
+        help="Pair lists of equal length instead of taking their product; seeds are always crossed."
     )
     part = tyro.conf.arg(
-        help="I/N: this command runs every N-th run from the I-th on, and others the rest; by "
-        "default the task of a Slurm array."
+        help="I/N: run every N-th run from the I-th on; by default those of the task of a Slurm "
+        "array, else all."
     )
     fields.append(("paired", Annotated[bool, paired], False))
     fields.append(("part", Annotated[str, part], ""))
@@ -69,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(grid: Any) -> Path:
-    """Runs what is missing of the grid; returns the folder of table and figures."""
+    """Runs the unfinished runs of the grid; returns the folder of summary and figures."""
     devices.set_up_deep(deterministic=grid.deterministic)
     hosts.join(grid.hosts)
     settings, part = expand(grid), part_of(grid.part)
-    for config in itertools.chain(*settings.values()):  # before the first run, what any would raise
+    for config in itertools.chain(*settings.values()):  # all, before the first run
         setup.validate(config)
     for first, *_ in settings.values():
         setup.resolve(first)  # missing data, too large a batch
@@ -83,7 +84,7 @@ def run(grid: Any) -> Path:
 
 
 def part_of(text: str) -> slice:
-    """Which runs are this command's: those of --part I/N, or of the task of a Slurm array."""
+    """The runs of --part I/N, or of the task of a Slurm array."""
     task, first, count = (
         int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
         for name, default in (("ID", 0), ("MIN", 0), ("COUNT", 1))
@@ -98,7 +99,7 @@ def part_of(text: str) -> slice:
 def compare(
     folder: Path, title: str, settings: Mapping[str, Sequence[Config]], part: slice = slice(None)
 ) -> Path:
-    """Runs what is missing of a part; when no run is missing, writes summary, table and figures."""
+    """Runs the unfinished runs of a part; once all parts are finished, compares their runs."""
     flat = [(setting, config) for setting, configs in settings.items() for config in configs]
     mine = flat[part]
     for number, (_, config) in enumerate(mine, 1):
@@ -108,8 +109,8 @@ def compare(
     outcomes = [outcome(config) for _, config in flat]
     if missing := outcomes.count(""):
         terminal.show(
-            f"{missing} of {len(flat)} runs are other parts' and not finished; the part that ends "
-            "last compares all of them, and so does the same command, later."
+            f"{missing} of {len(flat)} runs, of other parts, are not finished; the last part "
+            "compares all runs, and so does this command when run again."
         )
         return folder
     entries = [
@@ -118,7 +119,7 @@ def compare(
             "seed": config.seed,
             "folder": folder_of(config).name,
             "outcome": ended,
-            "last_row": curves.rows_of(folder_of(config))[-1],
+            "last_row": curves.records_of(folder_of(config))[-1],
         }
         for (setting, config), ended in zip(flat, outcomes, strict=True)
     ]
@@ -139,7 +140,7 @@ def expand(grid: Any) -> dict[str, list[Config]]:
     varied = {k: v for k, v in lists.items() if len(v) > 1}
     lengths = ", ".join(f"--{name} {len(each)}" for name, each in varied.items())
     if grid.paired and len({len(each) for each in varied.values()}) > 1:
-        raise ValueError(f"--paired needs lists of equal length, given are {lengths}.")
+        raise ValueError(f"--paired needs lists of equal length, got {lengths}.")
     walk = zip if grid.paired and varied else itertools.product  # which yields () for no lists
     settings = {}
     for point in walk(*varied.values()):
@@ -155,7 +156,7 @@ def expand(grid: Any) -> dict[str, list[Config]]:
 
 
 def outcome(config: Config) -> str:
-    """How a run ended: "finished", or why it diverged; "" if it has not."""
+    """ "finished", or the reason for which a run diverged; "" if it has not ended."""
     diverged = folder_of(config) / "diverged.json"
     if diverged.exists():
         return cli.one_line(records.read_json(diverged)["reason"])
@@ -163,10 +164,10 @@ def outcome(config: Config) -> str:
 
 
 def once(config: Config) -> None:
-    """Trains to the end, unless that is done or the run has diverged."""
+    """Trains to the end, unless the run is finished or has diverged."""
     if (reason := outcome(config)) not in ("", "finished"):
         terminal.show(
-            f"It has diverged before ({reason}); remove {folder_of(config)} to try again."
+            f"It diverged in an earlier start ({reason}); remove {folder_of(config)} to try again."
         )
         return
     try:
@@ -182,7 +183,7 @@ def show(folder: Path, title: str, entries: Sequence[Mapping[str, Any]]) -> None
     from rich.table import Table
 
     headings = ("setting", "seeds", "quantity", "value")
-    table = Table(*headings, title=f"{title}: last rows, mean ± standard deviation over seeds")
+    table = Table(*headings, title=f"{title}: last records, mean ± standard deviation over seeds")
     for setting, group in itertools.groupby(entries, lambda entry: entry["setting"]):
         runs = list(group)
         rows = [entry["last_row"] for entry in runs if entry["outcome"] == "finished"]

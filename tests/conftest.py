@@ -1,4 +1,4 @@
-"""JAX at its strictest: silent broadcasting is an error, eight devices, both precisions at hand."""
+"""Strict JAX: broadcasting between ranks is an error; eight devices; float64 enabled."""
 
 import contextlib
 import os
@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
 
-os.environ["SGD_SPARSE_ALLOW_JAXLIB"] = "1"  # tests/test_backend.py says what is wrong with it
+os.environ["SGD_SPARSE_ALLOW_JAXLIB"] = "1"  # see tests/test_backend.py
 
 from experiments.launch import devices  # refuses that jaxlib without the variable
 
 devices.add_xla_flag(devices.KERNEL_GRADIENTS)  # convolution networks also compile faster
-# Programs are kept on disk for the session, for all workers and for the commands that tests start.
+# Compiled programs are cached on disk for the session, for all workers and started commands.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-    PROGRAMS = tempfile.TemporaryDirectory()  # of the first process: workers inherit the variable
+    PROGRAMS = tempfile.TemporaryDirectory()  # of the first process, whose variable workers inherit
     os.environ["JAX_COMPILATION_CACHE_DIR"] = PROGRAMS.name
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
@@ -52,7 +52,7 @@ def small_cifar(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unrendered():
-    """Figures are set up, and empty files written: rendering takes most of a small run's time."""
+    """Draws figures but writes empty files: rendering takes most of the time of a small run."""
     with pytest.MonkeyPatch.context() as patch:
         empty = lambda self, target, **options: target.write(b"a figure")
         patch.setattr("matplotlib.figure.Figure.savefig", empty)
@@ -61,7 +61,7 @@ def unrendered():
 
 @pytest.fixture
 def no_room():
-    """In `with no_room(size)`, writing more than that to a file fails, as on a full disk."""
+    """`with no_room(size)`: writing more than `size` bytes to a file fails, as on a full disk."""
 
     @contextlib.contextmanager
     def limited(size):
@@ -77,14 +77,14 @@ def no_room():
 
 @pytest.fixture
 def single_precision():
-    """As the commands that train image classifiers run."""
+    """Float32, as in commands that train image classifiers."""
     with jax.enable_x64(False):
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_compilation():
-    """Half the time to compile, for tests that compare programs with each other."""
+    """Halves the compile time of tests that compare programs with each other."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -92,8 +92,8 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def shallow(quick_compilation):
-    """One block in place of eight: the network is under test elsewhere, and compiles slowly."""
-    from sgd_sparse_jax import models  # not above: pytest first has to say that shapes are checked
+    """One block instead of eight, to compile faster; the network is tested elsewhere."""
+    from sgd_sparse_jax import models  # not above: pytest must enable the checks of shapes first
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.NETWORKS, "shallow", lambda **sizes: models.ResNet((1,), **sizes))

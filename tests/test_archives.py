@@ -1,4 +1,4 @@
-"""From an official archive, brought by hand or downloaded, to arrays: whole or nothing."""
+"""Official archives, local or downloaded, become arrays completely or not at all."""
 
 import functools
 import gzip
@@ -29,7 +29,7 @@ N = {"train": 15, "test": 5}
 
 @functools.cache
 def official(name, split):
-    """Pixels and labels in the official order; of Tiny ImageNet smooth ones, which JPEG keeps."""
+    """Pixels and labels in the official order; smooth ones for Tiny ImageNet, because of JPEG."""
     rng = np.random.default_rng(N[split])
     kind = STORED[name]
     labels = rng.integers(0, len(kind.class_names), N[split]).astype(np.int32)
@@ -41,7 +41,7 @@ def official(name, split):
 
 
 def tarred(name):
-    """CIFAR: records of labels and planes, in files that are not in order."""
+    """CIFAR: records of labels and planes, in unsorted files."""
     files = {"train.bin": ("train", slice(None)), "test.bin": ("test", slice(None))}
     if name == "cifar10":
         files = {f"data_batch_{i}.bin": ("train", slice(3 * i - 3, 3 * i)) for i in range(1, 6)}
@@ -72,14 +72,14 @@ def mat(pixels, labels):
 
 
 def zipped():
-    """Tiny ImageNet: members out of order, one grey image, annotations behind tabs."""
+    """Tiny ImageNet: unsorted members, one grey image, tab-separated annotations."""
     wnids, root = STORED["tiny_imagenet"].class_names, "tiny-imagenet-200"
     members, lines, counts = {}, [], {}
     for split in N:
         for i, (pixels, label) in enumerate(zip(*official("tiny_imagenet", split), strict=True)):
             file, image, wnid = io.BytesIO(), Image.fromarray(pixels), wnids[label]
             (image.convert("L") if i == 1 else image).save(file, "JPEG", quality=95)
-            counts[wnid] = counts.get(wnid, 8) + 1  # 9, 10: as numbers, not as letters
+            counts[wnid] = counts.get(wnid, 8) + 1  # 9, 10: in numerical order
             place = f"train/{wnid}/images/{wnid}_{counts[wnid]}.JPEG"
             if split == "test":
                 place = f"val/images/val_{i}.JPEG"
@@ -95,7 +95,7 @@ def zipped():
 
 
 def contents(name):
-    """The contents of a data set's archives, in the order of its source."""
+    """Contents of the archives of a data set, in the order of `SOURCES`."""
     if name.startswith("cifar"):
         return [tarred(name)]
     if name == "tiny_imagenet":
@@ -108,7 +108,7 @@ def contents(name):
 
 @pytest.fixture
 def place(monkeypatch):
-    """Writes the archives of a data set into a folder, and makes them the official ones."""
+    """Writes archives of a data set into a folder, and registers them as official."""
 
     def write(name, folder, address=None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +127,7 @@ def place(monkeypatch):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """A web server on this machine over `tmp_path`/server: its address, and its requests."""
+    """A local web server of `tmp_path`/server: its address, and its requests."""
     monkeypatch.setenv("NO_PROXY", "*")
     requests = []
 
@@ -163,7 +163,7 @@ def assert_official(name, split, root):
 
 
 @pytest.mark.parametrize("name", STORED)
-def test_an_archive_brought_by_hand_is_read_once_and_needs_no_network(tmp_path, place, name):
+def test_a_local_archive_is_read_once_and_without_network(tmp_path, place, name):
     manual = tmp_path / "downloads" / "manual"
     place(name, manual / name if name == "mnist" else manual)
     for split in N:
@@ -173,10 +173,12 @@ def test_an_archive_brought_by_hand_is_read_once_and_needs_no_network(tmp_path, 
     assert [path.name for path in (tmp_path / name).iterdir()] == ["decoded"]
 
 
-def test_without_network_one_line_says_where_to_get_the_data(tmp_path, place, server, monkeypatch):
+def test_without_network_the_error_has_the_address_and_the_command(
+    tmp_path, place, server, monkeypatch
+):
     root = tmp_path / "my data"
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
+        unused.bind(("127.0.0.1", 0))  # not listening: connections are refused
         place("cifar10", tmp_path / "server", f"http://127.0.0.1:{unused.getsockname()[1]}")
         start = time.perf_counter()
         with pytest.raises(FileNotFoundError) as error:
@@ -191,12 +193,12 @@ def test_without_network_one_line_says_where_to_get_the_data(tmp_path, place, se
     exec(program, {})
     for split in N:
         assert_official("cifar10", split, root)
-    assert server[1] == ["GET"]  # one download serves both
+    assert server[1] == ["GET"]  # a single download
     assert {path.parent for path in files(root)} == {root / "cifar10" / "decoded"}
 
 
 @pytest.mark.parametrize("fault", ["missing", "other", "silent"])
-def test_a_failed_download_leaves_nothing(tmp_path, place, server, monkeypatch, fault):
+def test_a_failed_download_leaves_no_files(tmp_path, place, server, monkeypatch, fault):
     monkeypatch.setattr(archives, "TIMEOUT", (1.0, 0.3))
     address, root = server[0], tmp_path / "data"
     with socket.socket() as listening:
@@ -215,7 +217,7 @@ def test_a_failed_download_leaves_nothing(tmp_path, place, server, monkeypatch, 
     assert ("404" in str(error.value)) == (fault == "missing")
 
 
-def test_a_folder_that_cannot_be_written_is_named_before_any_download(tmp_path, place, server):
+def test_a_read_only_folder_is_an_error_before_any_download(tmp_path, place, server):
     path = place("cifar10", tmp_path / "server", server[0])
     with pytest.raises(PermissionError, match=f"{path}/cifar10"):
         data.load_images("cifar10", "train", data_dir=path)

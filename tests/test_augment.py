@@ -14,7 +14,7 @@ def distinct(b, h=8, w=8, c=3, dtype=np.float32):
     return jnp.asarray(1 + np.arange(b * h * w * c).reshape(b, h, w, c), dtype)
 
 
-def test_a_crop_is_a_window_of_its_own_mirrored_or_not():
+def test_each_image_gets_its_own_window_and_flip():
     images = np.asarray(distinct(64))
     padded = np.pad(images, ((0, 0), (4, 4), (4, 4), (0, 0)))
     crops, upright = (crop_and_flip(jr.key(0), images, flip=flip) for flip in (True, False))
@@ -38,7 +38,7 @@ def test_all_windows_are_equally_likely():
     assert counts.min() > 0 and ((counts - 200) ** 2 / 200).sum() <= 80 + 5 * np.sqrt(160)
 
 
-def test_sharded_is_unsharded_and_no_image_travels():
+def test_sharded_equals_unsharded_without_exchange_of_images():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
     program = jax.jit(crop_and_flip, in_shardings=(whole, split), out_shardings=split)

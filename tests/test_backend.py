@@ -1,4 +1,4 @@
-"""The installed jaxlib computes what NumPy does, and a command sets JAX up as its flags say."""
+"""The installed jaxlib agrees with NumPy, and commands configure JAX as their flags specify."""
 
 import os
 import subprocess
@@ -35,7 +35,7 @@ def python(*words, **env):
     )
 
 
-def test_a_jaxlib_that_computes_wrong_numbers_is_refused_in_a_line(tmp_path):
+def test_a_jaxlib_that_computes_wrong_numbers_is_refused(tmp_path):
     (tmp_path / "jaxlib-0.10.2.dist-info").mkdir()
     metadata = "Metadata-Version: 2.1\nName: jaxlib\nVersion: 0.10.2\n"
     (tmp_path / "jaxlib-0.10.2.dist-info" / "METADATA").write_text(metadata)
@@ -46,8 +46,8 @@ def test_a_jaxlib_that_computes_wrong_numbers_is_refused_in_a_line(tmp_path):
     assert python("-c", "import experiments", **path, SGD_SPARSE_ALLOW_JAXLIB="1").returncode == 0
 
 
-def test_deterministic_reaches_the_compiler_and_the_flags_of_the_user_stay(tmp_path):
-    """What XLA writes of a compilation in the process of a command that ended for lack of data."""
+def test_deterministic_sets_xla_flags_and_keeps_the_users(tmp_path):
+    """Reads XLA's dump of a compilation after a command that failed for lack of data."""
     program = (
         "import jax\nfrom experiments import sweep_deep as command\n"
         f"try: command.main(['--deterministic', '--data_dir=.', '--runs_dir={tmp_path}'])\n"
@@ -66,7 +66,7 @@ def test_deterministic_reaches_the_compiler_and_the_flags_of_the_user_stay(tmp_p
         ({"JAX_NUM_CPU_DEVICES": "3", "JAX_THREEFRY_PARTITIONABLE": "0"}, 3),
     ],
 )
-def test_toys_have_a_device_per_core_or_as_the_user_chose_and_always_the_same_numbers(env, devices):
+def test_toys_use_a_device_per_core_or_the_users_number_with_equal_results(env, devices):
     program = (
         "from experiments.launch import devices\ndevices.set_up_toys()\nimport jax\n"
         "print(jax.device_count(), *jax.random.normal(jax.random.key(0), 3))"
@@ -77,7 +77,7 @@ def test_toys_have_a_device_per_core_or_as_the_user_chose_and_always_the_same_nu
     np.testing.assert_array_equal(numbers, jax.random.normal(jax.random.key(0), 3))
 
 
-def test_jax_that_can_not_start_is_one_line(tmp_path):
+def test_a_jax_that_cannot_start_is_an_error_in_one_line(tmp_path):
     flags = ["--seeds=1", f"--runs_dir={tmp_path}"]
     done = python("-m", "experiments.diag_nets", *flags, JAX_PLATFORMS="cuda")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr

@@ -1,4 +1,4 @@
-"""The benchmarks: both sides are the same networks, and what is written down can be run again."""
+"""Benchmarks: both sides are the same networks, and recorded commands can be run again."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def test_torch_crops_are_windows_of_the_padded_image_and_half_are_mirrored():
 @pytest.mark.usefixtures("no_torch")
 def test_a_tiny_run_without_torch_writes_positive_numbers(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(peaks, "sizes", lambda: (64, 2**16))
-    monkeypatch.setitem(models.NETWORKS, "one_block", partial(models.ResNet, (1,)))  # soon compiled
+    monkeypatch.setitem(models.NETWORKS, "one_block", partial(models.ResNet, (1,)))  # small
     out = tmp_path / "deep.json"
     deep.main(["--nets", "one_block", "--precision", "fp32", *TINY, "--out", str(out)])
     results = json.loads(out.read_text())
@@ -138,7 +138,7 @@ def test_both_sides_of_a_network_run_from_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_save_is_a_share_of_the_time_between_two(tmp_path):
+def test_the_cost_of_a_save_is_a_share_of_the_time_between_saves(tmp_path):
     out = tmp_path / "overheads.json"
     tiny = ("--net=resnet_tiny", "--width=2", "--batch_size=8", "--steps=8", "--rounds=2")
     overheads.main([*tiny, f"--out={out}"])
@@ -151,7 +151,7 @@ def test_a_save_is_a_share_of_the_time_between_two(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_torch")
-def test_what_a_gpu_will_run_runs_at_small_size(tmp_path, small_cifar, monkeypatch):
+def test_the_accelerator_benchmark_runs_at_small_size(tmp_path, small_cifar, monkeypatch):
     monkeypatch.setattr(peaks, "sizes", lambda: (64, 2**16))
     out = tmp_path / "all.json"
     tiny = ("--nets=resnet_tiny", "--precisions=fp32", "--rounds=1", "--eval_images=8")
@@ -191,7 +191,7 @@ def test_the_papers_four_settings_are_trained_within_the_time(tmp_path, small_ci
     ],
 )
 @pytest.mark.usefixtures("no_torch")
-def test_what_cannot_be_run_is_refused_in_one_line(benchmark, flags, words, capsys):
+def test_invalid_flags_are_an_error_in_one_line(benchmark, flags, words, capsys):
     with pytest.raises(SystemExit) as stop:
         benchmark.main(flags.split())
     err = capsys.readouterr().err
@@ -206,6 +206,6 @@ def test_what_cannot_be_run_is_refused_in_one_line(benchmark, flags, words, caps
         (overheads, overheads.Config(net="wrn28", width=1, steps=8, rounds=2)),
     ],
 )
-def test_the_command_written_into_results_gives_the_same_run(benchmark, config):
+def test_the_recorded_command_parses_to_the_same_config(benchmark, config):
     words = benchmark.command(config).split()[3:]
     assert cli.parse(type(config), words) == config

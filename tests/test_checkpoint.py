@@ -1,4 +1,4 @@
-"""What was saved is what comes back, or an error says why: never other numbers in silence."""
+"""Restored states equal the saved ones, or an error states the reason."""
 
 import contextlib
 import gc
@@ -16,15 +16,15 @@ from sgd_sparse_jax import train
 from sgd_sparse_jax.train.checkpoint import digest
 from sgd_sparse_jax.types import TrainState
 
-# Where one array can't be read, orbax abandons the reads of the others: they complain a bit later
-# or when they are collected. The fixture has that happen in the test that is to blame.
+# If one array can't be read, orbax abandons the reads of the others, which raise later or when they
+# are collected. The fixture makes that happen within the test that caused it.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 ABOUT = {"model": "resnet18_plain", "model_width": 16, "l2_reg": 5e-4, "no_data_augm": False}
 W = jr.normal(jr.key(0), (64, 64), jnp.float32)
 
 
 def state_at(step):
-    """Different at every step, in two precisions, with an empty average."""
+    """A state that differs at every step, in two precisions, without an average."""
     params = {"Dense": {"kernel": W + step, "bias": jnp.arange(5.0) + step}}
     trace = ({"trace": W * step},)
     return TrainState(jnp.asarray(step, jnp.int32), params, {"m": jnp.ones(3) * step}, trace, ())
@@ -71,7 +71,7 @@ def names(folder):
 
 
 def damage(folder, step, how):
-    """Changes the file that holds the numbers themselves."""
+    """Changes the file that contains the arrays."""
     files = [path for path in (folder / str(step)).rglob("d/*") if path.is_file()]
     path = max(files, key=lambda path: path.stat().st_size)
     path.write_bytes(how(path.read_bytes()))
@@ -98,8 +98,8 @@ def test_the_newest_state_and_its_progress_come_back_exactly(folder, tmp_path):
         assert train.restore(checkpoints, LIKE, ABOUT) is None
 
 
-def test_a_saved_state_is_untouched_by_what_happens_to_its_buffers(tmp_path):
-    """A save goes on in the background while they are donated."""
+def test_a_save_is_independent_of_donated_buffers(tmp_path):
+    """Buffers are donated while the save is running."""
     consume = jax.jit(lambda state: jax.tree.map(lambda x: x * 0, state), donate_argnums=0)
     with train.open_checkpoints(tmp_path) as checkpoints:
         for step in (1, 2):
@@ -109,8 +109,8 @@ def test_a_saved_state_is_untouched_by_what_happens_to_its_buffers(tmp_path):
     assert_is(restored(tmp_path), 2)
 
 
-def test_the_newest_are_kept_and_no_step_is_saved_twice_in_silence(folder):
-    (folder / "3.orbax-checkpoint-tmp").mkdir()  # as a killed save leaves it
+def test_the_newest_are_kept_and_saving_a_step_twice_is_an_error(folder):
+    (folder / "3.orbax-checkpoint-tmp").mkdir()  # left by a killed save
     with train.open_checkpoints(folder, read_only=True) as checkpoints:
         assert checkpoints.all_steps() == [1, 2]
     assert len(names(folder)) == 3
@@ -124,7 +124,7 @@ def test_the_newest_are_kept_and_no_step_is_saved_twice_in_silence(folder):
 
 @pytest.mark.parametrize("kind", [*DAMAGES, "description"])
 def test_a_damaged_newest_state_is_moved_aside_with_a_warning(folder, kind, caplog):
-    """And saved again by the run that goes on from the state before."""
+    """And saved again by the run that continues from the previous state."""
     if kind == "description":
         (folder / "2" / "_CHECKPOINT_METADATA").write_text("{")
     else:
@@ -136,7 +136,7 @@ def test_a_damaged_newest_state_is_moved_aside_with_a_warning(folder, kind, capl
     assert names(folder) == ["1", "2", "damaged-2"]
 
 
-def test_states_that_are_all_damaged_are_no_fresh_start(folder):
+def test_if_all_states_are_damaged_restore_raises(folder):
     for step in (1, 2):
         damage(folder, step, DAMAGES["emptied"])
     with pytest.raises(ValueError, match=f"remove {folder}"):
@@ -144,14 +144,14 @@ def test_states_that_are_all_damaged_are_no_fresh_start(folder):
     assert names(folder) == ["1", "2"]
 
 
-def test_another_runs_state_is_refused_field_by_field(folder):
+def test_a_state_of_another_run_is_refused_with_the_differing_fields(folder):
     other = ABOUT | {"model_width": 32, "no_data_augm": True}
     with pytest.raises(ValueError, match="model_width 16 -> 32, no_data_augm False -> True"):
         restored(folder, about=other)
     assert_is(restored(folder, about=ABOUT | {"a_later_flag": 1}), 2)  # which older runs lack
 
 
-def test_other_arrays_are_refused_by_name_shape_and_dtype(folder):
+def test_other_arrays_are_refused_with_name_shape_and_dtype(folder):
     for params, listed in (
         ({"kernel": W[:, :5]}, "kernel float32[64, 64] -> float32[64, 5]"),
         ({"kernel": W.astype(float)}, "kernel float32[64, 64] -> float64[64, 64]"),
@@ -163,13 +163,13 @@ def test_other_arrays_are_refused_by_name_shape_and_dtype(folder):
 
 
 @pytest.mark.parametrize(("path", "step"), [("checkpoints", 2), ("", 2), ("checkpoints/1", 1)])
-def test_weights_are_found_from_the_run_its_states_or_one_of_them(folder, tmp_path, path, step):
+def test_weights_load_from_a_run_its_states_or_one_state(folder, tmp_path, path, step):
     weights = train.load_weights(tmp_path / path, LIKE.params, LIKE.stats)
     assert_is(state_at(step)._replace(params=weights[0], stats=weights[1]), step)
 
 
-def test_a_fork_takes_what_both_have_and_begins_the_rest(folder):
-    """Here: the same network; an optimizer without the trace, with a buffer the other lacks."""
+def test_a_fork_takes_arrays_that_both_have_and_initializes_others(folder):
+    """Same network; an optimizer without the trace, and with a buffer that the other lacks."""
     assert_is(train.fork(folder / "1", LIKE), 1)
     other = LIKE._replace(opt_state=({"velocity": W}, {"trace": W[:3]}))
     forked = train.fork(folder, other)
@@ -177,7 +177,7 @@ def test_a_fork_takes_what_both_have_and_begins_the_rest(folder):
     jax.tree.map(np.testing.assert_array_equal, forked.opt_state, other.opt_state)
 
 
-def test_weights_of_nothing_of_another_network_or_of_damage_are_refused(folder, tmp_path):
+def test_missing_other_or_damaged_weights_are_refused(folder, tmp_path):
     for path in (tmp_path / "nowhere", folder / "3"):
         with pytest.raises(ValueError, match="no saved state"):
             train.fork(path, LIKE)
@@ -189,8 +189,8 @@ def test_weights_of_nothing_of_another_network_or_of_damage_are_refused(folder, 
 
 
 @pytest.mark.parametrize("room", [0, 2000])
-def test_a_save_that_fails_is_one_error_and_what_was_saved_stays(folder, no_room, room):
-    """With room again, as the message says, the same steps are saved."""
+def test_a_failed_save_is_one_error_and_keeps_earlier_states(folder, no_room, room):
+    """Once there is space again, the same steps are saved."""
     with pytest.raises(OSError) as failed, no_room(room), train.open_checkpoints(folder) as to:
         train.save(to, state_at(3), ABOUT)
     text = str(failed.value)
@@ -201,20 +201,20 @@ def test_a_save_that_fails_is_one_error_and_what_was_saved_stays(folder, no_room
     assert_is(restored(folder), 3)
 
 
-def test_a_first_save_that_fails_is_an_error_before_training(tmp_path, no_room):
+def test_a_failed_first_save_is_an_error_before_training(tmp_path, no_room):
     closed = contextlib.suppress(OSError)  # repeats the error
     with closed, train.open_checkpoints(tmp_path) as to, no_room(0), pytest.raises(OSError):
         train.save(to, state_at(0))
 
 
 @pytest.mark.parametrize("name", ["mom[0.9]", "a*", "a?", "a\\b", "gs://bucket"])
-def test_paths_that_orbax_could_not_read_again_are_refused(tmp_path, name):
+def test_paths_that_orbax_cannot_read_are_refused(tmp_path, name):
     with pytest.raises(ValueError), train.open_checkpoints(f"{tmp_path}/{name}/checkpoints"):
         pass
     assert names(tmp_path) == []
 
 
-def test_other_odd_paths_are_taken_as_they_are(tmp_path):
+def test_other_unusual_paths_work(tmp_path):
     folder = tmp_path / "a b\n\tü→日%41#" / "-x~{a,b}$(x)'\""
     with train.open_checkpoints(folder) as checkpoints:
         train.save(checkpoints, state_at(3), ABOUT)
@@ -222,7 +222,7 @@ def test_other_odd_paths_are_taken_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16", "int32", "uint8", "bool"])
-def test_the_digest_sees_one_bit_and_one_exchange(dtype):
+def test_the_digest_detects_a_flipped_bit_and_a_swap(dtype):
     values = np.asarray([0, 1, 1, 0, 1, 0])
     others = [values[::-1], *(np.where(np.arange(6) == i, 1 - values, values) for i in range(6))]
     of = lambda x: int(digest(LIKE._replace(params={"a": jnp.asarray(x, dtype)})))

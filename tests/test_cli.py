@@ -1,4 +1,4 @@
-"""Flags, exit codes and messages of a command, whatever the terminal."""
+"""Flags, exit codes and messages of a command, on any terminal."""
 
 import os
 import signal
@@ -78,10 +78,10 @@ def test_a_wrong_flag_is_named_before_anything_runs(argv, named, capsys):
         (FloatingPointError("the loss is NaN"), 1, "error: the loss is NaN"),
         (FileNotFoundError(2, "No such file", "a/b"), 1, "error: a/b: No such file"),
         (Stopped("step 3; the same command continues"), 75, "step 3; the same command"),
-        (KeyboardInterrupt(), 130, "error: interrupted; the same command continues"),
+        (KeyboardInterrupt(), 130, "error: interrupted; run the same command to continue"),
     ],
 )
-def test_an_end_that_is_no_bug_is_one_line(error, code, message, capsys, monkeypatch):
+def test_expected_errors_are_one_line(error, code, message, capsys, monkeypatch):
     def run(config):
         raise error
 
@@ -93,7 +93,7 @@ def test_an_end_that_is_no_bug_is_one_line(error, code, message, capsys, monkeyp
 
 
 class Finalized:
-    """Python prints and drops what is raised where an object is deleted."""
+    """Calls `act` in a finalizer, in which Python discards exceptions."""
 
     def __init__(self, act):
         self.act = act
@@ -105,7 +105,7 @@ class Finalized:
 @pytest.mark.parametrize(
     ("number", "where"), [(signal.SIGINT, Finalized), (signal.SIGTERM, lambda act: act())]
 )
-def test_a_signal_interrupts_wherever_it_arrives(number, where, capsys):
+def test_a_signal_interrupts_finalizers_too(number, where, capsys):
     def run(config):
         where(lambda: (os.kill(os.getpid(), number), time.sleep(0.01)))
         end = time.monotonic() + 20
@@ -141,8 +141,8 @@ assert "jax" not in sys.modules
         *(("{} >/dev/full", 0), ("{} --wodrs=η", 2)),
     ],
 )
-def test_the_terminal_ends_no_run(shell, code):
-    """It knows ASCII only and is narrow, is closed, or is a pipe whose reader has ended."""
+def test_no_terminal_fails_a_run(shell, code):
+    """A narrow ASCII terminal, a closed one, or a pipe whose reader has ended."""
     env = {"PYTHONUNBUFFERED": "", "PYTHONIOENCODING": "ascii", "COLUMNS": "9", "TERM": "dumb"}
     done = subprocess.run(
         ["bash", "-c", shell.format(f"'{sys.executable}' -c '{PROGRAM}'")],

@@ -1,4 +1,4 @@
-"""What eight devices exchange in one training step, read off the compiled program."""
+"""Communication of eight devices in a training step, in the compiled program."""
 
 import json
 
@@ -8,11 +8,11 @@ from benchmarks import scaling
 
 
 @pytest.mark.usefixtures("shallow")
-def test_a_step_adds_up_gradients_moments_and_the_loss(tmp_path):
-    """And nothing else: each parameter once, each norm's channels twice, a scalar.
+def test_a_step_all_reduces_gradients_moments_and_the_loss(tmp_path):
+    """And nothing else: each parameter once, the channels of each norm twice, a scalar.
 
-    Forward, a norm adds up its two moments in one pass. Backward, the two sums that it needs are
-    the gradients of its scale and bias up to factors, which are parameters.
+    Forward, a norm sums both moments in one pass. Backward, the two sums that it needs are the
+    gradients of its scale and bias up to factors, which are all-reduced as parameters.
     """
     out = tmp_path / "scaling.json"
     scaling.main(["--nets", "shallow", "--width=2", "--precision=fp32", f"--out={out}"])
@@ -23,7 +23,7 @@ def test_a_step_adds_up_gradients_moments_and_the_loss(tmp_path):
     assert exchanged["elements"] == exchanged["elements_by_law"]
     assert exchanged["bytes"] == net["gradient_bytes"] + net["norm_bytes"] + 4
     assert exchanged["bytes_sent_per_device_of_8"] == round(7 / 4 * exchanged["bytes"])
-    # Forward and backward, the second waits for the first: BatchNorm's price is latency.
+    # Forward and backward, the second sum waits for the first: BatchNorm costs latency.
     assert exchanged["instructions"] >= 2 * net["norms"] + 1
     # Weights, momentum, average, moments; the steps of training and of the schedule.
     floats = 3 * net["parameters"] + 2 * net["norm_channels"]

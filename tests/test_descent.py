@@ -1,4 +1,4 @@
-"""Optimizers and sharpness-aware gradients against loops in NumPy, and where they must agree."""
+"""Optimizers and sharpness-aware gradients against loops in NumPy."""
 
 from functools import partial
 
@@ -33,7 +33,7 @@ def descend(tx, gradient=None):
 
 
 def loop(move):
-    """What `descend` should return where a step is `move(u, v, du, dv)`."""
+    """The expected result of `descend` for steps `move(u, v, du, dv)`."""
     u, v, losses = np.full(D, ALPHA), np.zeros(D), []
     for _ in range(STEPS):
         losses.append(np.mean((X @ (u * v) - Y) ** 2) / 2)
@@ -98,11 +98,11 @@ def test_a_vmapped_rate_is_the_numpy_loop_at_each_rate(name):
     loops = [loop(move(rate)) for rate in RATES]
     stacked = tuple(map(np.stack, zip(*loops, strict=True)))
     assert_close(jax.jit(jax.vmap(run))(jnp.array(RATES)), stacked)
-    assert np.abs(np.diff(stacked[1], axis=0)).max(1).min() > 1e-4  # no two rates are one run
-    assert loops[0][0][-1] < 0.5 * loops[0][0][0]  # else the comparison is of runs at rest
+    assert np.abs(np.diff(stacked[1], axis=0)).max(1).min() > 1e-4  # all rates are different runs
+    assert loops[0][0][-1] < 0.5 * loops[0][0][0]  # else nothing moves
 
 
-def test_averages_are_the_geometric_sum_of_iterates():
+def test_averages_are_geometric_sums_of_iterates():
     tx, decays = optax.sgd(ETA), np.array([0.0, 0.7, 0.99])
     start = train.init_state(jr.key(0), NETWORK, tx, DATA.x, averaged=True)
 
@@ -117,7 +117,7 @@ def test_averages_are_the_geometric_sum_of_iterates():
 
     iterates, averages = jax.device_get(jax.jit(jax.vmap(run))(decays))
     for tau, theta, average in zip(decays, iterates, averages, strict=True):
-        assert_close(theta, iterates[0])  # averaging changes no run
+        assert_close(theta, iterates[0])  # averaging does not change a run
         for t in range(STEPS):
             weights = (1 - tau) * tau ** np.arange(t)[::-1]
             assert_close(average[t], tau**t * theta[0] + weights @ theta[1 : t + 1], rtol=1e-12)
@@ -131,7 +131,7 @@ class BatchNormed(nn.Module):
 
 
 def test_statistics_are_those_of_the_parameters_and_not_of_the_ascended_point():
-    """And an example alone has none: ascents per example refuse networks with any."""
+    """Per-example ascents refuse networks with statistics."""
     tx, network = optax.sgd(ETA), from_linen(BatchNormed())
     state = train.init_state(jr.key(0), network, tx, DATA.x)
     objective = train.make_objective(network, train.half_squared)

@@ -1,6 +1,6 @@
-"""What may not change a run: what is seen of it, how many devices compute it, where it was cut.
+"""Runs do not depend on observation, on the number of devices, or on where they were cut.
 
-And what changes it, from the step of a fork on: the settings that the fork was given.
+A fork with other settings differs from its parent from the step of the fork on.
 """
 
 import functools
@@ -35,8 +35,8 @@ def assert_close(a, b, rtol, atol):
     jax.tree.map(lambda p, q: np.testing.assert_allclose(p, q, rtol=rtol, atol=atol), a, b)
 
 
-def test_what_is_seen_of_a_run_does_not_change_it(small_cifar, tmp_path, monkeypatch):
-    """Bit for bit: parameters, moments, momentum, the average and the count of steps."""
+def test_observing_a_run_does_not_change_it(small_cifar, tmp_path, monkeypatch):
+    """Bit for bit: parameters, moments, momentum, average and step count."""
     board = MagicMock(__spec__=ModuleSpec("tensorboardX", None))  # need not be installed
     monkeypatch.setitem(sys.modules, "tensorboardX", board)
     shape = {"model": "shallow", "model_width": 2, "batch_size": 32, "batch_size_eval": 32}
@@ -90,7 +90,7 @@ def windows(state, stops, devices=1, **settings):
 
 
 def trained(state, num_steps, devices=1, **settings):
-    """The state at step `num_steps`, and the losses on the way."""
+    """The state at step `num_steps`, and all losses."""
     (window,) = windows(state, [num_steps], devices, **settings)
     return window.state, window.losses
 
@@ -102,9 +102,9 @@ def alone():
 
 
 def test_eight_devices_give_the_same_training(alone):
-    """Moments of the whole batch, the same crops and flips: up to what sums in another order do.
+    """Moments of the whole batch, the same crops and flips, up to the order of sums.
 
-    No transfer between host and devices is implicit, and the state stays on all of them.
+    No implicit transfers between host and devices; the state stays on all devices.
     """
     begin = fresh(8)
     with jax.transfer_guard("disallow"):
@@ -114,7 +114,7 @@ def test_eight_devices_give_the_same_training(alone):
 
 
 def test_a_run_moves_between_device_counts(alone, tmp_path):
-    """Each state arrives bit for bit, and the run ends where one on a single device does."""
+    """Each state is restored bit for bit, and the run ends like one on a single device."""
     left = jax.device_get(fresh(8))
     for until, devices in ((2, 8), (4, 1), (5, 2)):
         with train.open_checkpoints(tmp_path) as checkpoints:
@@ -127,8 +127,8 @@ def test_a_run_moves_between_device_counts(alone, tmp_path):
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.9, 0.9), (0.9, 0.0)])
-def test_a_fork_with_other_settings_takes_its_parents_step_changed_by_them(tmp_path, before, after):
-    """Its schedule goes on at the step of the fork; momentum begins at 0, or is left behind."""
+def test_a_forks_first_step_differs_from_its_parents_by_its_settings(tmp_path, before, after):
+    """Its schedule continues at the step of the fork; momentum starts at 0, or is dropped."""
     states = []
     with train.open_checkpoints(tmp_path) as checkpoints:
         for window in windows(fresh(momentum=before), [3, 4], momentum=before):

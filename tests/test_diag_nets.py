@@ -1,4 +1,4 @@
-"""The command as its user runs it, in small."""
+"""The command at small size."""
 
 import os
 from dataclasses import replace
@@ -37,7 +37,7 @@ def finding(unrendered, tmp_path_factory):
     return diag_nets.run(replace(SMALL, runs_dir=str(tmp_path_factory.mktemp("runs"))))
 
 
-def test_the_run_folder_holds_everything(finding):
+def test_the_run_folder_has_all_files(finding):
     folder, dataset = finding.folder, finding.dataset
     files = ["config.json", "figures", "manifest.json", "results.nc", "summary.json"]
     assert sorted(os.listdir(folder)) == [".lock", *files]
@@ -52,7 +52,7 @@ def test_the_run_folder_holds_everything(finding):
     assert dataset["spectra_step"].size == 5 and dataset["spectra_step"][-1] == dataset["step"][-1]
 
 
-def test_what_is_recorded_is_what_it_is_called(finding):
+def test_records_agree_with_their_names(finding):
     first, last = finding.dataset.isel(step=0), finding.dataset.isel(step=-1)
     np.testing.assert_array_equal(first["support"], 0)  # v = 0 at initialization
     np.testing.assert_allclose(first["balancedness"], 30 * 0.1**2)
@@ -64,7 +64,7 @@ def test_what_is_recorded_is_what_it_is_called(finding):
     assert (last["train_loss"][:, 0] < 0.1 * silent).all()
 
 
-def test_what_is_shown_of_one_seed_is_that_seed(finding):
+def test_shown_records_are_those_of_the_shown_seed(finding):
     dataset = finding.dataset
     shown = int(dataset["shown_seed"][0])
     np.testing.assert_array_equal(dataset["shown_theta"][:, -1], dataset["theta"][shown, :, 1])
@@ -89,7 +89,7 @@ def test_schedules_keep_their_order_and_gradient_descent_is_the_loop(finding):
     assert spread[0] > 1e-3 * losses[0, 0] and 0 < spread[1] < 1e-6  # the jitter, and nothing else
 
 
-def test_diverged_runs_are_missing_values_and_are_counted(finding):
+def test_diverged_runs_are_nan_and_counted(finding):
     dataset = finding.dataset
     assert np.isnan(dataset["train_loss"][:, 2, -1]).all()
     assert np.isnan(dataset["rank"][:, 2, -1]).all()
@@ -102,7 +102,7 @@ def test_diverged_runs_are_missing_values_and_are_counted(finding):
     np.testing.assert_array_equal(ensemble.diverged(losses), np.array(expected, bool))
 
 
-def test_equal_schedules_have_labels_of_their_own():
+def test_equal_schedules_have_different_labels():
     equal = replace(SMALL, step_sizes=(0.2,) * 4, batch_sizes=(1,) * 4, decay_factors=(1.0,) * 4)
     assert len(set(toys.resolve("diag_nets", equal, TOY).labels)) == 4
 
@@ -146,13 +146,13 @@ def losses_of(at, **flags):
         {"sam_rho": 0.05, "sam_of": "examples", "average": 0.9},
     ],
 )
-def test_the_flags_of_descent_do_what_they_say(flags):
+def test_descent_flags_match_numpy(flags):
     at = np.array([0, 1, 2, 50, 119])
     expected = numpy_descent(at, eta=lambda step: 0.1, **flags)
     np.testing.assert_allclose(losses_of(at, **flags), expected, rtol=1e-8)
 
 
-def test_label_noise_and_the_valley_floor_are_there():
+def test_label_noise_raises_and_the_valley_floor_lowers_the_loss():
     at = np.array([0, 50, 999])
     plain, noisy = losses_of(at), losses_of(at, label_noise=2.0)
     assert plain[0] == noisy[0] and noisy[-1] > 10 * plain[-1]

@@ -16,13 +16,13 @@ from experiments.launch import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
-MODULES = r"experiments\.\w+$|benchmarks\.(deep|scaling)$"  # others import what may not be there
+MODULES = r"experiments\.\w+$|benchmarks\.(deep|scaling)$"  # others import optional packages
 
 
 def commands(page):
-    """(module, flags) of the command lines in ```sh blocks, and of those that stand in a line.
+    """(module, flags) of the command lines in ```sh blocks and in inline code.
 
-    $NAME is what the page has set it to. What an ellipsis leaves open is left out.
+    $NAME is replaced by its value on the page; commands with an ellipsis are skipped.
     """
     known = {}
     text = page.read_text(encoding="utf-8")
@@ -43,8 +43,8 @@ def commands(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_line_is_understood(page):
-    """Nothing is run; a flag that isn't there, or a value of the wrong kind, ends in SystemExit."""
+def test_every_command_line_parses(page):
+    """Nothing is run; an unknown flag or an invalid value raises SystemExit."""
     for name, flags in commands(page):
         assert not [word for word in flags if "$" in word], flags
         module = importlib.import_module(name)
@@ -66,21 +66,21 @@ def test_the_tables_of_scaling_are_the_recorded_results():
     assert sorted(marks) == sorted(tables["TABLES"])
 
 
-def test_a_changed_number_shows():
-    """The control: the tables are made anew, and not read off the page."""
+def test_a_changed_number_is_detected():
+    """The tables are generated, not read from the page."""
     tables = runpy.run_path(str(ROOT / "docs" / "scaling_tables.py"))
     page = tables["PAGE"].read_text(encoding="utf-8")
     assert tables["filled"](page.replace("11,173,962", "11,173,963")) == page
 
 
-def test_links_lead_to_files_that_are_there():
+def test_links_lead_to_existing_files():
     for page in PAGES:
         links = re.findall(r"\]\(\s*([^)#\s]+)\)", page.read_text(encoding="utf-8"))
         for link in links:
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def test_the_library_example_of_the_readme_runs_and_prints_what_its_comment_says():
+def test_the_library_example_of_the_readme_prints_its_comment():
     (example,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL)
     screen = io.StringIO()
     with contextlib.redirect_stdout(screen):
@@ -88,7 +88,7 @@ def test_the_library_example_of_the_readme_runs_and_prints_what_its_comment_says
     assert screen.getvalue() == "(64, 3, 3)\n"
 
 
-def test_the_gallery_shows_files_that_are_there():
+def test_the_gallery_shows_existing_files():
     figures = re.findall(
         r"\]\((figures/[^)]*)\)", (ROOT / "docs" / "gallery.md").read_text("utf-8")
     )

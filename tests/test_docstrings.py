@@ -15,11 +15,11 @@ MODULES = [
     for module in pkgutil.walk_packages(sgd_sparse_jax.__path__, "sgd_sparse_jax.")
     if not module.ispkg
 ]
-SHELVES = ("models", "data", "train", "measure")
+SUBPACKAGES = ("models", "data", "train", "measure")
 
 
 def public(name):
-    """Functions and classes of the library in the module `name`, under their decorators."""
+    """Public functions and classes defined in the module `name`, unwrapped."""
     found = {}
     for key, value in vars(importlib.import_module(name)).items():
         value = value.func if isinstance(value, functools.partial) else value
@@ -43,8 +43,8 @@ def test_examples_run_as_shown(name):
     assert runner.summarize(verbose=False).failed == 0
 
 
-@pytest.mark.parametrize("shelf", SHELVES)
-def test_every_public_name_has_an_example(shelf):
-    names = public(f"sgd_sparse_jax.{shelf}")
+@pytest.mark.parametrize("subpackage", SUBPACKAGES)
+def test_every_public_name_has_an_example(subpackage):
+    names = public(f"sgd_sparse_jax.{subpackage}")
     assert names
     assert not [name for name, value in names.items() if ">>>" not in (value.__doc__ or "")]

@@ -50,8 +50,8 @@ def test_means_are_exact_for_every_batch_size(batch, n):
 
 
 @pytest.mark.parametrize(("devices", "n"), [(1, 45), (8, 45), (1, 3)])
-def test_sparsity_is_that_of_all_examples_at_once(devices, n):
-    """And no example beyond the last of them revives a unit."""
+def test_sparsity_equals_that_of_a_single_batch(devices, n):
+    """Padding examples do not make a unit live."""
     shard = train.split_examples(train.data_mesh(jax.devices()[:devices]))
     row = evaluated(8, n, sample=sample, distinct=share, shard=shard)
     for block, phi in FEATURES.items():
@@ -60,7 +60,7 @@ def test_sparsity_is_that_of_all_examples_at_once(devices, n):
         assert row[f"dead/{block}"] == pytest.approx(1 - (phi > 0).any(0).mean(), rel=1e-6)
         whole = float(jax.jit(share)(sample(block, phi)))
         assert row[f"distinct/{block}"] == pytest.approx(whole, rel=1e-9)
-        assert row[f"dead/{block}"] > 0  # else the second line has shown nothing
+        assert row[f"dead/{block}"] > 0  # else the test is vacuous
 
 
 class Normalized(nn.Module):
@@ -70,7 +70,7 @@ class Normalized(nn.Module):
         return norm(x + 1)
 
 
-def test_moments_are_the_means_over_batches_whatever_they_were():
+def test_moments_are_means_over_batches_independent_of_the_old_ones():
     network = from_linen(Normalized())
     x = X[:45, 0, 0].astype(np.float32)
     fetch = lambda key, idx: Batch(jnp.asarray(x)[idx], idx)
@@ -86,7 +86,7 @@ def test_moments_are_the_means_over_batches_whatever_they_were():
     np.testing.assert_allclose(jax.tree.leaves(short)[0], (x[:10] + 1).mean(0), rtol=1e-5)
 
 
-def test_moments_leave_counts_and_keys_alone():
+def test_moments_keep_counts_and_keys():
     later = lambda stats, x: {"key": stats["key"] + 1, "mean": x.mean()}
     apply = lambda p, stats, x, *, train: Outputs(x, {}, later(stats, x))
     moments = measure.make_moments(Network(lambda key, x: ((), {}), apply), FETCH, batch=15)

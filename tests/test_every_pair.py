@@ -1,7 +1,7 @@
 """Every network on images of every kind: two steps, evaluations, a save and a resume.
 
-Sets of one shape and number of classes differ in their pixels alone, so one of each kind meets all
-networks, and all sets meet the quickest network. The sets are small.
+Sets of one shape and number of classes differ only in pixels: one set of each kind is combined with
+all networks, and all sets with the fastest network. The sets are small.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""The fully connected experiments as their user runs them, in small, and their schedules."""
+"""The fully connected experiments at small size, and their schedules."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("unrendered")
     ("setting", "more"),
     [("1d", ["_functions"]), pytest.param("two-layer", ["_neurons"], marks=pytest.mark.slow)],
 )
-def test_the_run_folder_holds_data_figures_and_summary(setting, more, tmp_path):
+def test_the_run_folder_has_data_figures_and_summary(setting, more, tmp_path):
     config = replace(
         SETTINGS[setting], seeds=2, num_steps=300, spectra_records=1, runs_dir=str(tmp_path)
     )
@@ -34,7 +34,7 @@ def test_the_run_folder_holds_data_figures_and_summary(setting, more, tmp_path):
     starts = dataset["theta"].sel(end="start").values
     np.testing.assert_array_equal(starts[:, 0], starts[:, -1])
     assert not np.array_equal(starts[0], starts[1])
-    # With one record of singular values, these are of the trained network, in the table as well.
+    # A single record of singular values is of the trained network, also in the table.
     toy = problems.PROBLEMS[setting]()
     trained = toy_runs.parameters(toy, dataset["theta"].sel(end="end").values[1, 0])
     shown = {row.name: row.values for row in reversed(finding.rows)}  # of the first schedule

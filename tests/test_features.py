@@ -35,7 +35,7 @@ def random_features(seed: int, n: int = 40, m: int = 60) -> np.ndarray:
         phi = np.maximum(phi, 0)
     columns = rng.permutation(m)
     phi[:, columns[:4]] = 0.0
-    # Exact in binary, so that NumPy's mean has no rounding error to correlate.
+    # Exact in binary: rounding errors of NumPy's mean would correlate.
     phi[:, columns[4:7]] = rng.choice([0.25, 0.5, 1.0, 2.0], 3)
     phi[:, columns[7]] = -1.0
     return phi
@@ -45,7 +45,7 @@ measured = jax.jit(measure.feature_sparsity, static_argnames="signed")
 
 
 def active(phi, signed=False) -> list[float]:
-    """The numbers of active entries of all and of distinct units; dead ones fill up the shape."""
+    """Numbers of active entries of all and of distinct units, padded by dead units."""
     padded = np.concatenate([phi, np.zeros((len(phi), 6 - phi.shape[1]))], axis=1)
     return [round(padded.size * float(share), 9) for share in measured(padded, signed=signed)]
 
@@ -64,7 +64,7 @@ def test_the_closed_form_is_the_greedy_loop_on_100_matrices():
 def test_signed_sparsity_counts_negative_features_too():
     rng = np.random.default_rng(6)
     phi = np.abs(rng.normal(size=(30, 4))) * rng.choice([-1.0, 0.0, 1.0], size=(30, 4))
-    phi[3, 2] = np.nan  # not active, and its unit is no duplicate
+    phi[3, 2] = np.nan  # neither active nor a duplicate
     assert active(phi) == [(phi > 0).sum()] * 2
     assert active(phi, signed=True) == [(np.abs(phi) > 0).sum()] * 2
     # A unit that is nowhere positive is dead, signed or not; the mirror of a unit is a duplicate.

@@ -1,4 +1,4 @@
-"""Equal data have equal fingerprints, and whatever changes shows in the entry of its name."""
+"""Equal data have equal fingerprints; a change appears in the corresponding entry."""
 
 import json
 
@@ -7,7 +7,7 @@ import numpy as np
 from sgd_sparse_jax import data
 
 
-def test_what_differs_is_named(tmp_path):
+def test_different_data_differ_in_the_right_entry(tmp_path):
     rng, index = np.random.default_rng(0), np.arange(2500)
     pixels = rng.integers(0, 256, (2500, 4, 4, 3), np.uint8)
     labels = rng.integers(0, 3, 2500).astype(np.int32)

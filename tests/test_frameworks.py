@@ -1,4 +1,4 @@
-"""One network in four frameworks is one network; docs/frameworks.md does what it says."""
+"""The same network in four frameworks gives the same runs; docs/frameworks.md runs."""
 
 import re
 from functools import partial
@@ -28,7 +28,7 @@ def blocks(title):
 
 
 def namespace(*code):
-    """What the page's blocks define, after `code`."""
+    """The names defined by the page's blocks and then `code`."""
     names = {}
     for block in [*blocks("Your data"), *code]:
         exec(block, names)
@@ -36,7 +36,7 @@ def namespace(*code):
 
 
 def each_framework(*quick):
-    """Parametrizes by the page's names once the network of a framework is chosen."""
+    """Parametrizes a test over the frameworks of the page."""
     marks = lambda framework: () if framework in quick else pytest.mark.slow
     params = [pytest.param(name, marks=marks(name)) for name in FRAMEWORKS]
     return pytest.mark.parametrize("page", params, indirect=True)
@@ -188,7 +188,7 @@ class Normalized(nnx.Module):
         return self.last(self.drop(self.norm(x)))[:, 0]
 
 
-def test_training_changes_the_stats_of_nnx_modules_evaluation_does_not_and_cuts_do_not_show():
+def test_only_training_changes_stats_of_nnx_modules_also_if_resumed():
     network = models.from_nnx(lambda key: Normalized(nnx.Rngs(key)))
     params, stats = network.init(jr.key(0), X)
     assert (network.init(jr.key(1), X)[0]["last"]["kernel"] != params["last"]["kernel"]).all()

@@ -28,7 +28,7 @@ MOVED = (
     "The run no longer matches the original code. If the dynamics were meant to change, say in "
     "the pull request which equation changed, and record tests/golden again."
 )
-NETWORKS = {  # and the threshold of their feature sparsity
+NETWORKS = {  # and threshold of feature sparsity
     "regression_1d_decay02": (from_linen(MLP((100,), biases=(True, False))), 0.999),
     "two_layer_decay00": (from_linen(MLP((20,), biases=False)), 0.99),
     "three_layer_decay00": (from_linen(MLP((10, 10))), 0.99),

@@ -1,4 +1,4 @@
-"""Names that are mark-up elsewhere appear as they are: in reports, on the terminal, in figures."""
+"""Names with mark-up appear literally in reports, on the terminal and in figures."""
 
 from html.parser import HTMLParser
 
@@ -27,7 +27,7 @@ words = st.sampled_from(HOSTILE) | st.text(
 
 
 def page(form, folder, word):
-    """A report that has `word` wherever it has a name."""
+    """A report with `word` in place of every name."""
     figure = folder / f"f{word.replace('/', '')}.png"
     figure.write_bytes(b"png")
     row = Row(word, word, "loss", ".2g", 0.5, np.array([0.4, 0.6]), 0.0)
@@ -37,7 +37,7 @@ def page(form, folder, word):
 
 
 def html_outline(text):
-    """Tags and names of attributes in order, texts, and where pictures come from."""
+    """Tags and attribute names in order, texts, and sources of images."""
     elements, texts, sources = [], [], []
     parser = HTMLParser(convert_charrefs=True)
     parser.handle_comment = lambda data: elements.append("comment")
@@ -85,7 +85,7 @@ def test_tables_on_the_terminal_print_names_as_they_are(monkeypatch, tmp_path, c
     entry = {"setting": f"setting {word}", "outcome": "diverged"}
     sweep_deep.show(tmp_path, f"about {word}", [entry])
     text = capsys.readouterr().out
-    assert f"about {word}: last rows" in text and f"setting {word}" in text
+    assert f"about {word}: last records" in text and f"setting {word}" in text
 
 
 @settings(max_examples=60)

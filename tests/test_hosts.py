@@ -1,4 +1,4 @@
-"""Two processes of two devices each are one run of four: training, sweeps, saves, and ends."""
+"""Two processes with two devices each act as one run on four devices."""
 
 import os
 import re
@@ -30,7 +30,7 @@ TOY = [
 
 
 def start(command, log, devices, *joined):
-    """A process that shows JAX `devices` CPU devices."""
+    """Starts a process with `devices` CPU devices."""
     environment = os.environ | {
         "JAX_NUM_CPU_DEVICES": str(devices),
         "JAX_PLATFORMS": "cpu",
@@ -103,7 +103,7 @@ def training(small_cifar, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_and_continue_as_one(training, pair, tmp_path):
-    """Saved by two processes, continued by two and by one: the same rows to tolerance."""
+    """Saved by two processes, continued by two and by one: the same records up to tolerance."""
     whole, expected = training("alone", 6)
     alone(whole, 4, tmp_path)
     for steps in (3, 6):
@@ -124,8 +124,8 @@ def test_two_processes_train_as_one_and_continue_as_one(training, pair, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_if_one_is_killed_the_other_stops_soon(training, pair, victim):
-    """JAX may abort it before Python can say more than its first lines."""
+def test_if_one_process_is_killed_the_other_stops(training, pair, victim):
+    """JAX may abort it before Python can print more than its first lines."""
     command, folder = training("killed", 0)
     processes, logs = pair([*command, "--save_every_seconds=0"])
     wait_for(folder / "checkpoints" / "3")
@@ -140,7 +140,7 @@ def test_if_one_is_killed_the_other_stops_soon(training, pair, victim):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_stops_both_at_one_step(training, pair, number):
+def test_a_signal_to_one_process_stops_both_at_the_same_step(training, pair, number):
     command, folder = training("signalled", 0)
     processes, logs = pair(command)
     wait_for(folder / "checkpoints" / "3")
@@ -163,8 +163,8 @@ def test_two_processes_sweep_as_one(pair, tmp_path):
             np.testing.assert_allclose(two[name], one[name], rtol=1e-9, atol=1e-12, err_msg=name)
 
 
-def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
-    """JAX aborts them itself, in the middle of its own call."""
+def test_if_a_process_never_joins_the_others_abort_with_a_hint(tmp_path):
+    """JAX itself aborts them."""
     program = (
         "from experiments.launch import hosts; hosts.JOIN_SECONDS = 1; "
         f"hosts.join(hosts.Hosts(True, 'localhost:{free_port()}', 2, 0))"
@@ -173,10 +173,10 @@ def test_where_one_never_comes_the_others_end_soon_and_say_what_to_do(tmp_path):
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100
     )
     assert ended.returncode != 0
-    assert "waits 1 s" in ended.stderr and "--coordinator" in ended.stderr
+    assert "waiting 1 s" in ended.stderr and "--coordinator" in ended.stderr
 
 
-def test_half_a_description_of_the_hosts_is_refused():
+def test_incomplete_host_flags_are_refused():
     for wrong, named in ((Hosts(coordinator="a:1"), "distributed"), (Hosts(True), "coordinator")):
         with pytest.raises(ValueError, match=f"--{named}"):
             hosts.join(replace(wrong, num_processes=2, process_id=0))

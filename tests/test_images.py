@@ -1,4 +1,4 @@
-"""Image sets are the same arrays whichever form they are read from, or one clear error."""
+"""Image sets are the same arrays in every format, or a clear error."""
 
 import json
 import logging
@@ -37,7 +37,7 @@ def assert_official(root, split="train"):
 
 
 def refused(root):
-    """The one line in which reading ends."""
+    """The error in one line."""
     with pytest.raises((ValueError, OSError)) as error:
         load(root)
     assert "\n" not in str(error.value)
@@ -55,11 +55,11 @@ def write_arrays(root, name="cifar10", **train):
 
 
 def write_tfds(root, version="3.0.2", classes=CLASSES, size=(32, 32), ids=True):
-    """A folder that TFDS prepared itself, in array_record form; ids are ordered as numbers."""
+    """A folder prepared by TFDS as array_record; ids are ordered numerically."""
     import tensorflow_datasets as tfds
 
     class Prepared(tfds.dataset_builders.AdhocBuilder, skip_registration=True):
-        def _split_generators(self, dl_manager):  # its own needs TensorFlow
+        def _split_generators(self, dl_manager):  # the original needs TensorFlow
             return {split: self.examples(split) for split in self._split_datasets}
 
         def examples(self, split):
@@ -83,7 +83,7 @@ def write_tfds(root, version="3.0.2", classes=CLASSES, size=(32, 32), ids=True):
 
 
 def as_tfrecord(folder):
-    """The same as stock TFDS writes it, in two shards; TFDS needs TensorFlow for that."""
+    """The same as tfrecord in two shards, for which TFDS would need TensorFlow."""
     info = json.loads((folder / "dataset_info.json").read_text()) | {"fileFormat": "tfrecord"}
     for split in info["splits"]:
         path = folder / f"cifar10-{split['name']}.array_record-00000-of-00001"
@@ -100,7 +100,7 @@ def as_tfrecord(folder):
 
 @pytest.fixture(scope="module")
 def forms(tmp_path_factory):
-    """Data folders with the two forms of a prepared folder."""
+    """Data folders with a prepared folder in either format."""
     root = tmp_path_factory.mktemp("forms")
     write_tfds(root / "array_record")
     shutil.copytree(root / "array_record", root / "tfrecord")
@@ -110,26 +110,26 @@ def forms(tmp_path_factory):
 
 @pytest.fixture(params=["array_record", "tfrecord"])
 def prepared(request, forms, tmp_path):
-    """A data folder with a prepared folder of its own."""
+    """A fresh data folder with a prepared folder."""
     return shutil.copytree(forms / request.param, tmp_path / "data")
 
 
 # Arrays of a user.
 
 
-def test_arrays_with_one_meaning_are_read(tmp_path):
+def test_unambiguous_arrays_are_read(tmp_path):
     labels = [LABEL.astype(dtype) for dtype in (np.int64, np.uint8, np.uint64, ">i4", float)]
     images = [np.asfortranarray(PIXEL), PIXEL.transpose(0, 3, 1, 2)]
     changes = [{"labels": each} for each in (*labels, LABEL[:, None])]
     for change in (*changes, *({"images": each} for each in images)):
         found = assert_official(write_arrays(tmp_path, **change))
         assert isinstance(found.images, np.memmap) and found.source == ""
-    write_arrays(tmp_path, "mnist", images=PIXEL[:, :28, :28, 0])  # one channel, and no axis for it
+    write_arrays(tmp_path, "mnist", images=PIXEL[:, :28, :28, 0])  # one channel without an axis
     found = data.load_images("mnist", "train", data_dir=tmp_path)
     np.testing.assert_array_equal(found.images, PIXEL[:, :28, :28, :1])
 
 
-def test_other_arrays_are_refused_by_name_and_stay(tmp_path):
+def test_other_arrays_are_refused_and_not_modified(tmp_path):
     one_hot, huge = np.eye(10, dtype=np.int32)[LABEL], LABEL.astype(np.int64) + 2**32
     others = [LABEL[:-1], one_hot, huge, LABEL + 1, LABEL - 1, LABEL + 0.5]
     others += [np.where(LABEL, LABEL, np.nan), LABEL.astype("U1"), LABEL.astype(object)]
@@ -144,7 +144,7 @@ def test_other_arrays_are_refused_by_name_and_stay(tmp_path):
     for size in (150, 60, 0):
         path.write_bytes(path.read_bytes()[:size])
         assert str(path) in refused(tmp_path)
-    path.unlink()  # what is left isn't completed by other data
+    path.unlink()  # the rest isn't completed by other data
     assert str(path) in refused(tmp_path)
 
 
@@ -184,7 +184,7 @@ def test_the_newest_version_is_read_and_without_ids_in_the_order_of_its_records(
 
 
 def test_a_module_that_a_prepared_folder_names_is_not_imported(prepared, monkeypatch):
-    """TFDS would import it: reading a folder from elsewhere could run anything."""
+    """TFDS would import it, so that reading an untrusted folder could execute code."""
     sprung, module = prepared / "sprung", prepared / "trapped.py"
     module.write_text(f"open({str(sprung)!r}, 'w').close()\nclass Feature: pass")
     monkeypatch.syspath_prepend(prepared)
@@ -195,7 +195,7 @@ def test_a_module_that_a_prepared_folder_names_is_not_imported(prepared, monkeyp
 
 
 @pytest.mark.parametrize("cut", [0, 0.5, -100, None])
-def test_a_damaged_prepared_folder_is_named_and_leaves_nothing(prepared, cut):
+def test_a_damaged_prepared_folder_is_an_error_and_leaves_no_files(prepared, cut):
     folder = prepared / "cifar10" / "3.0.2"
     path = max(folder.glob("*train*")) if cut is not None else folder / "dataset_info.json"
     content = path.read_bytes()
@@ -209,14 +209,14 @@ def test_a_damaged_prepared_folder_is_named_and_leaves_nothing(prepared, cut):
 
 
 @pytest.mark.parametrize("other", [{"classes": CLASSES[::-1]}, {"size": (16, 16)}])
-def test_another_data_set_in_a_prepared_folder_is_named(tmp_path, other):
+def test_another_data_set_in_a_prepared_folder_is_an_error(tmp_path, other):
     assert str(write_tfds(tmp_path, **other)) in refused(tmp_path)
     (tmp_path / "cifar10").rename(tmp_path / "svhn_cropped")  # as TFDS calls it
     with pytest.raises(ValueError, match="svhn_cropped"):
         data.load_images("svhn", "train", data_dir=tmp_path)
 
 
-def test_a_full_disk_means_memory(prepared, no_room, caplog):
+def test_on_a_full_disk_data_are_decoded_in_memory(prepared, no_room, caplog):
     with no_room(100_000), caplog.at_level(logging.WARNING):  # the images need 184 kB
         found = assert_official(prepared)
     assert not isinstance(found.images, np.memmap) and f"{prepared}/cifar10" in caplog.text
@@ -224,17 +224,17 @@ def test_a_full_disk_means_memory(prepared, no_room, caplog):
     assert data.fingerprint(found) == data.fingerprint(assert_official(prepared))
 
 
-def test_many_at_once_are_as_good_as_one(prepared):
+def test_concurrent_calls_decode_without_conflict(prepared):
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(assert_official, [prepared] * 4))
     assert all(isinstance(each.images, np.memmap) for each in found)
     assert {path.name for path in (prepared / "cifar10").iterdir()} == {"3.0.2", "decoded"}
 
 
-# Where the data are.
+# Location of the data.
 
 
-def test_the_argument_comes_before_the_environment_and_that_before_the_home(tmp_path, monkeypatch):
+def test_data_dir_precedes_the_environment_which_precedes_the_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
     for n, root in enumerate(("home/tensorflow_datasets", "environment", "argument"), 3):
@@ -247,7 +247,7 @@ def test_the_argument_comes_before_the_environment_and_that_before_the_home(tmp_
 
 @pytest.mark.parametrize("name", ["a b", "η[1:2]*?", "back\\slash", "~tilde", "'\"$HOME"])
 @pytest.mark.parametrize("prepared", ["array_record"], indirect=True)
-def test_odd_but_legal_paths_are_folders_like_any_other(prepared, tmp_path, monkeypatch, name):
+def test_unusual_paths_work(prepared, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     prepared.rename(tmp_path / name)
     os.symlink(name, "link")
@@ -266,7 +266,7 @@ def test_urls_are_refused_and_no_folder_is_made(tmp_path, monkeypatch, url):
     assert not list(tmp_path.iterdir())
 
 
-def test_unknown_names_and_splits_are_refused_with_the_known(tmp_path):
+def test_unknown_names_and_splits_are_refused_with_a_list(tmp_path):
     for name, split in (("cifar11", "train"), ("mnist_gs", "test"), ("gaussians_binary", "val")):
         with pytest.raises(ValueError, match="uniform_noise") as error:
             data.load_images(name, split, data_dir=tmp_path)

@@ -1,8 +1,7 @@
-"""No random number is drawn twice: each key draws once, and nothing is derived from one that drew.
+"""No random number is used twice: each key draws once, and no key is derived from one that drew.
 
-The runs below take keys of an implementation of its own, which works on the host and notes what it
-is asked for. As in JAX, `split(key)[i]` is `fold_in(key, i)`: deriving both shows as a key that
-draws twice.
+The runs use a PRNG implementation that records its calls on the host. As in JAX, `split(key)[i]` is
+`fold_in(key, i)`, so that deriving both appears as a key that draws twice.
 """
 
 import math
@@ -64,7 +63,7 @@ NOTING = define_prng_impl(
 
 
 def draws_of(run):
-    """What `run(key)` draws, (key, shape) -> how often. Each key has one shape: one consumer."""
+    """Counts the draws of `run(key)` by (key, shape). Each key has a single shape."""
     DRAWS.clear(), PARENTS.clear()
     jax.block_until_ready(jax.jit(run)(jr.key(0, impl=NOTING)))
     keys = [key for key, _ in DRAWS]
@@ -77,7 +76,7 @@ IMAGES = jnp.asarray(np.random.default_rng(0).random((N, 3, 3, 1)))
 
 
 def adding_up(state, batch):
-    """A step that depends on all of its batch, and is soon compiled."""
+    """A step that depends on the whole batch and compiles quickly."""
     total = batch.x.sum() + batch.y.sum()
     return state._replace(step=state.step + 1, params=state.params + total), total
 
@@ -99,7 +98,7 @@ HALF = lambda step: 0.5
     ],
 )
 def test_keys_of_a_recorded_run(sampler, fetch, noise, per_step):
-    """Between records, windows of the order are drawn again: with their keys, for nothing else."""
+    """Between records, windows of the order are redrawn with their own keys."""
     segment = train.make_segment(adding_up, fetch, noise=noise)
 
     def run(key):
@@ -112,6 +111,6 @@ def test_keys_of_a_recorded_run(sampler, fetch, noise, per_step):
         assert [count for (_, of), count in draws.items() if of == shape] == [1] * (n * STEPS)
 
 
-def test_a_key_used_twice_is_noticed():
+def test_a_key_used_twice_is_detected():
     with pytest.raises(AssertionError):
         draws_of(lambda key: (jr.normal(jr.fold_in(key, 1)), jr.normal(jr.split(key)[1], (3,))))

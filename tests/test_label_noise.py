@@ -1,4 +1,4 @@
-"""Label noise: its law, its schedule, and what its draws may depend on."""
+"""Label noise: distribution, schedule, and dependence on key and step only."""
 
 import jax
 import jax.numpy as jnp
@@ -19,14 +19,14 @@ LABELS = (np.arange(1000) % 10).astype(np.int32)
 
 
 def segment_of(scale):
-    """A compiled segment whose losses are the noise that its steps see."""
+    """A compiled segment whose losses are the noise of its steps."""
     step = lambda state, batch: (state._replace(step=state.step + 1), batch.y)
     fetch = lambda key, idx: Batch(idx, jnp.zeros(len(idx)))
     return jax.jit(make_segment(step, fetch, noise=data.gaussian_label_noise(scale), unroll=1))
 
 
 def seen(segment, cuts=(STEPS,), key=KEY, start=0):
-    """Noise [steps, b] of a run that is cut into pieces."""
+    """Noise [steps, b] of a run in several segments."""
     state, rows = TrainState(jnp.int32(start), {}, {}, (), ()), []
     for length in cuts:
         state, labels = segment(key, state, jnp.zeros((length, B), jnp.int32))

@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING.md, read off the paths and the imports."""
+"""The rules of CONTRIBUTING.md, checked in paths and imports."""
 
 import ast
 import importlib.util
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SHELVES = ("models", "data", "train", "measure", "theory")
+SUBPACKAGES = ("models", "data", "train", "measure", "theory")
 VAGUE = {"utils", "util", "common", "helpers", "helper", "base", "registry", "manager"}
 HEAVY = {"tensorflow_datasets", "tensorflow", "matplotlib", "tyro", "orbax", "rich", "PIL"}
-NO_JAX = ("storage", "figures")  # folders that know files and figures only
+NO_JAX = ("storage", "figures")  # folders without JAX
 
 
 def modules(package):
@@ -57,11 +57,11 @@ def against_library_rule(name, source, is_package=False):
     """Imports that rule 1 forbids in the library module `name`."""
     if name == "sgd_sparse_jax":
         return {other for other in internal(name, source, is_package) if "experiments" in other}
-    shelf = ".".join(name.split(".")[:2])
+    subpackage = ".".join(name.split(".")[:2])
     return {
         other
         for other in internal(name, source, is_package)
-        if other != "sgd_sparse_jax.types" and not f"{other}.".startswith(f"{shelf}.")
+        if other != "sgd_sparse_jax.types" and not f"{other}.".startswith(f"{subpackage}.")
     }
 
 
@@ -73,7 +73,7 @@ def against_experiment_rule(name, source, is_package=False):
 
 
 def is_one_way(graph):
-    """Whether the imports, module -> modules, have no circle."""
+    """Whether the imports, module -> modules, have no cycle."""
     return bool(list(TopologicalSorter(graph).static_order()))
 
 
@@ -98,11 +98,11 @@ def in_new_process(program):
         "def f():\n    from sgd_sparse_jax.data import images",
     ],
 )
-def test_the_reader_of_imports_sees_each_way_around_rule_1(statement):
+def test_violations_of_rule_1_are_detected(statement):
     assert against_library_rule("sgd_sparse_jax.train.step", statement)
 
 
-def test_the_reader_of_imports_lets_through_what_the_rules_allow():
+def test_allowed_imports_pass():
     allowed = "import jax\nfrom sgd_sparse_jax.types import Batch\nfrom . import losses"
     assert not against_library_rule("sgd_sparse_jax.train.step", allowed)
     borrowed = "from experiments.diag_nets import run"
@@ -111,20 +111,20 @@ def test_the_reader_of_imports_lets_through_what_the_rules_allow():
     assert not against_experiment_rule("experiments.reproduce", borrowed)
 
 
-def test_rule_1_a_shelf_imports_the_types_and_itself():
+def test_rule_1_a_subpackage_imports_types_and_itself():
     against = {name: against_library_rule(name, *module) for name, module in LIBRARY.items()}
     assert against and not {name: found for name, found in against.items() if found}
 
 
 @pytest.mark.parametrize("package", [LIBRARY, EXPERIMENTS], ids=["library", "experiments"])
-def test_imports_go_one_way(package):
+def test_imports_have_no_cycles(package):
     plain = {name: module for name, module in package.items() if not module[1]}
     assert is_one_way(
         {name: internal(name, *module) & plain.keys() for name, module in plain.items()}
     )
 
 
-def test_folders_of_experiments_import_each_other_one_way():
+def test_folders_of_experiments_have_no_import_cycles():
     folder = lambda name: name.split(".")[1] if name.count(".") == 2 else ""
     graph = {}
     for name, module in EXPERIMENTS.items():
@@ -152,7 +152,7 @@ def test_files_and_figures_load_no_jax():
 
 
 def test_rule_3_importing_the_library_loads_nothing_heavy():
-    """Beyond what jax, flax and optax load themselves."""
+    """Except modules that jax, flax and optax load."""
     program = "\n".join(
         [
             "import sys, jax, flax.linen, optax",
@@ -166,7 +166,7 @@ def test_rule_3_importing_the_library_loads_nothing_heavy():
     assert not loaded & HEAVY
 
 
-def test_rule_4_no_name_that_hides_the_noun():
+def test_rule_4_no_meaningless_module_names():
     words = {name: set(name.rpartition(".")[2].split("_")) for name in INTERNAL}
     assert not {name for name in words if words[name] & VAGUE}
     classes = {

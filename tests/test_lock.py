@@ -1,4 +1,4 @@
-"""One process at a time in a run folder: the second is refused in a line and changes nothing."""
+"""One process at a time per run folder: a second one fails and changes nothing."""
 
 import os
 import signal
@@ -19,11 +19,11 @@ with lock.holding(pathlib.Path(sys.argv[1])):
 """
 
 
-def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
+def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     folder = tmp_path / "diag_nets" / "twice"
     with subprocess.Popen([sys.executable, "-c", HOLD, folder], **PYTHON) as first:
         assert first.stdout.readline() == "held\n"
-        first.send_signal(signal.SIGSTOP)  # as on a node that stalls
+        first.send_signal(signal.SIGSTOP)  # like a stalled node
         before = sorted(folder.iterdir())
         flags = ["-m", "experiments.diag_nets", "--exp_name=twice", f"--runs_dir={tmp_path}"]
         second = subprocess.run([sys.executable, *flags], **PYTHON, stderr=subprocess.PIPE)
@@ -37,8 +37,8 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path):
     assert os.listdir(folder) == [".lock"]
 
 
-def test_where_nothing_can_be_locked_a_warning_is_logged_and_the_run_continues(tmp_path, caplog):
-    (tmp_path / ".lock").mkdir()  # stands for a file system without locks
+def test_without_file_locks_a_warning_is_logged_and_the_run_continues(tmp_path, caplog):
+    (tmp_path / ".lock").mkdir()  # simulates a file system without locks
     with lock.alone_in(tmp_path), lock.alone_in(tmp_path):
         pass
     assert str(tmp_path) in caplog.text

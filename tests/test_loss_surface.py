@@ -1,4 +1,4 @@
-"""The loss over a plane, in small."""
+"""The loss over a plane, at small size."""
 
 from dataclasses import replace
 
@@ -25,18 +25,18 @@ def test_maps_paths_and_animation_are_drawn(finding):
     assert all(path.stat().st_size > 5_000 for path in finding.figures)
 
 
-def test_the_surface_is_the_loss_and_the_path_lies_where_it_was(finding):
+def test_the_surface_is_the_loss_and_projections_are_those_of_the_path(finding):
     toy = problems.PROBLEMS["diagonal-plane"]()
     surface = loss_surface.map_out(SMALL, toy, finding.dataset)
     assert surface.points["init"] == (0.0, 0.0)
     np.testing.assert_allclose(surface.paths["flow"][0], 0, atol=1e-12)
     np.testing.assert_allclose(surface.paths["flow"][-1], surface.points["flow"], atol=1e-12)
     assert abs(surface.points["√θ*"][1]) < 1e-12  # the first axis points to it
-    # Init and the flow's end lie in the plane: there the two losses are one.
+    # Initialization and end of the flow are in the plane: there both losses are equal.
     flow = surface.loss["flow"], surface.loss_in_plane["flow"]
     np.testing.assert_allclose(flow[0][[0, -1]], flow[1][[0, -1]], rtol=1e-9)
-    assert (np.abs(flow[0] / flow[1] - 1) > 1e-3).any()  # and elsewhere on the path they aren't
-    # The map's cell nearest to the init has nearly the init's loss.
+    assert (np.abs(flow[0] / flow[1] - 1) > 1e-3).any()  # elsewhere they differ
+    # The cell nearest to the initialization has nearly its loss.
     i = np.abs(surface.at).argmin()
     assert abs(np.log(surface.train[i, i] / flow[0][0])) < 0.7
     assert surface.test[:, -1].min() < surface.test[:, 0].min()  # the right edge is nearer to √θ*

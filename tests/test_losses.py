@@ -1,4 +1,4 @@
-"""Losses against NumPy, far from zero too; a loss that broadcasts or averages is refused."""
+"""Losses against NumPy; losses that broadcast or average are refused."""
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +30,7 @@ ROW, COLUMN = from_linen(MLP((4,))), from_linen(MLP((4,), outputs=1))  # outputs
 
 
 def step(network, loss, gradient):
-    """The shapes of one step from fresh parameters."""
+    """Shapes of a step from initial parameters."""
     tx = optax.sgd(0.1)
     state = jax.eval_shape(lambda key: train.init_state(key, network, tx, BATCH.x), jr.key(0))
     step = train.make_step(train.make_objective(network, loss), tx, gradient=gradient)
@@ -40,7 +40,7 @@ def step(network, loss, gradient):
 @pytest.mark.parametrize(
     "gradient", [None, train.sharpness_aware(0.1), train.example_sharpness_aware(0.1)]
 )
-def test_a_loss_that_is_not_one_number_per_example_is_refused_until_shapes_fit(gradient):
+def test_a_loss_that_is_not_one_number_per_example_is_refused(gradient):
     broadcasts = lambda out, y: jnp.square(out - y)
     with jax.numpy_rank_promotion("allow"):  # JAX's default
         for loss in (train.squared, broadcasts, lambda out, y: broadcasts(out, y).mean()):

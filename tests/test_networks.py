@@ -1,4 +1,4 @@
-"""Networks against the reference's outputs in float64, with weights that depend on shape alone."""
+"""Networks against outputs of the reference in float64, with weights that depend on shape only."""
 
 import json
 from functools import partial
@@ -24,7 +24,7 @@ L2 = 5e-4
 
 
 def fill(path, leaf):
-    """Weights that depend on name and shape alone, as the golden file was recorded with."""
+    """Weights that depend on name and shape only, as for the golden file."""
     name, shape = path[-1].key, leaf.shape
     if name == "kernel":
         primes = (1000003, 10007, 101, 1) if len(shape) == 4 else (1000003, 10007)
@@ -52,7 +52,7 @@ def weights(model, shape):
 @pytest.mark.parametrize(
     "key", [key if key in QUICK else pytest.param(key, marks=pytest.mark.slow) for key in GOLDEN]
 )
-def test_a_network_computes_and_trains_as_the_references(key):
+def test_networks_match_the_references_outputs_and_training(key):
     """Logits, features, and three steps with momentum and penalty."""
     golden = GOLDEN[key]
     name, options = key.removesuffix("_softplus"), {"softplus": 5 * key.endswith("_softplus")}
@@ -94,8 +94,8 @@ def test_a_network_computes_and_trains_as_the_references(key):
     assert list(features) == [f"block{i}" for i in range(1, 6)]
     to_nchw = lambda shape: [shape[0], shape[-1], *shape[1:-1]]
     assert [to_nchw(phi.shape) for phi in features.values()] == golden["feature_shape"]
-    # The reference has the unbiased running variance, which alone moves these by up to .5 %; a
-    # network without running moments has no such excuse.
+    # The reference uses the unbiased running variance, which changes these by up to .5 %; networks
+    # without running moments must agree.
     rtol = 6e-3 if jax.tree.leaves(stats) else 1e-8
     means = [phi.mean() for phi in features.values()]
     np.testing.assert_allclose(means, golden["feature_mean"], rtol=rtol, err_msg=MOVED)
@@ -115,7 +115,7 @@ def test_init_is_he_normal_of_fan_out_and_uniform_of_fan_in():
     assert all((leaf == constants.get(path[-1].key, leaf)).all() for path, leaf in leaves)
 
 
-def test_what_cannot_be_built_is_refused():
+def test_invalid_models_are_refused():
     for name, wrong in (
         ("resnet19", {}),
         ("resnet18_plain", {"dropout": 0.1}),
@@ -141,7 +141,7 @@ def test_published_counts_of_parameters(name, width, classes, count):
 
 
 def shapes(name, shape, **options):
-    """Variables, logits and features without computing any."""
+    """Shapes of variables, logits and features."""
     model = models.build(name, **options)
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     (logits, features), variables = jax.eval_shape(model.init_with_output, jr.key(0), x)

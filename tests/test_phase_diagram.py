@@ -1,4 +1,4 @@
-"""Phase diagrams in small: what they hold is what single runs give."""
+"""Phase diagrams at small size, compared with single runs."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -39,11 +39,11 @@ def test_results_are_labelled_by_seed_step_size_and_the_axis(finished):
     assert np.isfinite(dataset["rank"].sel(step_size=0.05)).all()
     assert (dataset["noise_level"].sel(step_size=0.05) > 0).all()
     spread = dataset["train_loss"].std("seed") / dataset["train_loss"].mean("seed")
-    spread = spread.sel(step_size=[0.05, 0.2])  # gradient descent has no seed but its jitter
+    spread = spread.sel(step_size=[0.05, 0.2])  # gradient descent has its jitter only
     assert (spread.sel(batch_size=40) < 1e-4).all() and (spread.sel(batch_size=1) > 1e-2).all()
 
 
-def test_the_folder_holds_figures_and_shares_and_is_read_again(finished, capsys):
+def test_the_folder_has_figures_and_shares_and_is_read_again(finished, capsys):
     config, dataset = finished
     folder = Path(config.runs_dir) / "phase_diagram" / "diagonal-small-batch_size"
     figures = {path.name for path in (folder / "figures").iterdir()}
@@ -58,7 +58,7 @@ def test_the_folder_holds_figures_and_shares_and_is_read_again(finished, capsys)
     ("axis", "values"),
     [("batch_size", (1.0, 5.0)), ("decay_time", (0.3, 0.9)), ("init_scale", (0.5, 1.0))],
 )
-def test_a_cell_is_what_a_run_alone_gives(axis, values, tmp_path, unrendered):
+def test_a_cell_equals_a_single_run(axis, values, tmp_path, unrendered):
     where = {"problem": "two-layer", "axis": axis, "values": values, "runs_dir": str(tmp_path)}
     config = replace(SMALL, **where, step_sizes=(0.1, 0.2))
     cell = phase_diagram.run(config).sel({"seed": 1, "step_size": 0.2, axis: values[0]})

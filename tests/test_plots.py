@@ -1,4 +1,4 @@
-"""Figures show what was measured, whatever the user's settings of matplotlib are."""
+"""Figures show the data, independent of the user's matplotlib settings."""
 
 import io
 import os
@@ -20,7 +20,7 @@ X = np.arange(8)
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that would be saved, laid out but not rendered."""
+    """The figures to be saved, laid out but not rendered."""
     saved = []
 
     def savefig(self, target, **kwargs):
@@ -64,7 +64,7 @@ def test_curves_are_the_median_and_the_band_of_the_finite_runs(tmp_path, figures
     assert (heights.min(), heights.max()) == (low.min(), high.max())
 
 
-def test_a_label_has_one_look_in_all_panels_and_the_legend_names_it_once(tmp_path, figures):
+def test_a_label_has_one_style_and_one_legend_entry(tmp_path, figures):
     labels = [f"a label that is rather long, number {i}" for i in range(20)]
     order = [labels, labels[::-1], labels[2:]]
     plots.figure(tmp_path / "f", [panel(each) for each in order])
@@ -92,7 +92,7 @@ ODD = {
 
 
 @pytest.mark.parametrize("log_y", [False, True])
-def test_what_an_axis_cannot_show_is_a_gap(tmp_path, figures, log_y):
+def test_values_that_an_axis_cannot_show_are_gaps(tmp_path, figures, log_y):
     panels = [plots.Panel(n, "y", {n: (X, y)}, log_x=True, log_y=log_y) for n, y in ODD.items()]
     assert plots.figure(tmp_path / "odd", panels, columns=3)
     axes = dict(zip(ODD, figures[0].axes, strict=False))
@@ -144,7 +144,7 @@ def test_a_logarithmic_map_is_even_in_powers_and_blank_below_zero(figures, tmp_p
     np.testing.assert_allclose(ticks, np.rint(ticks), atol=1e-9)
 
 
-def test_curves_and_points_lie_on_a_filled_map_and_the_legend_names_the_curves(figures, tmp_path):
+def test_curves_and_points_are_drawn_on_filled_maps(figures, tmp_path):
     curve = (np.array([0.1, 0.4]), np.array([2.0, 9.0]))
     z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
     over = {"overlay": {"flow": curve, "SGD": curve}, "points": {"init": (0.2, 3.0)}}
@@ -158,7 +158,7 @@ def test_curves_and_points_lie_on_a_filled_map_and_the_legend_names_the_curves(f
 
 
 def draw_all(folder):
-    """One of each kind, as files: path in the folder -> content."""
+    """Draws a figure of each kind; returns {path: content}."""
     z = np.add.outer(np.arange(1.0, 3), np.arange(3.0))
     over = {"GD": (np.linspace(0.1, 0.5, 6), np.linspace(1, 10, 6))}
     paths = [
@@ -169,8 +169,8 @@ def draw_all(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
-def test_files_are_whole_and_the_users_settings_change_none(tmp_path):
-    """A PDF has the time in it."""
+def test_figures_are_complete_files_whatever_the_users_settings(tmp_path):
+    """PDFs contain the time."""
     files = draw_all(tmp_path / "a")
     assert [*files] == ["new/a.b.png", "new/a.b.pdf", "maps.png", "maps.pdf", "a.gif"]
     with Image.open(io.BytesIO(files["a.gif"])) as image:
@@ -193,8 +193,8 @@ def test_files_are_whole_and_the_users_settings_change_none(tmp_path):
             assert again[name] == files[name]
 
 
-def test_a_command_draws_whatever_backend_and_settings_the_user_has(tmp_path):
-    """A notebook's backend that is not installed here, and a matplotlibrc that is no text."""
+def test_a_command_draws_with_any_backend_and_matplotlibrc(tmp_path):
+    """A backend that is not installed, and a matplotlibrc that is not text."""
     (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\n\xff")
     flags = ["--n=10", "--d=12", "--support=3", "--seeds=1", "--num_steps=9", "--exp_name=x"]
     done = subprocess.run(
@@ -208,7 +208,7 @@ def test_a_command_draws_whatever_backend_and_settings_the_user_has(tmp_path):
     assert (tmp_path / "diag_nets" / "x" / "figures" / "diag_nets_d1.png").stat().st_size > 5000
 
 
-def test_a_figure_that_cannot_be_drawn_or_written_is_a_warning_that_names_it(tmp_path, caplog):
+def test_a_figure_that_cannot_be_written_is_a_warning(tmp_path, caplog):
     (tmp_path / "f.png").mkdir()
     assert plots.figure(tmp_path / "f", [panel("a")]) == []
     unequal = panel("a")._replace(lines={"a": (X, X[:3])})

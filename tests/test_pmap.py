@@ -1,4 +1,4 @@
-"""The step of `jax.pmap` code, gradients and moments averaged by hand, is our step over a mesh."""
+"""A `jax.pmap` step with explicit averages of gradients and moments equals ours over a mesh."""
 
 import flax.linen as nn
 import jax
@@ -12,13 +12,13 @@ from sgd_sparse_jax.types import Batch, TrainState
 
 DEVICES, PER_DEVICE, CLASSES, STEPS = 4, 2, 3, 3
 BATCH, TAU, AXIS = DEVICES * PER_DEVICE, 0.9, "devices"
-# A few hundred float64 additions per number, in two orders; the momentum carries them on.
+# A few hundred float64 additions per number, in two orders, accumulated by momentum.
 SAME = {"rtol": 1e-10, "atol": 1e-12}
 TX = optax.chain(optax.add_decayed_weights(5e-3), optax.sgd(0.1, 0.9))
 
 
 class Net(nn.Module):
-    """Two convolutions, each with a norm: gradients of the first pass the second one's moments."""
+    """Two convolutions with norms: gradients of the first depend on moments of the second."""
 
     norm_axis: str | None = None
 
@@ -31,8 +31,8 @@ class Net(nn.Module):
 
 
 RNG = np.random.default_rng(0)
-# Of two brightnesses: halves of a batch have moments of their own, for the indices of a batch are
-# sorted, dark images on the first devices and bright ones on the last.
+# Dark and bright images: indices of a batch are sorted, so that the first and the last devices have
+# different moments.
 DIM = np.repeat([0.3, 1.0], 32)[:, None, None, None]
 IMAGES = Batch(RNG.random((64, 4, 4, 3)) * DIM, RNG.integers(0, CLASSES, 64, dtype=np.int32))
 ROWS = np.sort([RNG.permutation(64)[:BATCH] for _ in range(STEPS)], axis=1).astype(np.int32)
@@ -57,7 +57,7 @@ def by_hand(state, batch):
 
 
 def test_pmap_with_synchronized_norms_takes_the_same_steps():
-    """Parameters, moments, momentum, averaged weights and loss, on every device, at every step."""
+    """Parameters, moments, momentum, averages and losses, on every device, at every step."""
     network, devices = models.from_linen(Net()), jax.devices()[:DEVICES]
     mesh = train.data_mesh(devices)
     x, y = train.replicate(tuple(IMAGES), mesh)
@@ -80,4 +80,4 @@ def test_pmap_with_synchronized_norms_takes_the_same_steps():
     moved = jax.tree.map(
         lambda a, b: np.abs(a - b).max(), jax.device_get(ours.params), begin.params
     )
-    assert min(jax.tree.leaves(moved)) > 1e-6  # else there was nothing to compare
+    assert min(jax.tree.leaves(moved)) > 1e-6  # else the test is vacuous

@@ -1,4 +1,4 @@
-"""A value outside its range ends in one line that names the flag, before anything is written."""
+"""A value outside its range is a one-line error that names the flag, before any write."""
 
 import importlib
 import re
@@ -7,7 +7,7 @@ import pytest
 
 from experiments.launch import cli
 
-# The last flag of a line is refused, the flags before it are allowed.
+# The last flag of each line is invalid, the others are valid.
 LINES = """
 diag_nets     --seeds=0
 diag_nets     --num_steps=2147483648
@@ -35,8 +35,8 @@ sweep_deep    --frac_train 1 0.5 --dataset=none
 
 
 @pytest.mark.parametrize("line", LINES.split("\n")[1:-1])
-def test_a_value_out_of_range_is_refused_by_name(line, tmp_path, capsys):
-    """In one line, with the devices of the tests."""
+def test_a_value_out_of_range_is_refused_with_its_flag(line, tmp_path, capsys):
+    """On the devices of the tests."""
     command, *flags = line.split()
     module = importlib.import_module(f"experiments.{command}")
     config_type = module.grid_type() if command == "sweep_deep" else module.Config

@@ -1,4 +1,4 @@
-"""Files of a run folder: what is read is what was written, and nothing is ever written in part."""
+"""Files of a run folder: reads return what was written, and writes are atomic."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_settings_of_another_version_and_damaged_ones_are_named(tmp_path):
     [(".", name, "--exp_name") for name in ("", "..", "a/b", "a/", "é" * 128)]
     + [(url, "one", "--runs_dir") for url in ("gs://b/runs", "file:///tmp/x")],
 )
-def test_a_run_has_a_folder_of_this_machine_with_one_file_name(runs_dir, name, flag):
+def test_run_names_are_file_names_and_runs_dir_is_local(runs_dir, name, flag):
     with pytest.raises(ValueError, match=flag):
         records.run_folder(runs_dir, "exp", name)
 
@@ -106,7 +106,7 @@ append = lambda folder, x: records.append_record(folder, {"x": "x" * 40})
     ],
 )
 def test_a_write_that_fails_leaves_what_was_there_and_names_the_file(tmp_path, name, write):
-    """No file may grow beyond 60 bytes: writing fails in its middle, as on a full disk."""
+    """With files limited to 60 bytes, writing fails midway, as on a full disk."""
     write(tmp_path, 1)
     read = records.read_records if write is append else lambda _: (tmp_path / name).read_bytes()
     before = read(tmp_path)

@@ -1,4 +1,4 @@
-"""Verdicts, and the two reports."""
+"""Verdicts and reports."""
 
 import base64
 import html
@@ -30,8 +30,8 @@ SMALL = row(np.arange(1, 33), 16.0, "small")
         (np.arange(33, 65), 100.0, ORDERED, True),  # outside, and above the small one as published
         (np.arange(33, 65), 0.5, DIFFERS, False),  # published below, our runs above
         (np.arange(1, 33) + 0.5, 100.0, DIFFERS, False),  # the order is not clear
-        ([40.0, 41, 42], 41.0, DIFFERS, None),  # a handful of runs settles nothing
-        # Published digits stand for all that rounds to them.
+        ([40.0, 41, 42], 41.0, DIFFERS, None),  # too few runs
+        # A published number stands for all that round to it.
         (np.full(32, 0.168241), 0.16824, AGREES, True),
         (np.full(32, 0.168241), 0.16823, ORDERED, True),
     ],
@@ -46,7 +46,7 @@ def test_a_number_agrees_inside_our_range_or_else_in_a_clear_order(values, publi
         assert 0 <= found.confidence <= 1 and (found.confidence >= 0.95) == clear
 
 
-def test_the_evidence_names_the_range_the_share_and_the_runs_most_alike():
+def test_the_evidence_has_range_share_and_most_similar_runs():
     loss = row([1e-4, 0.2, 0.3, 1e-5] * 8, 0.27, name="train_loss")
     norm = Row("large", "norm", "norm", ".3g", 12.7, np.array([20.0, 14, 13, 21] * 8), 0.0)
     sentence = evidence(norm, verdict(norm, [loss, norm]), [loss, norm])
@@ -94,13 +94,13 @@ def test_the_reports_hold_all_rows_sentences_and_figures(tmp_path):
 
 
 @pytest.mark.slow
-def test_settings_run_in_processes_of_their_own_and_their_errors_come_through(tmp_path):
+def test_settings_run_in_processes_and_errors_propagate(tmp_path):
     short = {"seeds": 2, "num_steps": 300, "spectra_records": 2, "runs_dir": str(tmp_path)}
     settings = diag_nets.SETTINGS["d1"], fc_nets.SETTINGS["three-layer"]
     tasks = [reproduce.Task(each.setting, replace(each, **short)) for each in settings]
     there = reproduce.in_processes(tasks, workers=2)
     assert [chapter.title for chapter in there] == ["d1", "three-layer"]
-    for task, chapter in zip(tasks, there, strict=True):  # read here: it is finished
+    for task, chapter in zip(tasks, there, strict=True):  # finished: loaded
         again = reproduce.chapter_of(task)
         assert again.figures == chapter.figures and all(p.exists() for p in again.figures)
     wrong = reproduce.Task("D1", replace(settings[0], **(short | {"seeds": 0})))

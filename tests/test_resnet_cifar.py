@@ -1,4 +1,4 @@
-"""The command as its user runs it, in small: stopped, continued, forked, and refused."""
+"""The command at small size: stopped, continued, forked, refused."""
 
 import json
 import os
@@ -22,14 +22,14 @@ from experiments.storage import records
 NUM_STEPS = 5
 pytestmark = [
     pytest.mark.usefixtures("shallow", "unrendered", "single_precision"),
-    # Where one array of a state can't be read, orbax abandons the others, which complain later.
+    # If one array of a state can't be read, orbax abandons the others, which raise later.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
 ]
 
 
 @pytest.fixture(scope="module")
 def base(small_cifar):
-    """Evaluation sizes are the defaults, larger than the data."""
+    """Evaluation sizes are the defaults, which exceed the data."""
     flags = (
         "--model=shallow --model_width=2 --batch_size=16 --epochs=4 --max_steps=5 --lr_init=0.05 "
         f"--lr_schedule=constant --eval_iter_freq=3 --deterministic --data_dir={small_cifar}"
@@ -39,7 +39,7 @@ def base(small_cifar):
 
 @pytest.fixture(scope="module")
 def whole(base, tmp_path_factory):
-    """An undisturbed run, in a folder with an odd but legal name; its flags and its folder."""
+    """Flags and folder of an uninterrupted run, in a folder with an unusual name."""
     odd = tmp_path_factory.mktemp("runs") / "-a b\n~ü%41#{x,y}"
     with jax.enable_x64(False):
         config = replace(base, runs_dir=str(odd), exp_name="50% ~ü")
@@ -79,7 +79,7 @@ def steps_of(folder):
     return [row["step"] for row in records.read_records(folder)]
 
 
-def test_the_run_folder_holds_everything(whole):
+def test_the_run_folder_has_all_files(whole):
     _, folder = whole
     rows = records.read_records(folder)
     assert [(row["step"], row["epoch"]) for row in rows] == [(0, 0), (3, 0.75), (5, 1.25)]
@@ -94,16 +94,16 @@ def test_the_run_folder_holds_everything(whole):
     assert saved_steps(folder / "checkpoints") == [3, 5]
 
 
-def test_a_finished_run_is_only_shown_again(whole, capsys):
+def test_a_finished_run_is_not_trained_again(whole, capsys):
     config, folder = whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("m*.json*")}
     assert run(config) == run(replace(config, max_steps=2)) == folder
-    assert capsys.readouterr().out.count("at step 5 already") == 2
+    assert capsys.readouterr().out.count("already at step 5") == 2
     assert before == {path: path.stat().st_mtime_ns for path in folder.glob("m*.json*")}
 
 
-def test_a_run_that_was_killed_is_the_same_run_in_the_end(whole, base, tmp_path, caplog):
-    """Killed behind its save at step 3, which cut that row, or behind a row that has no save."""
+def test_a_killed_and_resumed_run_equals_an_uninterrupted_one(whole, base, tmp_path, caplog):
+    """Killed after the save at step 3, with its record torn, or after a record without a save."""
     config = replace(base, runs_dir=str(tmp_path))
     folder = run(replace(config, max_steps=3))
     path = folder / "metrics.jsonl"
@@ -120,7 +120,7 @@ def test_a_run_that_was_killed_is_the_same_run_in_the_end(whole, base, tmp_path,
 
 
 def test_signals_stop_at_the_next_step_and_lose_nothing(whole, base, tmp_path, monkeypatch):
-    """Sent while a row is written; the state that is saved is that of the step after it."""
+    """Sent while a record is written; the saved state is that of the next step."""
     config, append = replace(base, runs_dir=str(tmp_path)), records.append_record
     for number, step in ((signal.SIGTERM, 0), (signal.SIGUSR1, 3)):
 
@@ -141,7 +141,7 @@ def test_signals_stop_at_the_next_step_and_lose_nothing(whole, base, tmp_path, m
     assert from_steps(folder) == [0, 1, 4]
 
 
-def test_a_damaged_newest_state_is_passed_over_and_computed_again(whole, tmp_path, caplog):
+def test_a_damaged_newest_state_is_skipped_and_computed_again(whole, tmp_path, caplog):
     config, folder = whole
     copy = shutil.copytree(folder, tmp_path / "resnet_cifar" / folder.name)
     for path in (copy / "checkpoints" / str(NUM_STEPS)).rglob("d/*"):
@@ -152,13 +152,13 @@ def test_a_damaged_newest_state_is_passed_over_and_computed_again(whole, tmp_pat
     assert (copy / "checkpoints" / f"damaged-{NUM_STEPS}").is_dir()
 
 
-def test_neither_saves_nor_the_second_time_change_a_byte(whole, base, tmp_path):
+def test_neither_saves_nor_repetition_change_a_byte(whole, base, tmp_path):
     folder = run(replace(base, runs_dir=str(tmp_path), save_every_seconds=0, keep=9))
     assert_same_run(folder, whole)
     assert saved_steps(folder / "checkpoints") == [0, 1, 2, 3, 4, 5]
 
 
-def test_a_fork_without_changes_is_its_parent_and_outlives_it(whole, base, tmp_path):
+def test_a_fork_without_changes_equals_its_parent(whole, base, tmp_path):
     parent = shutil.copytree(whole[1], tmp_path / "parent")
     fork = replace(base, runs_dir=str(tmp_path), fork_from=str(parent), fork_step=3, max_steps=4)
     folder = run(fork)
@@ -185,8 +185,8 @@ def test_a_fork_continues_with_other_settings(whole, base, tmp_path):
     assert start["parent"] == {"run": str(parent), "step": 3, "changed": changed}
 
 
-def test_training_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
-    """The same command again ends in the same way, and writes no row twice."""
+def test_diverged_training_stops_and_keeps_finite_states(base, tmp_path):
+    """The same command again fails in the same way, and writes no record twice."""
     config = replace(base, lr_init=3e38, runs_dir=str(tmp_path))
     for _ in range(2):
         with pytest.raises(FloatingPointError, match="--lr_init") as stop:
@@ -196,7 +196,7 @@ def test_training_that_diverges_stops_and_keeps_what_was_good(base, tmp_path):
         assert steps_of(folder) == [0] and saved_steps(folder / "checkpoints") == [0]
 
 
-def test_a_run_is_continued_with_its_own_settings_and_data_only(whole, tmp_path):
+def test_a_run_continues_only_with_equal_settings_and_data(whole, tmp_path):
     config, folder = whole
     other = shutil.copytree(config.data_dir, tmp_path / "data") / "cifar10" / "train_labels.npy"
     np.save(other, np.load(other)[::-1])
@@ -210,7 +210,7 @@ def test_a_run_is_continued_with_its_own_settings_and_data_only(whole, tmp_path)
 
 @pytest.fixture(scope="module")
 def switched(base, tmp_path_factory):
-    """A run with the released code's other switches on, in bfloat16, with its states kept."""
+    """A run with the other switches of the released code, in bfloat16, with kept states."""
     runs_dir = str(tmp_path_factory.mktemp("switched"))
     config = replace(base, deterministic=False, epochs=2, max_steps=0, runs_dir=runs_dir)
     noise = {"p_label_noise": 0.25, "sgd_p_label_noise": 0.5, "ln_schedule": "inverted_cosine"}
@@ -292,15 +292,15 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("wrong", "named"), WRONG)
-def test_bad_settings_are_refused_before_anything_is_written(base, wrong, named, tmp_path):
-    """In one line that names the flag or its value."""
+def test_invalid_settings_are_refused_before_anything_is_written(base, wrong, named, tmp_path):
+    """The error is one line that names the flag or its value."""
     with pytest.raises(ValueError, match=named) as refused:
         run(replace(base, **{"runs_dir": str(tmp_path)} | wrong))
     assert "\n" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_penalty_passes_the_momentum():
+def test_the_penalty_is_inside_the_momentum():
     """Coupled L2: two steps of zero gradient still build up velocity from the weights alone."""
     tx = setup.optimizer(lambda step: 0.5, momentum=0.9, l2_reg=0.1)
     p, state = jnp.ones(()), tx.init(jnp.ones(()))

@@ -28,7 +28,7 @@ def test_a_window_is_a_part_of_the_whole_stream(name):
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_indices_are_examples_and_follow_from_the_key(name):
+def test_indices_are_in_range_and_determined_by_the_key(name):
     _, whole, other = stream(name)
     assert whole.shape == (STEPS, B) and set(whole.ravel()) <= set(range(N))
     if name != "with_replacement":

@@ -10,7 +10,7 @@ LR, NAMES = 0.75, sorted(RELEASED)
 
 
 def formula(name, k, per_epoch, total, factor, w):
-    """The paper's page of formulas at the steps k; boundaries are compared in whole numbers."""
+    """The paper's formulas at the steps k; boundaries are compared as integers."""
     t = (k + 1) / per_epoch / total
     before = lambda tenths: 10 * (k + 1) < tenths * per_epoch * total
     if name == "constant":
@@ -38,7 +38,7 @@ def formula(name, k, per_epoch, total, factor, w):
 
 @pytest.mark.parametrize("double", [True, False])
 def test_released_schedules_at_every_step(double):
-    """Every number is vmapped. A drop one step early or late would be off by a factor of 10."""
+    """All parameters are vmapped. A decay one step early or late would be off by a factor of 10."""
     grid = [(7, 30, 5.0, 0.5), (195, 100, 1.0, 1.0), (10, 13, 5.0, 1.0), (39, 50, 5.0, 1.05)]
     k = np.arange(195 * 100)
     with jax.enable_x64(double):

@@ -1,4 +1,4 @@
-"""docs/slurm.sh: what it does with an exit code, by executables that stand in for Slurm's."""
+"""docs/slurm.sh, with executables that replace Slurm's."""
 
 import os
 import re
@@ -46,26 +46,26 @@ def submit(tmp_path):
     [
         *((f"exit {status}", 0, False) for status in (0, 1, 130)),
         (f"exit {EXIT_CODE}", 0, True),
-        (f"exit {EXIT_CODE}", 1, True),  # the code comes out where requeueing fails
+        (f"exit {EXIT_CODE}", 1, True),  # keeps the exit code if requeueing fails
         # `scancel` sends SIGTERM to the processes and to the shell, which waits for them.
         (f"kill -TERM $PPID; sleep 0.1; exit {EXIT_CODE}", 0, False),
         ("kill -USR1 $PPID; sleep 0.1; exit 0", 0, False),
     ],
 )
-def test_only_what_a_signal_stopped_goes_back_into_the_queue(submit, commands, scontrol, requeued):
+def test_only_runs_stopped_by_a_signal_are_requeued(submit, commands, scontrol, requeued):
     code, _, called = submit(commands, scontrol=scontrol)
     assert code == int(commands.split()[-1])
     assert called == (["requeue", "4711"] if requeued else [])
 
 
-def test_the_processes_get_the_signals_that_the_shell_handles(submit):
-    """A trap that ignored a signal would be passed on to them."""
+def test_processes_receive_the_signals_that_the_shell_traps(submit):
+    """Ignored signals would be inherited by them."""
     for name in ("USR1", "TERM"):
         trap = f"trap 'exit {EXIT_CODE}' {name}; kill -{name} $$; exit 1"
         assert submit(f"exec bash -c {shlex.quote(trap)}")[0] == EXIT_CODE
 
 
-def test_every_start_is_the_same_command_in_the_same_place(submit, tmp_path):
+def test_every_start_runs_the_same_command_in_the_same_folder(submit, tmp_path):
     environment = tmp_path / "environment"
     commands = f'echo "$JAX_COMPILATION_CACHE_DIR" > "{environment}"; exit 0'
     _, called, _ = submit(commands, "--lr_init=0.75", "--exp_name=two words")
@@ -78,7 +78,7 @@ def test_every_start_is_the_same_command_in_the_same_place(submit, tmp_path):
     assert environment.read_text() == f"{tmp_path / 'shared runs' / 'compiled'}\n"
 
 
-def test_the_header_is_what_jax_and_our_signals_need():
+def test_the_header_fits_jax_and_our_signals():
     """One process per GPU, all of a node's GPUs visible; USR1 to the processes, not the shell."""
     lines = SCRIPT.read_text(encoding="utf-8").partition("\n\n")[0]  # sbatch stops reading there
     header = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", lines, re.MULTILINE))

@@ -1,4 +1,4 @@
-"""Ranks and Jacobians of toy nets, each computed in two ways."""
+"""Ranks and Jacobians of toy nets, computed in two ways."""
 
 from functools import partial
 
@@ -46,7 +46,7 @@ def test_the_rank_counts_singular_values_above_a_share_of_the_largest():
     assert rank(jnp.zeros((3, 3)), 1e-4) == 0
 
 
-def test_a_matrix_that_is_not_finite_has_rank_minus_one_and_spoils_no_other():
+def test_a_matrix_that_is_not_finite_has_rank_minus_one():
     good = np.random.default_rng(1).normal(size=(4, 3))
     stack = jnp.stack([jnp.asarray(good)] * 3).at[0, 1, 2].set(jnp.nan).at[1, 1, 2].set(jnp.inf)
     ranks, values = jax.jit(
@@ -110,7 +110,7 @@ def test_the_gradient_dimension_counts_units_whose_gradients_have_distinct_norms
     for seed in range(10):
         rng = np.random.default_rng(seed)
         columns = rng.normal(size=(12, 8, 5)) * rng.uniform(0.1, 2.0, size=(8, 5))
-        # Norms know nothing of signs, of the order of examples, nor of a unit's scale.
+        # Norms are invariant to signs, to the order of examples and to the scale of a unit.
         twin = 1.7 * columns[rng.permutation(12)] * rng.choice([-1.0, 1.0], size=(12, 8, 5))
         columns = np.concatenate([columns, twin[:, :, :4], np.zeros((12, 8, 2))], axis=2)
         stack.append(columns[:, :, rng.permutation(11)])

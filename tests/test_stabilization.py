@@ -31,8 +31,8 @@ def double_well(eta: float, steps: int = 2000, theta: float = 0.3) -> np.ndarray
     return np.array(losses)
 
 
-# Between theta = 1 and its turning points a chaotic loss varies by orders of magnitude: of fewer
-# records, a quarter of a run may lie below the one before it by chance.
+# A chaotic loss varies by orders of magnitude: with fewer records, a quarter of a run may be below
+# the one before it by chance.
 def outcome_of(losses: np.ndarray, records: int = 500, tail: int = 16) -> str:
     at = np.linspace(0, len(losses) - 1, records).astype(int)
     return named(losses[at], losses[-tail:])
@@ -49,13 +49,13 @@ def outcome_of(losses: np.ndarray, records: int = 500, tail: int = 16) -> str:
         ((2.1, 10.0), "diverged"),
     ],
 )
-def test_descent_into_a_double_well_converges_alternates_wanders_or_diverges(etas, expected):
+def test_outcomes_of_gradient_descent_in_a_double_well(etas, expected):
     for eta in etas:
         for theta in (0.3, -0.71):
             assert outcome_of(double_well(eta, 6000, theta)) == expected, (eta, theta)
 
 
-def test_sgd_on_a_diagonal_net_converges_stabilizes_or_diverges_as_steps_grow():
+def test_outcomes_of_sgd_on_a_diagonal_net():
     data = sparse_regression(0).train
     x, y = jnp.asarray(data.x), jnp.asarray(data.y)
     steps, network = 5000, from_linen(DiagonalNet(0.1))
@@ -77,14 +77,14 @@ def test_sgd_on_a_diagonal_net_converges_stabilizes_or_diverges_as_steps_grow():
     codes, levels = train.sweep(run, jr.split(jr.key(1), 8), jnp.array([0.1, 0.282, 0.6]))
     small, large, huge = np.asarray(measure.OUTCOMES)[codes].T
     assert set(small) == {"converged"} and set(huge) == {"diverged"}
-    # Large steps hold the loss; now and then a run of them escapes.
+    # Large steps stabilize the loss, but some of their runs diverge.
     held = large == "stabilized"
     assert held.sum() >= 5 and set(large) <= {"stabilized", "diverged"}
     at = levels[held, 1]
     assert at.max() < 4 * at.min() and at.min() > 100 * levels[:, 0].max()
 
 
-def test_a_run_converges_by_its_level_or_by_its_fall():
+def test_a_run_converges_by_its_level_or_by_its_decrease():
     rng = np.random.default_rng(0)
     flat, tail = (np.exp(0.05 * rng.normal(size=size)) for size in (16, 8))
     assert named(flat, tail) == "stabilized"

@@ -1,4 +1,4 @@
-"""Laws of toy runs: what may not change a run, and what must."""
+"""Laws of toy runs and sweeps."""
 
 import jax
 import jax.numpy as jnp
@@ -116,7 +116,7 @@ def test_a_program_is_compiled_once():
 
 
 class Killed(dict):
-    """A store whose process ends when it has stored two chunks."""
+    """A store that raises after two chunks."""
 
     def __setitem__(self, name, arrays):
         super().__setitem__(name, arrays)
@@ -124,7 +124,7 @@ class Killed(dict):
             raise KeyboardInterrupt
 
 
-def test_an_interrupted_sweep_continues_behind_its_chunks_bit_for_bit():
+def test_an_interrupted_sweep_continues_after_its_chunks_bit_for_bit():
     points, store = jnp.arange(1.0, 7.0), Killed()
     sweeping = train.make_sweep(uniform, chunk=1)  # 8 devices: 30 runs are 4 chunks
     with pytest.raises(KeyboardInterrupt):
@@ -133,7 +133,7 @@ def test_an_interrupted_sweep_continues_behind_its_chunks_bit_for_bit():
     got = sweeping(KEYS, points, store=rest, on_chunk=done.append)
     assert done == [8, 16, 24, 30] and list(rest)[:2] == list(store) and len(rest) == 4
     jax.tree.map(np.testing.assert_array_equal, got, sweeping(KEYS, points))
-    first = next(iter(rest))  # is read, and not computed again
+    first = next(iter(rest))  # read, not computed again
     rest[first] = {name: array + 1 for name, array in rest[first].items()}
     again = sweeping(KEYS, points, store=rest)
     np.testing.assert_array_equal(again["point"] - got["point"], np.arange(30).reshape(5, 6) < 8)
@@ -151,7 +151,7 @@ def test_an_interrupted_sweep_continues_behind_its_chunks_bit_for_bit():
         {"run": lambda key, point: jr.normal(key) * point},
     ],
 )
-def test_chunks_of_another_sweep_are_not_its_own(other):
+def test_chunks_of_another_sweep_are_not_used(other):
     store, plain = {}, {"keys": KEYS, "points": jnp.array([1.0, 2.0]), "chunk": 1, "run": uniform}
     train.sweep(**plain, store=store)
     before = dict(store)
@@ -165,7 +165,7 @@ def test_a_leaf_without_one_entry_per_point_is_named():
         train.sweep(lambda key, point: point["eta"], KEYS, {"eta": np.ones(3), "b": np.ones(2)})
 
 
-def test_a_label_names_the_run_it_came_from():
+def test_labels_match_runs():
     def run(key, point):
         curve = jr.uniform(key) + point["step_size"] * jnp.arange(4) + 100 * point["scale"]
         return {"final": curve[-1], "loss": curve}

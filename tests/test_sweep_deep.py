@@ -1,4 +1,4 @@
-"""A grid of classifier runs: what it expands to, and what is run, skipped and refused."""
+"""Grids of classifier runs: expansion, and runs that are trained, skipped or refused."""
 
 import itertools
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_a_grid_is_the_product_of_its_lists_times_the_seeds():
     assert points == list(itertools.product((0.01, 0.05), names, (0, 1), (0.0,)))
 
 
-def test_paired_lists_are_walked_together():
+def test_paired_lists_are_zipped():
     text = "--lr_init 0.002 0.05 --lr_schedule constant piecewise --paired --seed 3"
     settings = sweep_deep.expand(grid(text))
     points = [(c.lr_init, c.lr_schedule, c.seed) for (c,) in settings.values()]
@@ -46,7 +46,7 @@ def test_paired_lists_are_walked_together():
         ("--l2_reg 1e-9 1.000001e-9", ["-l2_reg1e-09-", "-l2_reg1.000001e-09-"]),
     ],
 )
-def test_each_setting_has_a_folder_of_its_own(flags, names):
+def test_each_setting_has_its_own_folder(flags, names):
     folders = [folder_of(config).name for (config,) in sweep_deep.expand(grid(flags)).values()]
     for name, folder in zip(names, folders, strict=True):
         assert name in folder
@@ -70,7 +70,7 @@ def test_a_run_that_diverges_is_a_result(swept, capsys):
     assert {path.suffix for path in (folder / "figures").iterdir()} == {".png", ".pdf"}
     assert sweep_deep.run(chosen) == folder  # the same command: nothing is trained again
     out = capsys.readouterr().out
-    assert "already" in out and "diverged before" in out and "1 diverged" in out
+    assert "already" in out and "diverged in an earlier start" in out and "1 diverged" in out
 
 
 def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsys, monkeypatch):
@@ -78,7 +78,7 @@ def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsy
     first = sweep_deep.run(replace(chosen, part="1/2"))
     runs = sorted(path.name for path in (tmp_path / "resnet_cifar").iterdir())
     assert len(runs) == 2 and not (first / "summary.json").exists()
-    assert "2 of 4 runs are other parts'" in capsys.readouterr().out
+    assert "2 of 4 runs, of other parts, are not finished" in capsys.readouterr().out
     for name, value in {"ID": 8, "MIN": 7, "COUNT": 2}.items():  # the second task of an array
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     assert sweep_deep.run(chosen) == first
@@ -101,7 +101,7 @@ def test_runs_that_differ_in_numbers_are_compiled_once(swept, tmp_path, caplog):
     assert not [text for text in compiled if any(name in text for name in slow)], compiled
 
 
-def test_what_cannot_be_run_is_refused_before_anything_is(swept, tmp_path):
+def test_invalid_runs_are_refused_before_any_run(swept, tmp_path):
     for name, values in (("batch_size", (16, 72)), ("dataset", ("cifar10", "cifar12"))):
         with pytest.raises(ValueError, match=f"--{name}"):
             sweep_deep.run(replace(swept[0], runs_dir=str(tmp_path), **{name: values}))

@@ -1,4 +1,4 @@
-"""Toy data: the paper's numbers, and the laws they obey."""
+"""Toy data: the paper's numbers, and their laws."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ MOVED = (
 
 
 def assert_normal(values):
-    """N(0, 1), by the test of Kolmogorov and Smirnov."""
+    """Kolmogorov-Smirnov test for N(0, 1)."""
     assert stats.kstest(values.ravel(), "norm").statistic < 1.95 / values.size**0.5
 
 

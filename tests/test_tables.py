@@ -1,4 +1,4 @@
-"""Our numbers next to the published ones, on any terminal."""
+"""Tables of our numbers and published ones, on any terminal."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_curves_are_by_schedule_and_divergence_is_drawn_if_there_is_any(dataset,
     assert len(drawn[1]) == 1
 
 
-def test_the_table_has_both_numbers_whatever_the_width(dataset, tmp_path, capsys, monkeypatch):
+def test_the_table_has_both_numbers_at_any_width(dataset, tmp_path, capsys, monkeypatch):
     dataset["train_loss"][:, 0, 2] = np.nan
     for columns in ("1", "120"):
         monkeypatch.setenv("COLUMNS", columns)

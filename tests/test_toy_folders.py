@@ -1,4 +1,4 @@
-"""Run folders of toys as users leave and find them: interrupted, damaged, of other settings."""
+"""Run folders of toys: interrupted, damaged, or with other settings."""
 
 import os
 import shutil
@@ -20,7 +20,7 @@ CONFIG = replace(  # 8 devices take 128 seeds at once: two chunks
 
 
 def run(runs_dir, **changes):
-    """Its folder and its data."""
+    """Folder and data of a run."""
     config = replace(CONFIG, runs_dir=str(runs_dir), **changes)
     plan = toys.resolve("diag_nets", config, TOY)
     return plan.folder, ensemble.results(plan)
@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory):
-    """A run that got SIGTERM when its first chunk was on disk."""
+    """A run that received SIGTERM after its first chunk was saved."""
     runs_dir, write = tmp_path_factory.mktemp("stopped"), arrays.write_npz
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -49,13 +49,13 @@ def runs_dir(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "runs")
 
 
-def test_seeds_do_not_depend_on_how_many_there_are_nor_on_chunks(whole, tmp_path):
+def test_a_seed_does_not_depend_on_the_number_of_seeds_or_chunks(whole, tmp_path):
     _, few = run(tmp_path, seeds=2)
     for name in ("train_loss", "support", "rank", "theta"):
         np.testing.assert_allclose(few[name], whole[1][name][:2], rtol=1e-10, atol=1e-14)
 
 
-def test_a_run_that_was_stopped_continues_to_the_same_numbers(whole, runs_dir, caplog):
+def test_a_stopped_run_continues_to_the_same_results(whole, runs_dir, caplog):
     folder = runs_dir / "diag_nets" / "d1"
     scratch = [folder / "chunks" / f".x.npz-{32 * 'a'}", folder / f".config.json-{32 * '0'}"]
     for path in (*scratch, folder / "chunks" / "batch1-0.npz"):  # of a kill, of another version
@@ -83,13 +83,13 @@ def test_a_damaged_chunk_is_computed_again_with_a_warning(whole, runs_dir, caplo
 def test_a_finished_run_is_read_again(whole, capsys):
     folder, dataset = whole
     before = {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")}
-    (folder / "chunks").mkdir()  # as a kill between the last two steps leaves it
+    (folder / "chunks").mkdir()  # left by a kill between the last two steps
     assert run(folder.parents[1])[1].identical(dataset)
     assert not (folder / "chunks").exists() and str(folder) in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in folder.glob("*.nc")} == before
 
 
-def test_results_that_cannot_be_read_name_the_file_and_what_helps(whole, tmp_path):
+def test_unreadable_results_are_an_error_with_file_and_hint(whole, tmp_path):
     folder = shutil.copytree(whole[0], tmp_path / "diag_nets" / "d1")
     path = folder / "results.nc"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -1,4 +1,4 @@
-"""The small networks: what they start from, and that their outputs follow from their features."""
+"""Toy networks: initialization, features and outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def apply(model, params, x=X):
 
 
 def assert_drawn_from(values, distribution):
-    """Kolmogorov and Smirnov's distance at a level of about one in a thousand."""
+    """Kolmogorov-Smirnov test at a level of about 0.001."""
     values = np.ravel(values)[:8000]
     distance = stats.ks_1samp(values, distribution.cdf).statistic
     assert distance < 1.95 / values.size**0.5, distance
@@ -44,10 +44,10 @@ def test_initializers_are_given_for_all_layers_or_for_each():
     each = initial(MLP((1000, 800), kernel_init=kernels, bias_init=biases))
     signs = np.sign(each["layer1"]["kernel"])
     np.testing.assert_array_equal(each["layer1"]["kernel"], 2.0 * signs)
-    # Independent across rows and columns: no direction stands out.
+    # Independent across rows and columns.
     assert np.linalg.svd(signs, compute_uv=False)[0] < 1.15 * (4**0.5 + 1000**0.5)
     assert_drawn_from(each["layer1"]["bias"], stats.norm(0, 3))
-    bound = 1000**-0.5  # the default: uniform on one over the root of the fan-in
+    bound = 1000**-0.5  # the default: uniform on +-1/sqrt(fan_in)
     assert_drawn_from(each["layer2"]["kernel"][:, :6], stats.uniform(-bound, 2 * bound))
     assert set(np.abs(each["layer2"]["bias"])) == {0.1}
     assert_drawn_from(each["layer3"]["kernel"], stats.norm(0, 0.7))

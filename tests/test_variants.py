@@ -1,4 +1,4 @@
-"""Image sets that are made of others, and those that are drawn."""
+"""Derived and random image sets."""
 
 import numpy as np
 import pytest

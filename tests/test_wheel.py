@@ -1,4 +1,4 @@
-"""What is installed: the library, its types, its license; nothing of the repository around it."""
+"""The wheel contains the library, its types and license, and no other files."""
 
 import shutil
 import subprocess
@@ -10,12 +10,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ["sgd_sparse_jax", "experiments", "tests", "benchmarks", "docs", ".ci"]
-FILES = ["pyproject.toml", "README.md", "LICENSE", ".gitignore"]  # hatchling obeys .gitignore
+FILES = ["pyproject.toml", "README.md", "LICENSE", ".gitignore"]  # hatchling respects .gitignore
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy, with no network: entries by name."""
+    """A wheel built from a copy, without network: entries by name."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("out")
     for folder in FOLDERS:
         if (ROOT / folder).exists():
@@ -48,7 +48,7 @@ def test_types_and_license_are_in_the_wheel(wheel):
     assert "License-Expression: Apache-2.0" in metadata.splitlines()
 
 
-def test_nothing_else_is_in_the_wheel(wheel):
+def test_the_wheel_has_no_other_files(wheel):
     tops = {PurePosixPath(name).parts[0] for name in wheel}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"sgd_sparse_jax"}
     assert {PurePosixPath(name).suffix for name in wheel if name.startswith("sgd_")} <= {

@@ -1,4 +1,4 @@
-"""Laws of training in windows: neither cuts, calls nor observers change a run; NaN stops it."""
+"""Laws of training in windows: stops, calls and callbacks do not change a run; NaN ends it."""
 
 import time
 
@@ -43,7 +43,7 @@ def fresh():
 
 
 def run(state, stops, segment=SEGMENT, **options):
-    """Windows whose states outlive the next request."""
+    """Windows with copies of their states."""
     for window in train.windows(KEY, state, ORDER, segment, stops, **options):
         yield window._replace(state=jax.device_get(window.state))
 
@@ -56,7 +56,7 @@ def whole():
 
 
 def test_a_window_is_the_plain_loop_over_its_steps():
-    """Sampler and segment get the halves of the key: runs of older versions go on in order."""
+    """Sampler and segment get one half of the key each, as in earlier versions."""
     order, noise = jr.split(KEY)
     random = train.with_replacement(64, 16)
     (window,) = train.windows(KEY, fresh(), random, SEGMENT, [10])
@@ -96,8 +96,8 @@ def test_calls_of_many_steps_change_nothing_and_compile_two_programs(whole, step
     assert reached == sorted(set(reached)) and {5, 7, 10} <= set(reached)
 
 
-def test_the_device_never_idles_and_is_a_few_calls_behind():
-    """A step counts as done when its callback has run, on which its loss depends."""
+def test_at_most_a_few_calls_are_dispatched_ahead():
+    """A step is done when its callback has run, on which its loss depends."""
     done = []
 
     def slow(key, state, indices):
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_within_a_few_calls(step):
 
 @pytest.mark.parametrize("field", ["params", "opt_state"])
 def test_a_state_that_is_not_finite_is_not_yielded(field):
-    """The loss is that before the step: all of a window's can be finite, and its state not."""
+    """Losses precede their steps: all of a window's can be finite, and its state not."""
     seen = []
     with pytest.raises(FloatingPointError, match="state"):
         for window in run(fresh(), [4, 8], poisoned(7, field)):

@@ -1,4 +1,4 @@
-"""The flags of a run that trains an image classifier, and what they may be."""
+"""The flags of a run that trains an image classifier, and their allowed values."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ from experiments.launch.hosts import ALONE, Hosts
 from experiments.storage import records
 from sgd_sparse_jax import data
 
-MAY_CHANGE = (  # between two starts of a run: nothing that its numbers depend on
+MAY_CHANGE = (  # between starts of a run: results do not depend on these flags
     *("max_steps", "save_every_seconds", "keep", "data_dir", "runs_dir", "debug", "tensorboard"),
     "hosts",
 )
@@ -27,38 +27,38 @@ class Config:
     """cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
     cifar10_dog_cat, gaussians_binary or uniform_noise; NAME_gs for grey-scale."""
     frac_train: ranges.PositiveShare = 1.0
-    """Share of the training set to use: its first part."""
+    """Share of the training set to use, from its beginning."""
     p_label_noise: ranges.Share = 0.0
-    """Share of training labels that are wrong, the same ones throughout training."""
+    """Share of wrong training labels, fixed throughout training."""
     noise_type: Literal["sym", "asym"] = "sym"
-    """Wrong labels: sym, uniform over the other classes; asym, the class it is confused with."""
+    """Wrong labels: sym (uniform over the other classes) or asym (by a map of confusions)."""
     sgd_p_label_noise: ranges.Share = 0.0
-    """Share of each batch's labels that are replaced at every step, uniform over all classes."""
+    """Share of each batch's labels that are resampled at every step, uniformly over all classes."""
     ln_schedule: str = "constant"
-    """Schedule of sgd_p_label_noise, by the names of lr_schedule."""
+    """Schedule of sgd_p_label_noise; names as for lr_schedule."""
     no_data_augm: bool = False
     """Train without random crops and flips."""
     model: str = "resnet18_plain"
     """Network: resnet18_plain (the paper's), resnet18, resnet18_gn, resnet34, resnet34_gn,
     resnet34preact, resnet_tiny, resnet_tiny_gn, wrn28, vgg16, densenet100_12."""
     model_width: ranges.Count = 64
-    """Channels of the first stage; the widening factor of wrn28, the growth of densenet100_12."""
+    """Channels of the first stage; widening factor of wrn28, growth rate of densenet100_12."""
     half_prec: bool = False
-    """Compute in bfloat16; parameters, norms and loss stay in float32."""
+    """Compute in bfloat16; parameters, BatchNorm moments and loss stay in float32."""
     droprate: ranges.Fraction = 0.0
-    """Share dropped inside the blocks of pre-activation networks."""
+    """Dropout rate inside the blocks of pre-activation networks."""
     softplus: ranges.CountOrNone = 0
     """Beta of softplus in place of ReLU in pre-activation networks (0: ReLU)."""
     model_path: str = ""
-    """Start from the weights of this run folder, or of one of its saved states."""
+    """Initialize from the weights of this run folder, or of one of its saved states."""
     epochs: ranges.Count = 100
-    """Length of the run and of its schedule."""
+    """Length of the run and of its schedules."""
     batch_size: ranges.Count = 128
     """Examples per step, over all devices."""
     lr_init: ranges.Positive = 0.1
     """Initial step size."""
     lr_schedule: str = "piecewise"
-    """Step-size schedule by its released name (constant, piecewise_05epochs, cosine, ...)."""
+    """Step-size schedule of the released code (constant, piecewise_05epochs, cosine, ...)."""
     warmup_factor: ranges.Positive = 1.0
     """Peak of the linear warm-up, as a multiple of lr_init."""
     warmup_exp: ranges.Positive = 1.0
@@ -66,19 +66,19 @@ class Config:
     momentum: ranges.Fraction = 0.9
     """Heavy-ball momentum."""
     l2_reg: ranges.NonNegative = 0.0
-    """λ of the penalty λ/2 |p|² over all parameters, inside the loss."""
+    """λ of the penalty λ/2 |p|² on all parameters, added to the training loss."""
     swa_tau: ranges.Fraction = 0.999
-    """Decay of the moving average of the weights, taken at every step."""
+    """Decay of the moving average of the weights, updated at every step."""
     eval_iter_freq: ranges.CountOrAll = -1
     """Steps between evaluations, each followed by a checkpoint; -1: every 5 epochs."""
     batch_size_eval: ranges.Count = 512
     """Images per evaluation batch."""
     n_final_eval: ranges.CountOrAll = 10_000
-    """Test images of an evaluation (-1: all)."""
+    """Test images per evaluation (-1: all)."""
     sparsity_images: ranges.Count = 10_752
-    """Training images for loss, error and sparsity (21 batches of 512)."""
+    """Training images per evaluation of loss, error and sparsity (default: 21 batches of 512)."""
     bn_images: ranges.Count = 5120
-    """Training images for the averaged weights' BatchNorm moments; all after the last epoch."""
+    """Training images for BatchNorm moments of the averaged weights; all after the last epoch."""
     jacobian_examples: ranges.CountOrNone = 0
     """Training images for the rank of the Jacobian, in float64 (0: off; slow above 50)."""
     jacobian_tol: ranges.Positive = 1e-4
@@ -86,27 +86,27 @@ class Config:
     save_model_each_k_epochs: ranges.CountOrNone = 0
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
     max_steps: ranges.CountOrNone = 0
-    """Stop after this step (0: after all epochs); a later start with a larger one continues."""
+    """Stop after this step (0: after all epochs); run again with a larger value to continue."""
     save_every_seconds: Annotated[float, ranges.Range(0, math.inf, "[]")] = 300.0
-    """Seconds between checkpoints from one evaluation to the next (0: after every call)."""
+    """Seconds between checkpoints, in addition to those at evaluations (0: after every call)."""
     keep: ranges.Count = 2
-    """Number of newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     fork_from: str = ""
-    """Start from a saved state of this run folder, with other flags."""
+    """Run folder to fork: start from one of its saved states, with other flags."""
     fork_step: ranges.CountOrNone = 0
-    """The step of that state, from which steps count on."""
+    """Step of that state; steps count from there."""
     steps_per_call: ranges.CountOrNone = 0
     """Steps in one compiled call (0: 1 on CPUs, 25 on accelerators)."""
     deterministic: bool = False
-    """Byte-for-byte reproducible metrics: no times, and accelerators sum in a fixed order."""
+    """Byte-for-byte reproducible metrics: omit times, and sum in a fixed order on GPUs."""
     seed: ranges.Seed = 0
     """Seed of initialization, order of examples, augmentation and label noise."""
     exp_name: str = "other"
-    """Name of the experiment, with which the run's folder begins."""
+    """Name of the experiment, the prefix of the run folder's name."""
     data_dir: str = ""
     """Folder of the data (default: TFDS_DATA_DIR, else ~/tensorflow_datasets)."""
     runs_dir: str = "runs"
-    """Folder of the run folders."""
+    """Folder that contains the run folders."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard, under tensorboard/ in the run's folder."""
     debug: bool = False
@@ -115,8 +115,8 @@ class Config:
 
 
 def folder_of(config: Config) -> Path:
-    """The run's folder, named by the settings that the paper varies and the fork's first step."""
-    lr = repr(float(config.lr_init)).removesuffix(".0")  # all digits: close values stay apart
+    """The run's folder, named after the settings that the paper varies and the step of a fork."""
+    lr = repr(float(config.lr_init)).removesuffix(".0")  # all digits, to distinguish close values
     name = (
         f"{config.exp_name}-{config.dataset}-{config.model}-w{config.model_width}"
         f"-lr{lr}-{config.lr_schedule}-seed{config.seed}"
@@ -126,7 +126,7 @@ def folder_of(config: Config) -> Path:
 
 
 def check(config: Config) -> None:
-    """Raises ValueError for flags out of range, or that contradict each other or the devices."""
+    """Raises ValueError for flags that are out of range or contradict each other or the devices."""
     ranges.check(config)
     devices = jax.device_count()
     for name in ("batch_size", "batch_size_eval"):

@@ -1,4 +1,4 @@
-"""Curves of one classifier's run, and of several side by side. No JAX."""
+"""Curves of one run of a classifier, and of several runs. No JAX."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,26 +9,26 @@ import numpy as np
 from experiments.figures import plots
 from experiments.storage import records
 
-Rows = list[dict[str, Any]]
+Records = list[dict[str, Any]]
 
 
-def rows_of(folder: Path) -> Rows:
-    """The evaluations of a run, one at least."""
-    rows = records.read_records(folder)
-    if not rows:
+def records_of(folder: Path) -> Records:
+    """The records of a run; ValueError if there are none."""
+    found = records.read_records(folder)
+    if not found:
         raise ValueError(f"{folder} has no records in metrics.jsonl; remove it and run again.")
-    return rows
+    return found
 
 
-def blocks(row: Mapping[str, Any]) -> list[str]:
-    """The blocks whose sparsity is in a row, in depth order."""
+def blocks(record: Mapping[str, Any]) -> list[str]:
+    """The blocks whose sparsity is in a record, in depth order."""
     head = "train/distinct/"
-    return [name.removeprefix(head) for name in row if name.startswith(head)]
+    return [name.removeprefix(head) for name in record if name.startswith(head)]
 
 
 def one_run(folder: Path, title: str) -> list[Path]:
-    """Loss, error, sparsity of every block, noise level and norms along a run."""
-    runs = [rows_of(folder)]
+    """Draws loss, error, sparsity of every block, noise level and norms along a run."""
+    runs = [records_of(folder)]
     of_blocks = lambda kind: {block: f"train/{kind}/{block}" for block in blocks(runs[0][0])}
     losses = {"training images": "train/loss", "test images": "test/loss"}
     errors = {"training images": "train/error", "test images": "test/error"}
@@ -50,11 +50,11 @@ def one_run(folder: Path, title: str) -> list[Path]:
 
 
 def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str) -> list[Path]:
-    """Training loss, test error and the sparsity of every block: a curve per setting.
+    """Draws training loss, test error and sparsity of every block, a curve per setting.
 
-    `settings[label]` are the folders of its seeds: the median is drawn, and the band of 90 %.
+    `settings[label]` are the folders of its seeds; curves are their medians, bands 5-95 %.
     """
-    read = {label: [rows_of(folder) for folder in folders] for label, folders in settings.items()}
+    read = {label: list(map(records_of, folders)) for label, folders in settings.items()}
     first = next(iter(read.values()))[0][0]
     table = [
         ("Training loss", "nats", "train/loss"),
@@ -69,15 +69,15 @@ def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str)
     return plots.figure(stem, panels, title=title)
 
 
-def _panel(title: str, unit: str, curves: Mapping[str, tuple[Sequence[Rows], str]]) -> plots.Panel:
-    """A column of the rows of some runs over the epoch, for each label; losses and norms in log."""
+def _panel(title: str, unit: str, curves: Mapping[str, tuple[list[Records], str]]) -> plots.Panel:
+    """A metric over the epoch, for each label (runs, name); losses and norms are logarithmic."""
     lines = {}
     for label, (runs, name) in curves.items():
-        longest = max(runs, key=len)  # a run that diverged has fewer rows
-        epochs = np.array([row["epoch"] for row in longest], float)
+        longest = max(runs, key=len)  # a run that diverged has fewer records
+        epochs = np.array([record["epoch"] for record in longest], float)
         values = np.full((len(runs), len(longest)), np.nan)
-        for i, rows in enumerate(runs):
-            # jacobian_rank and window_loss are missing from some rows.
-            values[i, : len(rows)] = [row.get(name, np.nan) for row in rows]
+        for i, run in enumerate(runs):
+            # jacobian_rank and window_loss are missing from some records.
+            values[i, : len(run)] = [record.get(name, np.nan) for record in run]
         lines[label] = epochs, values
     return plots.Panel(title, unit, lines, "epoch", log_y=unit in ("nats", "Euclidean norm"))

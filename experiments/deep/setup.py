@@ -1,7 +1,6 @@
-"""The plan of a run: what follows from its flags and its data, resolved once.
+"""The plan of a run: everything that follows from its flags and its data, resolved once.
 
-A plan's compiled functions are those of `workbench`; `training` runs them and records a row per
-evaluation (`metrics`).
+`workbench` compiles the functions of a plan; `training` runs them and records `metrics`.
 """
 
 import contextlib
@@ -34,36 +33,36 @@ sampler_of = functools.cache(train.reshuffled_epochs)  # one function, hence one
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A run, ready to start; its seeds are split once, its schedules built once."""
+    """A run, resolved from its flags and data."""
 
-    config: Config  # as given: what saved states and config.json are compared with
+    config: Config  # as given; compared with config.json
     folder: Path
-    about: dict[str, Any]  # flags and `about_data`, which saved states are checked for
+    about: dict[str, Any]  # flags and `about_data`; compared with saved states
     about_data: dict[str, Any]  # fingerprints of the whole data set
-    images: data.Images  # the training set, cut to its share and with its wrong labels
+    images: data.Images  # the training set, after --frac_train and --p_label_noise
     test_images: data.Images
     model: nn.Module
     network: types.Network
-    weights: Weights | None  # initial weights that replace the drawn ones
+    weights: Weights | None  # initial weights that replace random ones
     parent: Path | None  # the saved state to fork from
-    step_size: optax.Schedule  # of `tx`; rows record its value
+    step_size: optax.Schedule  # of `tx`; recorded
     tx: optax.GradientTransformation
-    label_noise: optax.Schedule  # the share of labels drawn anew
+    label_noise: optax.Schedule  # the share of labels to resample
     sampler: types.Sampler
     init_key: types.PRNGKey
     train_key: types.PRNGKey
     steps_per_epoch: int
     total_steps: int  # of all epochs
-    num_steps: int  # of this command
+    num_steps: int  # where this command stops
     evaluations: frozenset[int]  # steps
-    kept: frozenset[int]  # steps whose states stay under models/
+    kept: frozenset[int]  # steps whose states are saved under models/
     steps_per_call: int
 
 
 def validate(config: Config) -> None:
-    """Raises ValueError for flags that can't be met, whatever the data; touches nothing."""
+    """Raises ValueError for flags that are invalid for any data; reads and writes nothing."""
     flags.check(config)
-    build(config, classes=2)  # names, widths and schedules are wrong whatever the data
+    build(config, classes=2)  # checks the model and its options
     schedules(config, steps_per_epoch=1)
     with naming("runs_dir or --exp_name"):
         train.checkpoint_path(flags.folder_of(config))
@@ -72,9 +71,9 @@ def validate(config: Config) -> None:
 
 
 def resolve(config: Config) -> Plan:
-    """The plan of a run whose flags are valid; opens the data and writes nothing.
+    """Resolves valid flags, for which it opens the data; writes nothing.
 
-    Raises ValueError or OSError, which names the flag, for what its data can't meet.
+    Raises ValueError or OSError, naming the flag, for flags that don't fit the data.
     """
     folder = flags.folder_of(config)
     with naming("dataset"):
@@ -97,11 +96,11 @@ def resolve(config: Config) -> Plan:
             "--epochs or --max_steps."
         )
     if config.bn_images < jax.device_count():
-        raise ValueError(f"--bn_images is {config.bn_images}; give each device one or more.")
+        raise ValueError(f"--bn_images is {config.bn_images}; each device needs at least one.")
     model = build(config, classes)
     network = models.from_linen(model)
     step_size, label_noise = schedules(config, steps_per_epoch)
-    # fold_in(key, 1) is split(key)[1] in JAX: keys of one level are all made in one way.
+    # Split all at once: in JAX, fold_in(key, 1) is split(key)[1].
     init_key, train_key, _ = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
@@ -137,7 +136,7 @@ def resolve(config: Config) -> Plan:
 
 @contextlib.contextmanager
 def naming(flag: str) -> Iterator[None]:
-    """Adds the flag that a ValueError is about to its message."""
+    """Prefixes the message of a ValueError with the name of a flag."""
     try:
         yield
     except ValueError as error:
@@ -182,7 +181,7 @@ def build(config: Config, classes: int) -> nn.Module:
 
 
 def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:
-    """Step size and share of redrawn labels, as functions of the step."""
+    """Step size and share of resampled labels, as functions of the step."""
     shape = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
     warmup = {"warmup_factor": config.warmup_factor, "warmup_exp": config.warmup_exp}
     with naming("lr_schedule"):
@@ -195,9 +194,9 @@ def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, opt
 def optimizer(
     step_size: optax.Schedule, momentum: Any, l2_reg: Any
 ) -> optax.GradientTransformation:
-    """Heavy-ball SGD on the loss plus λ/2 |p|², whose gradient passes the momentum too.
+    """Heavy-ball SGD on the loss plus λ/2 |p|², with the penalty inside the momentum.
 
-    `momentum` and λ, `l2_reg`, are numbers or traced scalars; None leaves the term out.
+    `momentum` and λ, `l2_reg`, may be traced; None omits the term.
     """
     penalty = optax.identity() if l2_reg is None else optax.add_decayed_weights(l2_reg)
     return optax.chain(penalty, optax.sgd(step_size, momentum))
@@ -225,14 +224,14 @@ def parent_state(config: Config) -> Path | None:
 
 
 def on_all_devices(shapes: Any) -> Any:
-    """`jax.ShapeDtypeStruct`s of arrays that have a copy on each device."""
+    """`jax.ShapeDtypeStruct`s of arrays replicated over all devices."""
     place = NamedSharding(train.data_mesh(), PartitionSpec())
     put = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
     return jax.tree.map(put, shapes)
 
 
 def augmentation(config: Config) -> Callable | None:
-    """Crops and flips where the released code has them."""
+    """Crops and flips for the data sets that the released code augments."""
     base = config.dataset.removesuffix("_gs")
     if config.no_data_augm or base in UNAUGMENTED:
         return None
@@ -240,7 +239,7 @@ def augmentation(config: Config) -> Callable | None:
 
 
 def placed(images: data.Images, mesh: jax.sharding.Mesh) -> Batch:
-    """A data set on every device, each image as a row of stored values."""
+    """Copies a data set to every device, each image as a flat row."""
     # A TPU would pad the axes of an image, to four times the bytes, in a copy at every call.
     rows = np.asarray(images.images).reshape(len(images.images), -1)
     arrays: Any = (rows, np.asarray(images.labels))

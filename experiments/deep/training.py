@@ -1,4 +1,4 @@
-"""The run of an image classifier, from its folder to its last row."""
+"""The run of an image classifier: training, evaluations, checkpoints, resumption."""
 
 import contextlib
 import dataclasses
@@ -24,18 +24,18 @@ from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
 
 TIMES = ("step_seconds", "eval_seconds", "images_per_second")
-CALLS = 8  # several hosts agree on interruptions once in so many calls: that waits for the device
+CALLS = 8  # between agreements of several hosts on interruptions: each waits for the device
 
 
 class Since(NamedTuple):
-    """Training since the last row; saved with a state between two rows."""
+    """Loss and time since the last evaluation; saved with each state."""
 
     loss_sum: float = 0.0
     steps: int = 0
     seconds: float = 0.0
 
     def plus(self, window: train.Window) -> "Since":
-        """Adds one loss after the other: where a run was cut doesn't change a bit of the sum."""
+        """Adds the losses one by one, so that interruptions do not change the sum by a bit."""
         return Since(
             reduce(operator.add, window.losses.tolist(), self.loss_sum),
             self.steps + len(window.losses),
@@ -44,7 +44,7 @@ class Since(NamedTuple):
 
 
 class Interrupts:
-    """Whether to save, by the clock, or to stop, by a signal; the same answer on all hosts."""
+    """Decides when to save (by time) and to stop (by signal), identically on all hosts."""
 
     def __init__(self, save_every_seconds: float, signal: list[str]):
         self.every, self.signal = save_every_seconds, signal
@@ -61,16 +61,15 @@ class Interrupts:
         return self.saves
 
     def saved(self) -> None:
-        """Starts the clock again."""
+        """Restarts the time to the next save."""
         self.saved_at, self.saves = time.monotonic(), False
 
 
 def run(config: Config) -> Path:
     """Trains from the newest saved state, or from the beginning; returns the run's folder.
 
-    Raises ValueError for what can't be run; Stopped, with the state saved, after a signal;
-    FloatingPointError if training diverges and OSError if the folder can't be written, with earlier
-    states saved.
+    Raises ValueError for invalid flags or data; Stopped after a signal, once the state is saved;
+    FloatingPointError if training diverges; OSError if the folder can't be written.
     """
     setup.validate(config)
     folder = folder_of(config)
@@ -84,16 +83,16 @@ def run(config: Config) -> Path:
 def _run_in_folder(plan: Plan, signal: list[str]) -> None:
     folder, config = plan.folder, plan.config
     hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
-    # Orbax logs what it also raises; asyncio logs the writes that orbax abandons after the first.
+    # Duplicates: orbax also raises what it logs, asyncio logs writes that orbax has abandoned.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
     with jax.debug_nans(config.debug), states as checkpoints:
         state, known = starting_state(plan, checkpoints)
         if hosts.is_first():
-            complete_rows(plan, int(state.step), known.get("row"))
+            complete_records(plan, int(state.step), known.get("row"))
         if int(state.step) >= plan.num_steps:
-            terminal.show(f"{folder} is at step {state.step} already, of {plan.num_steps}.")
+            terminal.show(f"{folder} is already at step {state.step} of {plan.num_steps}.")
             return
         try:
             train_on(plan, checkpoints, state, known, Interrupts(config.save_every_seconds, signal))
@@ -105,10 +104,9 @@ def _run_in_folder(plan: Plan, signal: list[str]) -> None:
 
 
 def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, Any]]:
-    """The newest saved state and its progress; else a new state, which is saved at once.
+    """The newest saved state and its progress; else a new state, which is saved first.
 
-    So a folder that can't hold a state is noticed before anything is trained, and a fork needs its
-    parent at its first start only.
+    Thus a folder that can't store states fails before training, and a fork reads its parent once.
     """
     # Weights are an argument: as constants they would be compiled into the program.
     init = workbench.of(plan).initial_state
@@ -122,8 +120,8 @@ def starting_state(plan: Plan, checkpoints: Any) -> tuple[TrainState, dict[str, 
     return state, {}
 
 
-def complete_rows(plan: Plan, step: int, newest: dict[str, Any] | None) -> None:
-    """Drops rows after `step`, which are computed again, and restores the newest if it was cut."""
+def complete_records(plan: Plan, step: int, newest: dict[str, Any] | None) -> None:
+    """Drops records after `step`, which are computed again; restores the newest if it was torn."""
     last = -1 if step == plan.config.fork_step else step  # the first state is evaluated again
     records.drop_records_after(plan.folder, last)
     if newest and newest["step"] not in (row["step"] for row in records.read_records(plan.folder)):
@@ -143,7 +141,7 @@ def train_on(
         row = complete(plan, step, since, evaluate(state, *progress))
         if live:
             records.append_record(plan.folder, row)
-            live.on_row(row)
+            live.on_record(row)
         return row
 
     row, since = known.get("row", {}), Since(**known.get("window", {}))
@@ -152,7 +150,7 @@ def train_on(
             stack.callback(live.close)
         kept = train.open_checkpoints(plan.folder / "models", keep=None)
         models = stack.enter_context(kept) if plan.kept else None
-        if start == plan.config.fork_step:  # 0 without a fork: no window ends at the first step
+        if start == plan.config.fork_step:  # 0 without a fork
             row = record(start, since, state)
         for window in train.windows(
             plan.train_key,
@@ -173,17 +171,17 @@ def train_on(
             if step in plan.evaluations or interrupts.saves:
                 train.save(checkpoints, state, plan.about, {"window": since._asdict(), "row": row})
                 interrupts.saved()
-            # A signal that arrives in the last call changes nothing: the run is finished.
+            # A signal during the last call has no effect: the run is finished.
             if interrupts.stops and step < plan.num_steps:
                 by = interrupts.signal[0] if interrupts.signal else "Another host"
                 raise Stopped(
-                    f"{by}: stopped at step {step} of {plan.num_steps}, all of it saved in "
-                    f"{plan.folder}; the same command continues."
+                    f"{by}: stopped at step {step} of {plan.num_steps}, saved in {plan.folder}; "
+                    "run the same command to continue."
                 )
 
 
 def start_recording(plan: Plan, start: int) -> Live:
-    """Adds this start to the manifest; returns the progress bar, with TensorBoard if requested."""
+    """Adds this start to the manifest; returns the progress bar and TensorBoard writer."""
     records.start_manifest(
         plan.folder,
         seed=plan.config.seed,
@@ -198,7 +196,7 @@ def start_recording(plan: Plan, start: int) -> Live:
 
 
 def warn_of_changes(folder: Path) -> None:
-    """Logs the code and packages whose versions differ from those of the previous start."""
+    """Logs a warning for code and packages whose versions changed since the previous start."""
     versions = [start["versions"] | {"code": start["git"]} for start in records.read_starts(folder)]
     old, new = versions[-2:][0], versions[-1]  # the same at the first start
     for name, version in new.items():
@@ -208,7 +206,7 @@ def warn_of_changes(folder: Path) -> None:
 
 
 def parent(config: Config) -> dict[str, Any]:
-    """The state this run forks from, and the settings that differ: [the parent's, this run's]."""
+    """The state this run forks from, and the settings that differ, as [parent, this run]."""
     path = Path(config.fork_from).expanduser().absolute() / "config.json"
     old = records.read_json(path) if path.exists() else {}
     own = (*MAY_CHANGE, "exp_name", "fork_from", "fork_step")
@@ -218,11 +216,11 @@ def parent(config: Config) -> dict[str, Any]:
 
 
 def complete(plan: Plan, step: int, since: Since, values: dict[str, Any]) -> dict[str, Any]:
-    """A row: evaluated values with epoch, step size and speed; --deterministic omits times."""
+    """A record: metrics with epoch, step size and speed; --deterministic omits times."""
     row = {
         "step": step,
         "epoch": step / plan.steps_per_epoch,
-        "lr": float(np.asarray(plan.step_size(step))),  # of the step that follows
+        "lr": float(np.asarray(plan.step_size(step))),  # of the next step
     }
     if since.steps:
         row["window_loss"] = since.loss_sum / since.steps

@@ -1,4 +1,4 @@
-"""Maps: values over two axes as cells or contours, and curves that grow on one. No JAX."""
+"""Heat maps and contour maps, with static or animated curves on them. No JAX."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ CURVE_COLOURS = (style.COLOURS[0], style.COLOURS[4], style.COLOURS[1])
 class Map(NamedTuple):
     """`z` [y, x] over two named axes.
 
-    With `classes`, z is an index into them, each with a colour of its own; otherwise `zlabel` names
-    the colour bar, which is logarithmic with `log_z`. `overlay[label]` is a curve (x, y) on the
-    map, and `points[label]` a point.
+    With `classes`, z is an index into them, and each has its own colour; otherwise `zlabel` is the
+    label of the colour bar, which is logarithmic with `log_z`. `overlay[label]` is a curve (x, y)
+    on the map, and `points[label]` a point.
     """
 
     title: str
@@ -50,7 +50,7 @@ def figure(
 
 @style.drawing
 def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str]) -> list[Path]:
-    """Writes a GIF of twelve frames a second that holds its last frame for two seconds.
+    """Writes a GIF with twelve frames per second; the last frame stays for two seconds.
 
     Frame i shows the first `lengths[i]` points of the overlay's curves, under `titles[i]`.
     """
@@ -63,7 +63,7 @@ def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str
     draw(fig, ax, frame)
     curve_legend(fig, list(frame.overlay))
     canvas.draw()
-    fig.set_layout_engine("none")  # or the map would move as the title changes
+    fig.set_layout_engine("none")  # else the map moves when the title changes
     images = []
     for length, title in zip(lengths, titles, strict=True):
         ax.set_title(style.literal(title))
@@ -71,7 +71,7 @@ def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str
             curve.set_data(x[:length], y[:length])
         canvas.draw()
         images.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
-    # Pillow itself, not matplotlib's PillowWriter: that gives all frames one duration.
+    # Not matplotlib's PillowWriter, which gives all frames one duration.
     duration = [1000 // 12] * (len(images) - 1) + [2000]
     content = io.BytesIO()
     images[0].save(
@@ -81,7 +81,7 @@ def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str
 
 
 def draw(fig: Any, ax: Any, panel: Map) -> None:
-    """Draws one map, and next to it the colour bar or the names of its classes."""
+    """Draws one map with its colour bar, which names classes if there are any."""
     from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm
     from matplotlib.ticker import LogLocator
 
@@ -114,14 +114,14 @@ def draw(fig: Any, ax: Any, panel: Map) -> None:
         ax.annotate(style.literal(label), (x, y), bbox=box, **place)
     ax.set(title=style.literal(panel.title), xlabel=panel.xlabel, ylabel=panel.ylabel)
     ax.grid(False)
-    ticks = LogLocator(numticks=6) if panel.log_z else None  # of contours the default is one each
+    ticks = LogLocator(numticks=6) if panel.log_z else None  # default: one tick per contour
     bar = fig.colorbar(drawn, ax=ax, label=panel.zlabel, shrink=0.9, ticks=ticks)
     if panel.classes:
         bar.set_ticks(range(len(panel.classes)), labels=list(panel.classes))
 
 
 def curve_legend(fig: Any, labels: Sequence[str]) -> None:
-    """The legend of the curves on all maps of a figure, if there are any."""
+    """Draws the legend of the curves on all maps of a figure, if there are any."""
     if labels:
         style.legend(fig, {label: _curve_look(i) for i, label in enumerate(dict.fromkeys(labels))})
 

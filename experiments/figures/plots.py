@@ -1,4 +1,4 @@
-"""Curves over a common x, as medians and bands over runs. No JAX."""
+"""Line plots, with medians and percentile bands over runs. No JAX."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,8 @@ class Panel(NamedTuple):
     """Curves and points over a common x.
 
     `lines[label]` is (x [t], y [t] or [runs, t]), `points[label]` is (x [k], y [k]). `marks[label]`
-    are places on x to point out with dotted lines, such as the times at which that label's step
-    size decays. With `square`, both axes go from -square to square, on one scale.
+    are the x of dotted vertical lines, such as the steps at which that label's step size decays.
+    With `square`, both axes are [-square, square] with equal scales.
     """
 
     title: str
@@ -42,10 +42,10 @@ def figure(
     title: str | None = None,
     colours: Mapping[str, str] = {},
 ) -> list[Path]:
-    """Draws the panels and writes STEM.png and STEM.pdf; a label has one look in all of them.
+    """Draws the panels and writes STEM.png and STEM.pdf; a label has the same style in all panels.
 
-    Of several runs, draws the median and the band from the 5th to the 95th percentile over those
-    that are finite. `colours[label]` replaces the colour of the palette.
+    With several runs, draws the median and the band from the 5th to the 95th percentile of the
+    finite ones. `colours[label]` overrides the palette.
     """
     dots = {label for panel in panels for label in panel.points}
     every = [label for panel in panels for label in (*panel.lines, *panel.marks, *panel.points)]
@@ -82,7 +82,7 @@ def _draw(ax: Any, panel: Panel, looks: Mapping[str, Mapping[str, Any]]) -> None
         reach = (-panel.square, panel.square)
         ax.set(xlim=reach, ylim=reach, aspect="equal")
     if panel.log_x:
-        ax.set_xscale("symlog", linthresh=1)  # step 0 has a place
+        ax.set_xscale("symlog", linthresh=1)  # includes step 0
     if panel.log_y:
         ax.set_yscale("log")
 
@@ -95,5 +95,5 @@ def _drawable(y: Any, log: bool) -> np.ndarray:
 
 def percentiles(y: np.ndarray, levels: Sequence[float] = (5, 50, 95)) -> np.ndarray:
     """Percentiles [levels, t] over the finite entries of each column of y [runs, t], else NaN."""
-    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of empty columns
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # for empty columns
         return np.nanpercentile(np.where(np.isfinite(y), y, np.nan), levels, axis=0)

@@ -1,4 +1,4 @@
-"""The live view of a run: a bar with its last numbers, and TensorBoard if requested. No JAX."""
+"""Progress of a run: a bar with the latest metrics, and TensorBoard. No JAX."""
 
 import contextlib
 import time
@@ -10,7 +10,7 @@ from experiments.figures import terminal
 
 
 def bar() -> Any:
-    """A rich progress bar; in a file or a pipe it would be noise, and is not shown."""
+    """A rich progress bar, which is shown on terminals only."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -27,9 +27,9 @@ def of_runs(total: int) -> Iterator[Callable[[int], None]]:
 
 
 class Live:
-    """The view of a training run from step `done` to `total`; close it at the end.
+    """Shows the progress of a training run from step `done` to `total`.
 
-    `board` is a folder for TensorBoard's files, or None.
+    `board` is a folder for TensorBoard's files, or None. Call `close` at the end.
     """
 
     def __init__(self, done: int, total: int, batch_size: int, board: Path | None = None):
@@ -39,14 +39,14 @@ class Live:
         self.since = done, time.perf_counter()
         self.numbers = ""
         self.board = None
-        if board:  # of the extra `tensorboard`
+        if board:  # from the extra `tensorboard`
             from tensorboardX import SummaryWriter
 
             self.board = SummaryWriter(str(board))
         self.bar.start()
 
     def close(self) -> None:
-        """Restores the terminal, and ends TensorBoard's file."""
+        """Ends the bar and TensorBoard's file."""
         self.bar.stop()
         if self.board:
             self.board.close()
@@ -59,19 +59,20 @@ class Live:
         self.bar.update(self.task, completed=step, description=label)
 
     def on_evaluation(self, share: float) -> None:
-        """Shows the share of an evaluation that is done."""
+        """Shows the finished share of an evaluation."""
         self.bar.update(self.task, description=f"evaluating, {share:.0%} {self.numbers}")
 
-    def on_row(self, row: dict[str, Any]) -> None:
-        """Prints an evaluation, and adds it to TensorBoard."""
+    def on_record(self, record: dict[str, Any]) -> None:
+        """Prints a record, and adds it to TensorBoard."""
         head = "train/distinct/"
-        shares = " / ".join(f"{value:.0%}" for name, value in row.items() if name.startswith(head))
-        losses = f"loss {row['train/loss']:.4f}, test error {row['test/error']:.2%}"
+        active = [value for name, value in record.items() if name.startswith(head)]
+        shares = " / ".join(map("{:.0%}".format, active))
+        losses = f"loss {record['train/loss']:.4f}, test error {record['test/error']:.2%}"
         self.numbers = f"{losses}, active {shares}"
-        terminal.show(f"step {row['step']}: {self.numbers}")
+        terminal.show(f"step {record['step']}: {self.numbers}")
         if self.board:
-            for name, value in row.items():
+            for name, value in record.items():
                 if name not in ("step", "epoch"):
-                    self.board.add_scalar(name, value, row["step"])
+                    self.board.add_scalar(name, value, record["step"])
             self.board.flush()
-        self.since = row["step"], time.perf_counter()  # evaluations are no training time
+        self.since = record["step"], time.perf_counter()  # the rate excludes evaluations

@@ -1,4 +1,4 @@
-"""The report of a reproduction: published numbers and our runs, as Markdown, HTML and JSON."""
+"""Reports that compare published numbers with our runs, as Markdown, HTML and JSON."""
 
 import base64
 import re
@@ -39,20 +39,20 @@ def write(folder: Path, seeds: int, chapters: Sequence[Chapter], seconds: float)
 
 
 def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float) -> str:
-    """The report as "md" or "html"; all texts are escaped, so that none is taken for mark-up."""
+    """The report as "md" or "html", with all text escaped."""
     import jinja2
 
     introduction = [
         score(chapters),
-        f"{seeds} seeds per schedule (T1: {8 * seeds}), of the initialization where it is random "
-        "and of SGD; the data are the paper's. The original printed one seed. Runs with large "
-        "steps are chaotic: rounding decides where a run ends, on the original's machine as on "
-        "this one. So a published number agrees when it lies inside the 1-99 % range of our runs "
-        "that did not diverge (8 or more), or else when the order to the setting's first schedule "
-        "(of the first: to the last) is the published one with a bootstrap confidence of 95 % or "
-        "more. Gradient descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
-        f"Made in {seconds:.0f} s, including compilation and figures (finished settings are read "
-        "and not run again).",
+        f"{seeds} seeds per schedule (T1: {8 * seeds}), of SGD and of the initialization where it "
+        "is random; the data are the paper's. The original printed one seed. Runs with large steps "
+        "are chaotic: rounding errors determine where a run ends, on any machine. Therefore a "
+        "published number agrees if it is within the 1-99 % range of our runs that did not diverge "
+        "(8 or more), or else if its order relative to the setting's first schedule (the first: "
+        "relative to the last) is reproduced with a bootstrap confidence of 95 % or more. Gradient "
+        "descent has no seed: initial weights are multiplied by 1 + 1e-9 N(0, 1).",
+        f"Computed in {seconds:.0f} s, including compilation and figures (finished settings are "
+        "loaded, not run again).",
     ]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -73,18 +73,18 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
 
 
 def score(chapters: Sequence[Chapter]) -> str:
-    """How many of the published numbers agree, by kind."""
+    """A sentence with the number of published numbers that agree, in range and in order."""
     words = [found.word for chapter in chapters for _, found in chapter.compared]
     inside, ordered = words.count(AGREES), words.count(ORDERED)
     share = (inside + ordered) / len(words)
     return (
-        f"{inside + ordered} of {len(words)} published numbers agree ({share:.0%}): {inside} lie "
-        f"inside our 1-99 % range, {ordered} more stand in the claimed order."
+        f"{inside + ordered} of {len(words)} published numbers agree ({share:.0%}): {inside} are "
+        f"within our 1-99 % range, {ordered} more have the published order."
     )
 
 
 def table(chapter: Chapter) -> list[tuple[str, ...]]:
-    """Cells under HEADINGS, a line per published number."""
+    """Cells under HEADINGS, one row per published number."""
     return [
         (
             row.schedule,
@@ -99,14 +99,14 @@ def table(chapter: Chapter) -> list[tuple[str, ...]]:
 
 
 def _escaped_for_markdown(value: Any) -> Any:
-    """Escapes mark-up and joins lines, except in what the template calls safe."""
+    """Escapes Markdown and joins lines, except in values that the template marks as safe."""
     if hasattr(value, "__html__"):
         return value
     text = re.sub(r"[\\`*_\[\]<>|&~$#]|^[+-]", r"\\\g<0>", " ".join(str(value).split()))
     return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
 
 
-# Figures inside the page: a report is one file that can be sent.
+# Embedded figures: a report is a single file.
 def _data_uri(path: Path) -> str:
     kind = path.suffix.removeprefix(".")
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -1,4 +1,4 @@
-"""One look for all figures, whatever the user's settings of matplotlib are. No JAX."""
+"""The style of all figures, independent of the user's matplotlib settings. No JAX."""
 
 import functools
 import io
@@ -9,17 +9,17 @@ from typing import Any, TypeVar, cast
 
 from experiments.storage import files
 
-# Okabe & Ito's palette, which all common kinds of colour vision tell apart.
+# Okabe & Ito's palette, safe for colour-blind readers.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#F0E442")
 LOOK = Path(__file__).with_name("look.mplstyle")
 Draw = TypeVar("Draw", bound=Callable[..., list[Path]])
 
 
 def drawing(draw: Draw) -> Draw:
-    """Runs `draw(path, ...)` in our look; if it fails, warns and returns no files.
+    """Decorates `draw(path, ...)` to apply our style, and on failure to warn and return no files.
 
-    A run's results are saved before its figures are drawn, so a broken installation of fonts or a
-    full disk costs the figure alone: the same command draws it again.
+    Results are saved before figures are drawn: missing fonts or a full disk lose the figure only,
+    and the same command draws it again.
     """
 
     @functools.wraps(draw)
@@ -27,10 +27,10 @@ def drawing(draw: Draw) -> Draw:
         try:
             import matplotlib.style
 
-            # "default" are the settings as released: the user's would change the figure.
+            # "default" resets the user's settings.
             with matplotlib.style.context(["default", LOOK]):
                 return draw(path, *args, **kwargs)
-        except Exception as error:  # fonts, disk, memory: whatever it is, the results are saved
+        except Exception as error:  # fonts, disk, memory, ...
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             logging.getLogger(__name__).warning("The figure %s is not drawn (%s)", path, reason)
             return []
@@ -56,7 +56,7 @@ def sheet(
 
 
 def legend(fig: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
-    """Below the panels, in as many columns as fit the figure's width."""
+    """Draws a legend below the panels, in as many columns as fit the figure's width."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=literal(label), **style) for label, style in styles.items()]
@@ -68,12 +68,12 @@ def legend(fig: Any, styles: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def literal(text: str) -> str:
-    """Escapes dollars: matplotlib would typeset what is between two of them as a formula."""
+    """Escapes dollars, which matplotlib takes as delimiters of formulas."""
     return text.replace("$", r"\$")
 
 
 def save(fig: Any, stem: Path) -> list[Path]:
-    """Writes STEM.png and STEM.pdf; each is drawn in memory, so that no partial file appears."""
+    """Writes STEM.png and STEM.pdf atomically."""
     paths = []
     for kind in ("png", "pdf"):
         content = io.BytesIO()
@@ -84,7 +84,7 @@ def save(fig: Any, stem: Path) -> list[Path]:
 
 
 def write(path: Path, content: bytes) -> Path:
-    """Writes the whole file or none of it, in a folder that is created if missing."""
+    """Writes a file atomically, and creates its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     files.write_bytes(path, content)
     return path

@@ -1,4 +1,4 @@
-"""Results of an ensemble: a table next to the published numbers, and curves. No JAX."""
+"""Results of an ensemble: a table with the published numbers, and curves. No JAX."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,21 +13,21 @@ if TYPE_CHECKING:
 
 
 class Quantity(NamedTuple):
-    """How a variable is shown: its name, its format in a table, its axis in a figure."""
+    """How a variable is shown: name, format in tables, and axis label in figures."""
 
     name: str
     form: str
-    unit: str  # with a % in it, shares are drawn in percent
+    unit: str  # with a %, shares are drawn in percent
     log: bool = False
 
     @property
     def title(self) -> str:
-        """The name with a capital."""
+        """The capitalized name."""
         return self.name[0].upper() + self.name[1:]
 
     @property
     def scale(self) -> float:
-        """What a figure multiplies the variable by."""
+        """The factor of the variable in figures."""
         return 100.0 if "%" in self.unit else 1.0
 
 
@@ -50,7 +50,7 @@ QUANTITIES = {
 
 
 class Finding(NamedTuple):
-    """What an experiment returns: its folder, all data, the summary, and the figures' paths."""
+    """The result of an experiment: its folder, data, summary, and the paths of its figures."""
 
     folder: Path
     dataset: "xarray.Dataset"
@@ -74,7 +74,7 @@ class Row(NamedTuple):
         return float(np.percentile(self.values, level)) if len(self.values) else float("nan")
 
     def entry(self) -> dict[str, Any]:
-        """The row for JSON: the number of values and their percentiles in place of the values."""
+        """The row as JSON values, with number and percentiles of the values in place of them."""
         levels = {f"p{level}": self.percentile(level) for level in (1, 5, 50, 95, 99)}
         return self._asdict() | {"values": len(self.values)} | levels
 
@@ -93,9 +93,9 @@ class Row(NamedTuple):
 def rows(
     dataset: "xarray.Dataset", names: Sequence[str], published: Mapping[str, Sequence[float | None]]
 ) -> list[Row]:
-    """A row per schedule and variable, of the last record."""
+    """A row per schedule and variable, at the last record."""
     out = []
-    # Values of a run that diverged late may still be finite, and are left out all the same.
+    # Diverged runs are excluded even if their other values are finite.
     diverged = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
     for j, schedule in enumerate(dataset["schedule"].values):
         for name in names:
@@ -109,7 +109,7 @@ def rows(
 
 
 def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:
-    """Prints a line per schedule and quantity, and the folder."""
+    """Prints the table, a line per schedule and quantity, and the folder."""
     from rich.table import Table
 
     table = Table(
@@ -135,9 +135,9 @@ def draw(
     marks: Mapping[str, Sequence[float]],
     title: str,
 ) -> list[Path]:
-    """A panel per variable [seed, schedule, record], a label per schedule; STEM.png and STEM.pdf.
+    """Draws a panel per variable [seed, schedule, record], with a label per schedule.
 
-    If runs diverged, a last panel shows how many.
+    If runs diverged, a last panel shows their share.
     """
 
     def panel(array: "xarray.DataArray", title: str, unit: str, **look) -> plots.Panel:
@@ -149,7 +149,7 @@ def draw(
     for name in names:
         look = QUANTITIES[name]
         panels.append(panel(look.scale * dataset[name], look.title, look.unit, log_y=look.log))
-    # A seed axis of length 1: there is no band.
+    # A single seed has no band.
     diverged = 100 * dataset["train_loss"].isnull().mean("seed").expand_dims(seed=1)
     if bool((diverged > 0).any()):
         panels.append(panel(diverged, "Diverged runs", "share (%)", ylim=(-3, 103)))

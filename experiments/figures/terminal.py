@@ -1,4 +1,4 @@
-"""Lines and tables on the terminal, whatever that can show. No JAX."""
+"""Printing of lines and tables, which never fails. No JAX."""
 
 import logging
 import os
@@ -11,7 +11,7 @@ NARROWEST = 80  # columns; narrower tables are hard to read
 def show(*parts: Any) -> None:
     """Prints lines and rich tables; if that fails, warns and discards all further output.
 
-    Results are saved before they are printed: a closed pipe or a full disk must not end the run.
+    A closed pipe or a full disk must not end a run, whose results are saved before.
     """
     from rich.console import Console
     from rich.table import Table
@@ -25,5 +25,5 @@ def show(*parts: Any) -> None:
             sys.stdout.flush()
     except (OSError, UnicodeError) as error:
         logging.getLogger(__name__).warning("Standard output can't show the results (%s)", error)
-        if isinstance(error, OSError):  # or each further line would be another warning
+        if isinstance(error, OSError):  # else each further line would warn again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

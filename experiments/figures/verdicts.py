@@ -1,4 +1,4 @@
-"""Whether a published number agrees with our runs, and the evidence if it does not. No JAX."""
+"""Whether a published number agrees with our runs, and evidence if it does not. No JAX."""
 
 from collections.abc import Sequence
 from decimal import Decimal
@@ -9,24 +9,25 @@ import numpy as np
 from experiments.figures.tables import Row
 
 AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
-ENOUGH = 8  # fewer finite runs have no 1-99 % range, and bootstrap of one run is always certain
+ENOUGH = 8  # fewer finite runs give no useful 1-99 % range or bootstrap
 RESAMPLES = 4000
 
 
 class Verdict(NamedTuple):
-    """Whether the published value lies inside our 1-99 % range, or else in the claimed order."""
+    """Whether a published value is within our 1-99 % range, or else its order is reproduced."""
 
     word: str
     reference: str  # the schedule it is compared with
-    confidence: float  # that the order of the two medians is the published one
+    confidence: float  # of the published order, by bootstrap
 
 
 def verdict(row: Row, rows: Sequence[Row]) -> Verdict:
-    """The published value of `row` inside our range, or in the claimed order with 95 % confidence.
+    """Compares the published value of `row` with our range, and else its order.
 
-    The order is that to the setting's first schedule (of the first: to the last) in the same
-    quantity; its confidence is the share of bootstrap resamples of both sets of seeds whose medians
-    stand in the published order. A published value stands for all that round to its digits.
+    The order is that relative to the setting's first schedule (of the first: to the last) in the
+    same quantity; its confidence, of which 95 % is required, is the share of bootstrap resamples of
+    both sets of seeds whose medians have the published order. The range is widened by half of the
+    last published digit.
     """
     published = row.published or 0.0
     half_digit = 0.5 * 10.0 ** int(Decimal(str(published)).as_tuple().exponent)
@@ -40,11 +41,11 @@ def verdict(row: Row, rows: Sequence[Row]) -> Verdict:
 
 
 def order_confidence(row: Row, other: Row) -> float:
-    """Bootstrap confidence that two medians stand in the published order; NaN for too few runs."""
+    """Bootstrap confidence that two medians have the published order; NaN for too few runs."""
     claimed = np.sign((row.published or 0.0) - (other.published or 0.0))
     if not claimed or min(len(row.values), len(other.values)) < ENOUGH:
         return float("nan")
-    rng = np.random.default_rng(0)  # the same report in every run
+    rng = np.random.default_rng(0)  # reproducible reports
     medians = [
         np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
         for values in (row.values, other.values)
@@ -53,7 +54,7 @@ def order_confidence(row: Row, other: Row) -> float:
 
 
 def evidence(row: Row, found: Verdict, rows: Sequence[Row]) -> str:
-    """A sentence about a row that differs: our range, the order, and the runs most alike."""
+    """A sentence about a row that differs: our range, the order, and the most similar runs."""
     published = row.published or 0.0
     where = f"{row.schedule}, {row.quantity}: published {row.show(published)}"
     if not len(row.values):
@@ -67,8 +68,8 @@ def evidence(row: Row, found: Verdict, rows: Sequence[Row]) -> str:
     if np.isfinite(found.confidence):
         confidence = f"{found.confidence:.0%}"
         sentence += f"; the order to “{found.reference}” holds with confidence {confidence}"
-    # A chaotic run can't be repeated, so look at the runs that resemble it in another quantity;
-    # equal numbers of values mean that index i is the same run in both.
+    # A chaotic run can't be repeated: look at runs that are similar in another quantity. With equal
+    # numbers of values, index i is the same run in both.
     for other in rows:
         same = other.schedule == row.schedule and len(other.values) == len(row.values)
         if same and other is not row and other.published:

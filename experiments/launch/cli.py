@@ -1,7 +1,7 @@
 """The command line of an experiment: flags from a dataclass, errors in one line. Imports no JAX.
 
-Exit codes: 0 done; 1 refused or failed; 2 a wrong flag; 75 stopped by a signal after saving
-(EX_TEMPFAIL: the same command continues the run); 130 interrupted at once.
+Exit codes: 0 finished; 1 failed; 2 invalid flag; 75 stopped by a signal and saved (EX_TEMPFAIL: the
+same command continues the run); 130 interrupted without saving.
 """
 
 import argparse
@@ -24,20 +24,20 @@ def main(
     *,
     settings: Mapping[str, ConfigT] | None = None,
 ) -> None:
-    """Parses the flags and runs; what a user can fix is an error of one line.
+    """Parses the flags and calls `run`; errors that a user can fix are printed in one line.
 
-    SGD_SPARSE_TRACEBACK=1 in the environment prints its traceback as well.
+    SGD_SPARSE_TRACEBACK=1 in the environment adds their tracebacks.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # an ASCII terminal shows η as ?
         sys.stdout.reconfigure(errors="replace")
-    # Figures go to files: a notebook's backend may not be installed here, a matplotlibrc be broken.
+    # Figures are files: the user's backend may not be installed here, a matplotlibrc be broken.
     os.environ.update(MPLBACKEND="agg", MATPLOTLIBRC=os.devnull)
     try:
         config = parse(config_type, argv, settings=settings)
         with interrupting():
             run(config)
     except BrokenPipeError:  # `--help | head`: tyro prints the help, not `figures.terminal`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes again at exit
         raise SystemExit(1) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("SGD_SPARSE_TRACEBACK", "0") not in ("", "0"):
@@ -46,7 +46,7 @@ def main(
     except Stopped as stop:
         _exit(str(stop), EXIT_CODE)
     except KeyboardInterrupt:
-        _exit("error: interrupted; the same command continues from the last saved state", 130)
+        _exit("error: interrupted; run the same command to continue from the last saved state", 130)
 
 
 def parse(
@@ -55,7 +55,7 @@ def parse(
     *,
     settings: Mapping[str, ConfigT] | None = None,
 ) -> ConfigT:
-    """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on a bad one.
+    """`config_type` from flags like `--lr_init=0.75 --no_data_augm`; exits with 2 on an error.
 
     With `settings`, `--setting NAME` chooses the defaults of the other flags.
     """
@@ -80,12 +80,12 @@ def parse(
     for name, value in vars(config).items():
         # tyro reads `--lr_init` without a value as an empty tuple.
         if value == () and getattr(config_type, name, None) != ():
-            _exit(f"error: --{name} needs one value or more", 2)
+            _exit(f"error: --{name} needs at least one value", 2)
     return config
 
 
 def describe(error: BaseException) -> str:
-    """The message of an exception in one line, with the file that it is about."""
+    """The message of an exception in one line, with the file name of an OSError."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
@@ -94,7 +94,7 @@ def describe(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """`text` in one line; control characters, which may come from a file, are escaped."""
+    """`text` in one line, with control characters escaped."""
     escape = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
     return "".join(map(escape, " ".join(text.split())))
 

@@ -1,4 +1,4 @@
-"""How JAX is set up before an experiment computes anything."""
+"""Configuration of JAX, before an experiment computes anything."""
 
 import contextlib
 import os
@@ -9,11 +9,11 @@ import jax
 from experiments.launch import cli
 
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
-# On CPUs, loops over small arrays become one function (docs/fast.md); weights are the same bits.
+# On CPUs, compiles loops over small arrays as single functions, with the same results bit for bit,
 SMALL_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"
-# On CPUs: gradients of convolution kernels not by YNNPACK, 1.8 to 2.9 times faster (docs/fast.md).
+# and convolution-kernel gradients without YNNPACK, 1.8 to 2.9 times faster (docs/fast.md for both).
 KERNEL_GRADIENTS = "--xla_cpu_experimental_ynn_fusion_type=-individual_convolution"
-DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its user
+DEFAULTS = {  # results don't depend on JAX_... variables in the environment
     "jax_default_prng_impl": "threefry2x32",
     "jax_threefry_partitionable": True,
     "jax_numpy_dtype_promotion": "standard",
@@ -21,9 +21,9 @@ DEFAULTS = {  # a run's numbers don't depend on the JAX_... variables of its use
 
 
 def set_up_toys(cpu_devices: int | None = None) -> None:
-    """Float64, and on CPUs as many devices: by default what the user has set, or one per core.
+    """Enables float64 and small loops; sets the number of CPU devices (default: one per core).
 
-    If JAX has started, its devices stay: only the speed depends on them.
+    Devices chosen by the user, or of a JAX that has started, stay: only the speed depends on them.
     """
     _update(jax_enable_x64=True, **DEFAULTS)
     add_xla_flag(SMALL_LOOPS)
@@ -35,9 +35,9 @@ def set_up_toys(cpu_devices: int | None = None) -> None:
 
 
 def set_up_deep(*, deterministic: bool) -> None:
-    """With `deterministic`, GPUs sum in a fixed order; CPUs and TPUs always do.
+    """Sets XLA's flags; `deterministic`: GPUs sum in a fixed order, as CPUs and TPUs always do.
 
-    Call it before JAX starts, which is when XLA reads its flags.
+    Call it before JAX starts, when XLA reads its flags.
     """
     _update(**DEFAULTS)
     add_xla_flag(KERNEL_GRADIENTS)
@@ -46,9 +46,9 @@ def set_up_deep(*, deterministic: bool) -> None:
 
 
 def add_xla_flag(flag: str) -> None:
-    """Adds a flag to XLA_FLAGS, unless it has a value there or jaxlib may not know it."""
+    """Adds a flag to XLA_FLAGS, unless it is set already or this jaxlib may not know it."""
     present = os.environ.get("XLA_FLAGS", "")
-    # XLA ends the process at a flag that it doesn't know, as later versions may.
+    # XLA aborts at unknown flags, and later versions may drop one.
     version = tuple(map(int, metadata.version("jaxlib").split(".")[:2]))
     known = flag == FIXED_ORDER or (0, 10) <= version <= (0, 12)
     if known and flag.partition("=")[0] not in present:
@@ -67,7 +67,7 @@ def start() -> None:
 
 
 def cores() -> int:
-    """The cores that this process may use: on a cluster, not all of them."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

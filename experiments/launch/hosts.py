@@ -1,4 +1,4 @@
-"""Several processes, one per host, that run the same command as one run."""
+"""Runs on several hosts: one process each, all with the same command."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from experiments.launch import cli, devices
 from experiments.launch.signals import Stopped
 from sgd_sparse_jax import train
 
-HEARTBEAT_SECONDS = 30  # JAX ends all processes when one has been silent for so long
+HEARTBEAT_SECONDS = 30  # JAX aborts all processes if one sends no heartbeat for so long
 JOIN_SECONDS = 120
 
 
@@ -23,20 +23,20 @@ class Hosts:
     """Several hosts: the same command on each, with run folders on a file system they share."""
 
     distributed: bool = False
-    """Join the other hosts; under Slurm, Kubernetes and on TPU pods JAX finds them by itself."""
+    """Join the other hosts; under Slurm, Kubernetes and on TPU pods JAX detects them."""
     coordinator: str = ""
-    """HOST:PORT of process 0, where JAX can't find it."""
+    """HOST:PORT of process 0, if JAX can't find it."""
     num_processes: int = 0
-    """The number of processes, where JAX can't find it."""
+    """Number of processes, if JAX can't find it."""
     process_id: int = -1
-    """The number of this process, from 0, where JAX can't find it."""
+    """Index of this process, from 0, if JAX can't find it."""
 
 
 ALONE = Hosts()
 
 
 def join(hosts: Hosts) -> None:
-    """Makes this process one of several, and starts JAX; call it before JAX computes anything."""
+    """Joins the other hosts, if any, and starts JAX; call it before JAX computes anything."""
     given = (bool(hosts.coordinator), hosts.num_processes > 0, hosts.process_id >= 0)
     in_range = hosts.process_id < hosts.num_processes
     if any(given) and not (all(given) and hosts.distributed and in_range):
@@ -45,12 +45,12 @@ def join(hosts: Hosts) -> None:
             "--process_id is below --num_processes."
         )
     if not hosts.distributed or jax.distributed.is_initialized():
-        devices.start()  # so that a missing driver is noticed before anything is written
+        devices.start()  # detects a missing driver before anything is written
         return
-    jax.config.update("jax_enable_preemption_service", False)  # it would replace our handlers
-    _say(  # now, because JAX aborts the process when the time is up
-        f"--distributed: waits {JOIN_SECONDS} s for the other hosts; start the same command on "
-        "each, or name them with --coordinator HOST:PORT, --num_processes and --process_id."
+    jax.config.update("jax_enable_preemption_service", False)  # it replaces our handlers
+    _say(  # in advance, because JAX aborts the process on a timeout
+        f"--distributed: waiting {JOIN_SECONDS} s for the other hosts; start the same command on "
+        "each, or specify --coordinator HOST:PORT, --num_processes and --process_id."
     )
     try:
         jax.distributed.initialize(
@@ -70,7 +70,7 @@ def is_first() -> bool:
 
 
 def on_first(act: Callable[[], object]) -> None:
-    """`act()` on process 0 while the others wait; if it fails, all of them stop."""
+    """Calls `act()` on process 0 while the others wait; if it fails, all of them raise."""
     failure: Exception | None = None
     try:
         if is_first():
@@ -82,12 +82,12 @@ def on_first(act: Callable[[], object]) -> None:
 
 
 def agreed(answer: bool) -> bool:
-    """The answer of process 0, on all of them."""
+    """The answer of process 0, on all processes; all must call it."""
     return _answers(answer)[0]
 
 
 def any_of(answer: bool) -> bool:
-    """Whether any process answers yes; all of them call this."""
+    """Whether the answer of any process is true; all must call it."""
     return any(_answers(answer))
 
 
@@ -100,23 +100,23 @@ def _answers(answer: bool) -> list[bool]:
 
 
 def leave_the_rest_to_first() -> None:
-    """Ends every process but process 0, in good order."""
+    """Exits from every process but process 0."""
     if not is_first():
         raise SystemExit(0)
 
 
 @contextlib.contextmanager
 def together(folder: Path) -> Iterator[None]:
-    """Of several processes, one that fails prints why and exits at once.
+    """With several processes, one that fails prints the reason and exits at once.
 
-    An orderly exit would wait for the others. They notice when they next exchange numbers, or by
-    the missing heartbeat; then JAX aborts them, which is why the first line says what to do.
+    A regular exit would wait for the others, which JAX aborts at their next exchange or after a
+    missing heartbeat. They can't print a hint then, so it is printed at the start.
     """
     if jax.process_count() == 1:
         yield
         return
     me = f"process {jax.process_index()} of {jax.process_count()}"
-    _say(f"{me} runs in {folder}; should one end, run the same command on all hosts again")
+    _say(f"{me} runs in {folder}; if one ends, run the same command on all hosts again")
     try:
         yield
     except (Stopped, FloatingPointError):
@@ -125,7 +125,7 @@ def together(folder: Path) -> Iterator[None]:
         step = train.latest_step(folder / "checkpoints")
         _say(
             f"error: {me} failed ({cli.describe(error)[:300]}); {folder} is saved up to step "
-            f"{step}, the same command on all hosts continues"
+            f"{step}; run the same command on all hosts to continue"
         )
         os._exit(1)
 

@@ -19,7 +19,7 @@ from experiments.storage import files
 def alone_in(
     folder: Path, *, unless: Callable[[Path], bool] = lambda folder: False
 ) -> Iterator[None]:
-    """Holds the lock of `folder` on process 0, unless `unless(folder)`; all hosts call this."""
+    """Locks `folder` on process 0, unless `unless(folder)`; all processes must call it."""
     with contextlib.ExitStack() as held:
         hosts.on_first(lambda: unless(folder) or held.enter_context(holding(folder)))
         yield
@@ -27,11 +27,11 @@ def alone_in(
 
 @contextlib.contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Locks `folder`, which is created if need be.
+    """Locks `folder`, which is created if missing.
 
-    Raises ValueError with the process that holds it. The kernel frees the lock when a process ends,
-    however it ends: a `.lock` left behind means nothing. On a file system without locks a warning
-    is logged; a lock made of a file's existence would outlive a killed process.
+    Raises ValueError, naming the process that holds the lock. The kernel releases it when a process
+    ends, even if killed; a remaining file `.lock` has no effect. File systems without locks only
+    cause a warning: a lock file in place of a lock would outlive a killed process.
     """
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     holder = folder / ".holder.json"
@@ -46,7 +46,7 @@ def holding(folder: Path) -> Iterator[None]:
         advice = "wait for its end or stop it, or choose another --exp_name"
         raise ValueError(f"{folder} is in use by {process}; {advice}.") from None
     except OSError as error:
-        message = "%s can't be locked (%s): start no second process in it."
+        message = "%s can't be locked (%s): do not start a second process in it."
         logging.getLogger(__name__).warning(message, folder, error.strerror or error)
         yield
         return

@@ -1,7 +1,7 @@
 """Ranges of numeric flags, declared in the type of a field and checked by one function.
 
-A field `lr_init: Positive` or `step_sizes: tuple[Positive, ...]` is parsed as a float or as floats.
-NaN is in no range, and inf in none but those that include it.
+For example `lr_init: Positive` or `step_sizes: tuple[Positive, ...]`. NaN is in no range, inf only
+in those that include it.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 
 class Range(NamedTuple):
-    """From `low` to `high`; `ends` are brackets as in [low, high), `also` a value outside."""
+    """An interval with brackets `ends`, as in [low, high), and another allowed value `also`."""
 
     low: float
     high: float = math.inf
@@ -26,7 +26,7 @@ class Range(NamedTuple):
             raise ValueError(f"{flag} is {value}; it must be in {interval}{also}.")
 
 
-# Steps and sizes are int32 on devices, and JAX drops the digits of a seed above 32 bits.
+# Steps and sizes are int32 on devices, and JAX truncates seeds to 32 bits.
 LARGEST = 2**31 - 1
 Count = Annotated[int, Range(1, LARGEST, "[]")]
 CountOrAll = Annotated[int, Range(1, LARGEST, "[]", also=-1)]

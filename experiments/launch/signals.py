@@ -1,4 +1,4 @@
-"""Signals that stop a run: after its current step, when its state is saved."""
+"""Signals that stop a run once its state is saved."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command, later, continues 
 
 
 class Stopped(Exception):
-    """A signal has stopped the run; what it needs to continue is saved."""
+    """A signal has stopped the run, whose state is saved."""
 
 
 @contextlib.contextmanager
 def interrupting() -> Iterator[None]:
-    """Within, SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does.
+    """A context in which SIGTERM and SIGUSR1 raise KeyboardInterrupt, as SIGINT does.
 
-    Python prints and drops what is raised in finalizers and in callbacks of the garbage collector,
-    of which JAX has one: after a second of computing, an interruption is raised again.
+    Python prints and discards exceptions in finalizers and garbage-collector callbacks (JAX has
+    one), so the interrupt is raised again after a second of CPU time.
     """
 
     def interrupt(number: int, frame: object) -> None:
@@ -30,7 +30,7 @@ def interrupting() -> Iterator[None]:
         raise KeyboardInterrupt
 
     def hook(dropped: Any) -> None:
-        # Reads that orbax abandons after the first error of a damaged state end so, a page each.
+        # From reads that orbax abandons after the first error of a damaged state, a page each.
         late = str(dropped.exc_value) == "Event loop is closed"
         if not late and not isinstance(dropped.exc_value, KeyboardInterrupt):
             show(dropped)
@@ -46,15 +46,15 @@ def interrupting() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deferred() -> Iterator[list[str]]:
-    """Within, the first SIGINT, SIGTERM or SIGUSR1 is added to a list; a second one interrupts."""
+    """A context that adds the first SIGINT, SIGTERM or SIGUSR1 to a list; a second interrupts."""
     received: list[str] = []
 
     def record(number: int, frame: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(signal.Signals(number).name)
-        message = f"\n{received[0]}: saves what is done, then stops; once more to stop now\n"
-        os.write(2, message.encode())  # not print: that may be what the signal interrupted
+        message = f"\n{received[0]}: stopping after a save; repeat to stop without saving\n"
+        os.write(2, message.encode())  # not print, which the signal may have interrupted
 
     with _handling(record, REQUESTS):
         yield received
@@ -62,7 +62,7 @@ def deferred() -> Iterator[list[str]]:
 
 @contextlib.contextmanager
 def _handling(handler: Callable[[int, object], None], numbers: tuple[int, ...]) -> Iterator[None]:
-    main = threading.current_thread() is threading.main_thread()  # no other can handle signals
+    main = threading.current_thread() is threading.main_thread()  # others can't handle signals
     before = {number: signal.signal(number, handler) for number in numbers} if main else {}
     try:
         yield

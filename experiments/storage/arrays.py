@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 def save_dataset(folder: Path, dataset: "xarray.Dataset") -> None:
-    """Writes results.nc, whole or not at all."""
-    content = dataset.to_netcdf(engine="scipy")  # needs nothing that JAX doesn't install
+    """Writes results.nc atomically."""
+    content = dataset.to_netcdf(engine="scipy")  # scipy is a dependency of JAX
     files.write_bytes(folder / "results.nc", bytes(content))
 
 
@@ -29,15 +29,15 @@ def load_dataset(folder: Path) -> "xarray.Dataset":
     path = folder / "results.nc"
     try:
         return xarray.load_dataset(io.BytesIO(path.read_bytes()), engine="scipy")
-    except Exception as error:  # scipy raises many kinds for damaged files
+    except Exception as error:  # scipy raises many types for damaged files
         raise ValueError(
             f"{path} is missing, damaged or of another version ({error}); remove {folder} and run "
-            "again, or give this run a name of its own with --exp_name."
+            "again, or choose another --exp_name."
         ) from error
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes named arrays, whole or not at all."""
+    """Writes named arrays atomically."""
     archive = io.BytesIO()
     np.savez(archive, **arrays)  # pyright: ignore[reportArgumentType]
     files.write_bytes(path, archive.getvalue())
@@ -47,5 +47,5 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Reads what `write_npz` wrote; ValueError if the file is damaged."""
     try:
         return dict(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-    except Exception as error:  # zipfile, which checks a sum of each array, and NumPy have many
+    except Exception as error:  # zipfile, which verifies checksums, and NumPy raise many types
         raise ValueError(f"{path} is damaged ({error})") from error

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: a reader never sees a part of one."""
+"""Atomic writes: readers never see a part of a file."""
 
 import contextlib
 import os
@@ -6,18 +6,18 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPORARY = ".*-" + 32 * "[0-9a-f]"  # names of unfinished files, which a killed process leaves
+TEMPORARY = ".*-" + 32 * "[0-9a-f]"  # of unfinished files, which a killed process leaves
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replaces `path` once all of `content` is on disk, under a temporary name until then."""
+    """Writes `content` to a temporary file, then renames it to `path`."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with named(path):
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()
-                os.fsync(file.fileno())  # else a crash could leave the new name with no content
+                os.fsync(file.fileno())  # else a crash could leave an empty file
             os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):  # the first error matters more
@@ -26,7 +26,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Adds the path to errors of the file system: that of a full disk has none."""
+    """Adds the path to an OSError: that of a full disk has none."""
     try:
         yield
     except OSError as error:

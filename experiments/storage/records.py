@@ -1,7 +1,7 @@
-"""The run folder: settings, provenance and metrics, as standard JSON. Imports no JAX.
+"""The run folder: settings, provenance and metrics, as JSON. Imports no JAX.
 
 runs/EXPERIMENT/NAME/config.json      the flags
-                     manifest.json    versions, devices, revision, one entry per start
+                     manifest.json    one entry per start: versions, devices, git revision
                      metrics.jsonl    one record of scalars per evaluation
                      results.nc       arrays of a toy run (see `arrays`)
                      figures/  checkpoints/  chunks/
@@ -26,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "tensorflow-da
 
 
 def run_folder(runs_dir: str | os.PathLike[str], experiment: str, name: str) -> Path:
-    """The absolute path of a run's folder, which may not exist; ValueError for a bad name."""
+    """The absolute path of a run's folder, which may not exist; ValueError for an invalid name."""
     if "://" in str(runs_dir):
         raise ValueError(f"--runs_dir is {runs_dir}, a URL; give a folder, such as a mounted one.")
     if name in ("", ".", "..") or name != Path(name).name or len(os.fsencode(name)) > 255:
@@ -37,10 +37,10 @@ def run_folder(runs_dir: str | os.PathLike[str], experiment: str, name: str) -> 
 
 
 def open_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> None:
-    """Creates the folder of a run if need be, with `config` (a dataclass) in its config.json.
+    """Creates the folder of a run if missing, and writes `config`, a dataclass, to config.json.
 
-    Removes what a killed process left: temporary files, and half a line of metrics.jsonl. Raises
-    ValueError if the folder holds a run with other settings, those in `may_change` excepted.
+    Removes temporary files and a torn last line of metrics.jsonl, left by a killed process. Raises
+    ValueError if the folder has a run with other settings, except those in `may_change`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "chunks", folder / "figures"):
@@ -58,14 +58,14 @@ def open_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> 
     ]
     if changed:
         raise ValueError(
-            f"{folder} holds a run with other settings ({', '.join(changed)}); give this one a "
-            "name of its own with --exp_name, or remove that folder."
+            f"{folder} has a run with other settings ({', '.join(changed)}); choose another "
+            "--exp_name, or remove that folder."
         )
     write_json(path, requested)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError names the file where it can't be read."""
+    """Reads a JSON object; ValueError, naming the file, if it is not valid JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:
@@ -73,12 +73,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object, whole or not at all."""
+    """Writes a JSON object atomically."""
     files.write_bytes(path, f"{_to_json(value, indent=2)}\n".encode())
 
 
 def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more: Any) -> None:
-    """Adds a start to manifest.json: time, command, seed, devices, versions, revision, `more`."""
+    """Adds a start to manifest.json: time, command, seed, devices, versions, git, `more`."""
     start = {
         "started": _now(),
         "command": sys.orig_argv,
@@ -95,7 +95,7 @@ def start_manifest(folder: Path, *, seed: int, devices: Collection[str], **more:
 
 
 def finish_manifest(folder: Path, **more: Any) -> None:
-    """Adds the time and `more` to the last start: the run is finished."""
+    """Marks the last start as finished, with the time and `more`."""
     *before, last = read_starts(folder)
     write_json(folder / "manifest.json", {"starts": [*before, last | {"finished": _now()} | more]})
 
@@ -112,21 +112,21 @@ def is_finished(folder: Path) -> bool:
 
 
 def append_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Adds a line to metrics.jsonl, on disk when this returns."""
+    """Appends a record to metrics.jsonl and flushes it to disk."""
     path = folder / "metrics.jsonl"
     with files.named(path), path.open("ab") as file:
         file.write(f"{_to_json(record)}\n".encode())
         file.flush()
-        os.fsync(file.fileno())  # a checkpoint that follows relies on it
+        os.fsync(file.fileno())  # before the checkpoint that follows
 
 
 def read_records(folder: Path) -> list[dict[str, Any]]:
-    """All records in metrics.jsonl; one that a kill cut short at the end is left out."""
+    """All records in metrics.jsonl, without a torn last one."""
     return [record for _, record in _whole_lines(folder)]
 
 
 def drop_records_after(folder: Path, step: float) -> None:
-    """Removes records with record["step"] > step, and a torn one: a resumed run writes them."""
+    """Removes records with record["step"] > step, and a torn one; a resumed run rewrites them."""
     path = folder / "metrics.jsonl"
     before = b"".join(line for line, record in _whole_lines(folder) if record["step"] <= step)
     if path.exists() and before != path.read_bytes():
@@ -134,8 +134,8 @@ def drop_records_after(folder: Path, step: float) -> None:
 
 
 def git_revision() -> str | None:
-    """The commit of this code, with a `+` if files differ from it; None outside git."""
-    # Untracked files count as none: runs and data lie in the working tree.
+    """The commit of this code, with a `+` if tracked files are modified; None outside git."""
+    # Untracked files are ignored: runs and data are in the working tree.
     command = ["git", "describe", "--always", "--exclude=*", "--abbrev=40", "--dirty=+"]
     try:
         found = subprocess.run(
@@ -159,7 +159,7 @@ def _whole_lines(folder: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         try:
             yield line + b"\n", json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number} is no JSON ({error}); remove it.") from error
+            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove it.") from error
 
 
 def _now() -> str:

@@ -1,1 +1,1 @@
-"""Ensembles of toy runs: problems, flags, one run, many seeds."""
+"""Toy problems, their flags, single runs, and ensembles of seeds."""

@@ -1,4 +1,4 @@
-"""The flags of an ensemble of toy runs, and the plan that they resolve to."""
+"""The flags of an ensemble of toy runs, and the plan resolved from them."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from experiments.storage import records
 from experiments.toy.problems import Toy
 from experiments.toy.run import Descent, Schedule
 
-PLACE = ("exp_name", "runs_dir", "hosts")  # flags of place: numbers don't depend on them
+PLACE = ("exp_name", "runs_dir", "hosts")  # flags that results don't depend on
 DENSITY = ("seeds", "seed", "spectra_records", "gd_jitter", "grid", "low", "high", "frames")
 
 
@@ -25,25 +25,25 @@ class Config:
     """Flags of all ensembles; tuples have one entry per schedule."""
 
     setting: str = ""
-    """Which of the paper's settings."""
+    """Setting of the paper."""
     exp_name: str = ""
     """Name of the run's folder; empty: the setting's name."""
     seeds: ranges.Count = 32
-    """Seeds per schedule: of the initialization (where it is random) and of SGD."""
+    """Seeds per schedule, of SGD and of the initialization (where it is random)."""
     seed: ranges.Seed = 0
     """Base seed: seed i of the ensemble is fold_in(key(seed), i)."""
     step_sizes: tuple[ranges.Positive, ...] = ()
     """Step size at the start of each schedule."""
     decay_times: tuple[ranges.Share, ...] = ()
-    """Share of the run after which each schedule decays; 1 is never."""
+    """Share of the run after which each schedule decays; 1: never."""
     decay_factors: tuple[ranges.Positive, ...] = ()
-    """What each schedule divides its step size by."""
+    """Factor that divides the step size of each schedule at its decay."""
     warmup_gains: tuple[ranges.AboveMinusOne, ...] = ()
-    """Until it decays, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
+    """Until its decay, each step size grows as 1 + gain * (step / num_steps) ** exponent."""
     warmup_exponent: ranges.Positive = 1.0
     """The exponent of the warm-up."""
     batch_sizes: tuple[ranges.Count, ...] = ()
-    """Examples per step, drawn with replacement; all of them is gradient descent."""
+    """Examples per step, drawn with replacement; all examples: gradient descent."""
     num_steps: ranges.Count = 100_001
     """Steps of each run."""
     init_scale: ranges.Positive = 1.0
@@ -55,22 +55,22 @@ class Config:
     sam_rho: ranges.NonNegative = 0.0
     """Gradients are taken at weights + SAM_RHO * gradient (not normalized)."""
     sam_of: Literal["batch", "examples"] = "batch"
-    """Whether that point is the batch's or each example's own."""
+    """Whether that gradient is of the batch, or of each example for its own."""
     label_noise: ranges.NonNegative = 0.0
-    """Scale of Gaussian noise on each batch's labels; decays by the factor of the step size."""
+    """Standard deviation of Gaussian noise on the labels; divided by the decay factor, too."""
     average: ranges.Fraction = 0.0
     """Measure the moving average of the weights with this decay; 0: the weights themselves."""
     valley_steps: ranges.CountOrNone = 0
     """Measure the valley floor: the weights after this many steps of GD of size 0.5; 0: off."""
     gd_jitter: ranges.Fraction = 1e-9
-    """Gradient descent has no seed: its initial weights are multiplied by 1 + GD_JITTER N(0, 1)."""
+    """Gradient descent, which has no seed, multiplies initial weights by 1 + GD_JITTER N(0, 1)."""
     log_records: bool = False
-    """Records at the first 500 steps, then spaced logarithmically; else 100, then evenly."""
+    """Record the first 500 steps, then logarithmically spaced ones; else 100, then even ones."""
     spectra_records: ranges.Count = 40
-    """Number of records, the last among them, with singular values of every seed (of one seed: at
-    all records)."""
+    """Number of records, including the last, with singular values for every seed (one seed has all
+    records)."""
     runs_dir: str = "runs"
-    """Where run folders go."""
+    """Folder that contains the run folders."""
     hosts: Hosts = ALONE
 
 
@@ -79,37 +79,37 @@ Published = Mapping[str, Sequence[float | None]]  # variable -> a number per sch
 
 @dataclass(frozen=True)
 class Plan:
-    """An ensemble, resolved from the flags once: what runs, what is recorded, and where it goes."""
+    """An ensemble, resolved from its flags: runs, records and folder."""
 
     config: Config
     toy: Toy
     folder: Path
-    fingerprint: str  # of the flags that the numbers depend on
+    fingerprint: str  # of the flags that results depend on
     record_steps: np.ndarray
-    spectra_steps: np.ndarray  # those of them at which every seed's singular values are taken
+    spectra_steps: np.ndarray  # record steps with singular values for every seed
     schedules: Schedule  # leaves [schedules]
-    groups: Mapping[int, np.ndarray]  # batch size -> places of its schedules, which share a program
+    groups: Mapping[int, np.ndarray]  # batch size -> its schedules, which share a program
     labels: Sequence[str]  # one per schedule, all different
     marks: Mapping[str, Sequence[float]]  # label -> steps at which its step size decays
     descent: Descent
 
 
 def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
-    """The plan of an ensemble; ValueError for flags that don't fit each other or the problem."""
+    """The plan of an ensemble; ValueError for flags that contradict each other or the problem."""
     per_schedule = ("step_sizes", "decay_times", "decay_factors", "warmup_gains", "batch_sizes")
     lengths = {field: len(getattr(config, field)) for field in per_schedule}
     if len(set(lengths.values())) != 1 or not config.step_sizes:
         counts = ", ".join(f"--{field} {length}" for field, length in lengths.items())
-        raise ValueError(f"Values per schedule: {counts}; give each schedule one of each.")
+        raise ValueError(f"Values per schedule: {counts}; all must have the same number.")
     largest, examples = max(config.batch_sizes), len(toy.train.y)
     if largest > examples:
         raise ValueError(f"--batch_sizes is {largest}; there are {examples} training examples.")
     at = record_steps(config.num_steps, config.log_records)
-    # A single record of singular values is that of the trained network, not of the initial one.
+    # A single record of singular values is of the trained network, not the initial one.
     first, last = (0 if config.spectra_records > 1 else len(at) - 1), len(at) - 1
     spread = np.rint(np.linspace(first, last, config.spectra_records)).astype(int)
     labels = [label(config, j, examples) for j in range(len(config.step_sizes))]
-    # Labels are coordinates of the results, which have to be unique.
+    # Labels are coordinates of the results and must be unique.
     labels = [f"{x} #{j + 1}" if labels.count(x) > 1 else x for j, x in enumerate(labels)]
     decays = zip(labels, config.decay_times, config.decay_factors, strict=True)
     fill = lambda value: jnp.full(len(labels), value)
@@ -139,7 +139,7 @@ def resolve(experiment: str, config: Config, toy: Toy) -> Plan:
 
 
 def fingerprint(config: Any) -> str:
-    """SHA-256 of the flags that numbers depend on, and of the version of JAX."""
+    """SHA-256 of the flags that results depend on, and of the version of JAX."""
     flags = {f.name: getattr(config, f.name) for f in fields(config) if f.name not in PLACE}
     return hashlib.sha256(f"{jax.__version__} {flags}".encode()).hexdigest()
 
@@ -147,16 +147,16 @@ def fingerprint(config: Any) -> str:
 def published(
     config: Config, settings: Mapping[str, Config], numbers: Mapping[str, Published]
 ) -> Published:
-    """The paper's numbers, if `config` is its setting: all flags but those of PLACE and DENSITY."""
+    """The paper's numbers if `config` is its setting, up to flags in PLACE and DENSITY; else {}."""
     setting, free = settings[config.setting], {*PLACE, *DENSITY}
     same = lambda name: name in free or getattr(config, name) == getattr(setting, name)
     return numbers[config.setting] if all(same(f.name) for f in fields(config)) else {}
 
 
 def record_steps(num_steps: int, logarithmic: bool) -> np.ndarray:
-    """The first 100 steps, then points spread over the whole run (the reference's cadence).
+    """The first 100 steps, then evenly spaced ones, as in the original.
 
-    `logarithmic`: the first 500, then 200 spaced logarithmically.
+    `logarithmic`: the first 500 steps, then 200 spaced logarithmically.
     """
     if logarithmic:
         spread = np.geomspace(1, num_steps - 1, 201).astype(int)
@@ -167,7 +167,7 @@ def record_steps(num_steps: int, logarithmic: bool) -> np.ndarray:
 
 
 def label(config: Config, j: int, examples: int) -> str:
-    """`η = 0.282, /3.4 at 30 %`, of schedule j."""
+    """The label of schedule j, such as `η = 0.282, /3.4 at 30%`."""
     size, gain, factor = config.batch_sizes[j], config.warmup_gains[j], config.decay_factors[j]
     share = config.decay_times[j]
     kind = {1: "", examples: "GD, "}.get(size, f"b = {size}, ")

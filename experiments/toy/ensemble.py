@@ -1,7 +1,7 @@
-"""Many seeds of a few step-size schedules on one toy problem, with everything recorded.
+"""Ensembles: many seeds of a few step-size schedules on one toy problem.
 
-`results` runs a plan into its folder (or reads it there) and returns one xarray.Dataset: variables
-over seed, schedule and step, those of singular values over spectra_step.
+`results` runs a plan, or loads its finished run, and returns an xarray.Dataset with dims seed,
+schedule and step; spectra_step for singular values.
 """
 
 import logging
@@ -26,23 +26,23 @@ from sgd_sparse_jax import train
 if TYPE_CHECKING:
     import xarray
 
-RUNS_AT_A_TIME = 64  # per device: what fills a core
+RUNS_AT_A_TIME = 64  # per device: enough to fill a core
 SNAPSHOTS_AT_A_TIME = 256
 Chunk = dict[str, np.ndarray]
 
 
 class Chunks:
-    """Name of a chunk -> its arrays, in FOLDER/chunks/NAME.npz; the part of a dict that sweeps use.
+    """The store of a sweep: from names of chunks to dicts of arrays, in FOLDER/chunks/NAME.npz.
 
-    The name has to identify all that the arrays depend on. A damaged file counts as missing, with a
-    warning in the log. With several hosts, process 0 writes, and all find what it finds.
+    A name must identify everything that its arrays depend on. A damaged file counts as missing, and
+    a warning is logged. With several hosts, process 0 writes and decides which chunks exist.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder / "chunks"
 
     def get(self, name: str) -> Chunk | None:
-        """The arrays; None if there are none."""
+        """The arrays of a chunk; None if it is missing."""
         path, found = self.folder / f"{name}.npz", None
         if hosts.is_first() and path.exists():
             try:
@@ -63,14 +63,14 @@ Store = Chunks | dict[str, Chunk]
 
 
 def results(plan: Plan) -> "xarray.Dataset":
-    """The data of the plan's run, computed unless its folder has them."""
+    """The results of a plan, loaded if its run is finished."""
     return in_folder(plan.folder, plan.config, lambda *how: simulate(plan, *how))
 
 
 def summarized(
     plan: Plan, names: Sequence[str], published: Published, title: str
 ) -> tuple["xarray.Dataset", list[tables.Row]]:
-    """The plan's results, and a row per variable: process 0 prints them and writes summary.json."""
+    """Results and their summary, which process 0 prints and writes to summary.json."""
     dataset = results(plan)
     hosts.leave_the_rest_to_first()
     rows = tables.rows(dataset, names, published)
@@ -84,10 +84,10 @@ def in_folder(
     config: Any,
     compute: Callable[[Store, Callable[[], None]], "xarray.Dataset"],
 ) -> "xarray.Dataset":
-    """`compute(store, on_chunk)`, saved in the run's folder; read from there if it is finished.
+    """`compute(store, on_chunk)`, saved in the run's folder; loaded if the run is finished.
 
     An interrupted run continues after the chunks in `store`. After a signal, `on_chunk` raises
-    Stopped: the chunks so far are on disk.
+    Stopped.
     """
     # Reading a finished run takes no lock.
     alone = lock.alone_in(folder, unless=records.is_finished)
@@ -96,7 +96,7 @@ def in_folder(
         def stop_if_requested() -> None:
             if hosts.any_of(bool(signal)):
                 by = signal[0] if signal else "Another host"
-                hint = "has the finished chunks, and the same command continues after them"
+                hint = "has the finished chunks; run the same command to continue"
                 raise Stopped(f"{by}: stopped; {folder} {hint}.")
 
         def start() -> None:
@@ -106,13 +106,13 @@ def in_folder(
 
         def finish() -> None:
             arrays.save_dataset(folder, dataset)
-            records.finish_manifest(folder)  # before the chunks go: a kill in between loses nothing
+            records.finish_manifest(folder)  # before chunks are removed, in case of a kill
             drop_chunks()
 
         drop_chunks = lambda: shutil.rmtree(folder / "chunks", ignore_errors=True)
         hosts.on_first(lambda: records.open_run(folder, config, may_change=PLACE))
         if records.is_finished(folder):
-            terminal.show(f"{folder} is finished: its results are shown again.")
+            terminal.show(f"{folder} is finished; these are its results.")
             hosts.on_first(drop_chunks)
             return arrays.load_dataset(folder)
         hosts.on_first(start)
@@ -122,9 +122,9 @@ def in_folder(
 
 
 def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.Dataset":
-    """All seeds x schedules, chunks of seeds at a time, a share of each on every device.
+    """Runs all seeds x schedules, in chunks of seeds that are split over the devices.
 
-    Finished chunks are found in `store`, others are added; `on_chunk()` is called after each.
+    Reads finished chunks from `store`, adds others to it, and calls `on_chunk()` after each.
     """
     config, at, spectra, parts = plan.config, plan.record_steps, make_spectra(plan.toy), []
     seeds, keys = config.seeds, seed_keys(config.seed, config.seeds)
@@ -146,15 +146,15 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                 name = f"{plan.fingerprint}-batch{batch_size}-seeds{first}-{first + width}"
                 chunk = store.get(name)
                 if chunk is None:
-                    # The last chunk repeats early seeds: another width would be another program,
-                    # in which chaotic runs end elsewhere.
+                    # The last chunk is padded with early seeds: another width would be another
+                    # program, whose rounding changes chaotic runs.
                     places = np.arange(first, first + width) % seeds
                     chunk = _reduced(plan, first, spectra, *sweep(keys[places], points))
                     store[name] = chunk
                 done.append(chunk)
                 advance(len(chunk["end/theta"]) * len(members))
                 on_chunk()
-            # What is shown of one seed is in the first chunk alone.
+            # Only the first chunk has the records of the shown seed.
             found = {name: [c[name] for c in done if name in c] for name in done[0]}
             parts.append({name: np.concatenate(each) for name, each in found.items()})
     order = np.argsort(np.concatenate(list(plan.groups.values())))
@@ -165,10 +165,10 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
 def _reduced(
     plan: Plan, first: int, spectra: Callable, measured: Chunk, snapshots: np.ndarray
 ) -> Chunk:
-    """A chunk of seeds from `first` on, without the snapshots at all steps, which are large.
+    """A chunk of seeds from `first` on, without most of the snapshots, which are large.
 
-    Arrays [seeds, schedules, ...] under AXIS/NAME, by their further axis: "step", "spectra_step",
-    "end" (of the run); "shown" are all records of one seed, in the first chunk.
+    Arrays [seeds, schedules, ...] are named AXIS/NAME by their third axis: "step", "spectra_step"
+    or "end" (both ends of the run); "shown" are all records of one seed, in the first chunk.
     """
     sampled = spectra(snapshots[:, :, np.isin(plan.record_steps, plan.spectra_steps)])
     chunk = {f"step/{name}": values for name, values in measured.items()}
@@ -185,9 +185,9 @@ def _reduced(
 
 
 def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Snapshots [seeds, schedules, records, p] -> `toy.spectra` of each; NaN where not finite.
+    """Snapshots [seeds, schedules, records, p] -> `toy.spectra` of each; NaN if not finite.
 
-    Compiled once, for `SNAPSHOTS_AT_A_TIME` of them, whatever their number.
+    Compiled once, for `SNAPSHOTS_AT_A_TIME` snapshots.
     """
     chunk = -(-SNAPSHOTS_AT_A_TIME // jax.device_count())
     sweep = train.make_sweep(lambda _, theta: toy.spectra(parameters(toy, theta)), chunk=chunk)
@@ -198,7 +198,7 @@ def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
         finite = np.isfinite(flat).all(1)
         todo, shape = flat[finite], (SNAPSHOTS_AT_A_TIME, flat.shape[1])
         starts = range(0, max(len(todo), 1), SNAPSHOTS_AT_A_TIME)
-        parts = [np.resize(todo[i : i + SNAPSHOTS_AT_A_TIME], shape) for i in starts]  # repeats
+        parts = [np.resize(todo[i : i + SNAPSHOTS_AT_A_TIME], shape) for i in starts]  # padded
         results = [sweep(no_key, part) for part in parts]
         out = {name: np.full(len(flat), np.nan) for name in results[0]}
         for name, values in out.items():
@@ -209,7 +209,7 @@ def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
 
 
 def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
-    """Labels the axes; records of a run that diverged are NaN from there on."""
+    """Labels the axes; records of a run are NaN from its divergence on."""
     import xarray
 
     axes = {  # of the arrays under AXIS/
@@ -242,10 +242,10 @@ def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
 
 
 def diverged(losses: np.ndarray) -> np.ndarray:
-    """Which records [..., records] are after the point where a run diverged.
+    """A mask of the records [..., records] from the divergence of a run on.
 
-    It diverged if a loss isn't finite; and from the record on at which, before that, its loss
-    exceeded a thousand times its first: the last finite values are as large as floats get.
+    A run diverges if a loss isn't finite, and does so at the first loss that is not finite or above
+    a thousand times the initial one: its last finite values are meaningless.
     """
     finite = np.isfinite(losses)
     large = ~finite | (losses > 1e3 * losses[..., :1])

@@ -1,4 +1,4 @@
-"""The paper's toy problems: data, network, and what is measured in it."""
+"""The paper's toy problems: data, networks and metrics."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,23 +14,23 @@ from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen, gaussian, radema
 from sgd_sparse_jax.train import half_squared, squared
 from sgd_sparse_jax.types import Batch, LossFn, Network, Params, Scalar
 
-SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # float64 is part of these definitions
+SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # in float64
 RANK_TOL = 1e-4
 
-MakeNetwork = Callable[[ArrayLike], Network]  # of the scale of its initialization
+MakeNetwork = Callable[[ArrayLike], Network]  # from the scale of its initialization
 
 
 class Toy(NamedTuple):
-    """All that a sweep over schedules and seeds does not vary."""
+    """A toy problem: everything that a sweep over schedules and seeds does not vary."""
 
     train: Batch
     test: Batch
     network: MakeNetwork
     loss: LossFn
-    watch: Callable[[Params, Params], dict]  # (initial, current): cheap, taken at every record
-    spectra: Callable[[Params], dict]  # singular values: taken at some of them
-    # The reference divides the step size after the step of the decay in diagonal nets, before it
-    # in fully connected ones.
+    watch: Callable[[Params, Params], dict]  # metrics (initial, current), of every record
+    spectra: Callable[[Params], dict]  # metrics from singular values, of some records
+    # In the original, the step size decays after the boundary step for diagonal nets, before it for
+    # fully connected nets.
     decay_after_step: bool
 
     def predict(self, params: Params, x: ArrayLike) -> jax.Array:
@@ -42,7 +42,7 @@ class Toy(NamedTuple):
         return self.loss(self.predict(params, batch.x), batch.y).mean()
 
     def measure(self, initial: Params, params: Params) -> dict:
-        """Both losses and `watch`: the probe of every run."""
+        """Both losses and the metrics of `watch`."""
         losses = {
             "train_loss": self.mean_loss(params, self.train),
             "test_loss": self.mean_loss(params, self.test),
@@ -53,7 +53,7 @@ class Toy(NamedTuple):
 def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float = 0.1) -> Toy:
     """D1-D3: sparse regression with f(x) = <u * v, x>."""
     drawn = data.sparse_regression(data_seed, n=n, d=d, support=support)
-    # The singular values of the Jacobian need R of X = QR alone: half the matrix, factored once.
+    # The Jacobian's singular values need only R of X = QR: half the rows, factored once.
     r = jnp.asarray(np.linalg.qr(drawn.test.x[: min(2 * d, 1000)], mode="r"))
 
     def watch(initial: Params, params: Params) -> dict:
@@ -155,7 +155,7 @@ def _watch_features(network: MakeNetwork, train: Batch, *, corr_threshold: float
         for layer, (phi, before) in enumerate(
             zip(features(params), features(initial), strict=True), 1
         ):
-            # Signed: the paper's code counts what isn't zero here, what is positive in deep nets.
+            # Signed: the paper's code counts nonzero entries here, positive ones in deep nets.
             seen[f"active_{layer}"], seen[f"sparsity_{layer}"] = measure.feature_sparsity(
                 measure.unit_rows(phi), corr_threshold, signed=True
             )

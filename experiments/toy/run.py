@@ -1,4 +1,4 @@
-"""One run of a toy problem as a function of its key and its schedule: what a sweep maps over."""
+"""A run of a toy problem as a function of key and schedule, for sweeps."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from sgd_sparse_jax.types import Batch, Params, TrainState
 
 
 class Descent(NamedTuple):
-    """What is not plain SGD, and which weights are measured; the flags of the same names."""
+    """Additions to plain SGD, and the weights to measure; see the flags of the same names."""
 
     momentum: float = 0.0
     weight_decay: float = 0.0
@@ -34,7 +34,7 @@ Leaf = jax.Array | np.ndarray  # of schedules: scalars, or one value per schedul
 
 
 class Schedule(NamedTuple):
-    """eta (1 + gain t^exponent), t = step / num_steps, up to `decay_step`; then over the factor."""
+    """eta (1 + gain t^exponent), t = step / num_steps; divided by the factor from `decay_step`."""
 
     step_size: Leaf
     warmup_gain: Leaf
@@ -45,8 +45,8 @@ class Schedule(NamedTuple):
 
 
 def decayed(start: optax.Schedule, schedule: Schedule, toy: Toy) -> optax.Schedule:
-    """`start`, over the schedule's factor from its decay on."""
-    # Not optax.piecewise_constant_schedule: that branches in Python on its factors.
+    """`start`, divided by the schedule's factor from its decay on."""
+    # optax.piecewise_constant_schedule branches in Python on its factors, which are traced here.
     boundary = schedule.decay_step + toy.decay_after_step
     return train.piecewise_decay(start, [boundary], [schedule.decay_factor])
 
@@ -68,10 +68,10 @@ def make_run(
 ) -> Callable[[jax.Array, Schedule], tuple]:
     """run(key, schedule) -> the records of each probe.
 
-    A probe is (f, steps): f(initial, params) is taken before each of the increasing steps. `params`
-    are the weights, their average or the valley floor below them, as `descent` chooses.
+    A probe is (f, steps): f(initial, params) is recorded before each of the increasing steps. By
+    `descent`, `params` are the weights, their average or the valley floor below them.
     """
-    # The thresholds of supports and ranks are below float32's resolution.
+    # Thresholds of supports and ranks are below the resolution of float32.
     if not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError('Float64 is off; call jax.config.update("jax_enable_x64", True) first.')
     n = len(toy.train.y)
@@ -91,12 +91,12 @@ def make_run(
         drawing, running, jittering = jr.split(key, 3)
         network = toy.network(schedule.init_scale)
         sizes = step_size(schedule, toy, num_steps)
-        # Not `momentum=0.0`: optax would keep a trace of zeros in the state of every run.
+        # Not `momentum=0.0`, for which optax keeps a trace of zeros.
         tx = optax.sgd(sizes, momentum=descent.momentum or None)
         if descent.weight_decay:
             tx = optax.chain(optax.add_decayed_weights(descent.weight_decay), tx)
         initial, _ = network.init(drawing, toy.train.x)
-        if everything:  # gradient descent draws nothing: this is its seed
+        if everything:  # gradient descent has no other random numbers
             flat, unravel = ravel_pytree(initial)
             initial = unravel(flat * (1 + gd_jitter * jr.normal(jittering, flat.shape, flat.dtype)))
         averaged = bool(descent.average)
@@ -127,7 +127,7 @@ def make_run(
 
 
 def snapshot(initial: Params, params: Params) -> jax.Array:
-    """A probe of all parameters, [p]; `parameters` is its inverse."""
+    """A probe of all parameters [p]; `parameters` is its inverse."""
     return ravel_pytree(params)[0]
 
 
@@ -138,5 +138,5 @@ def parameters(toy: Toy, theta: jax.Array | np.ndarray) -> Params:
 
 
 def seed_keys(seed: int, seeds: int) -> jax.Array:
-    """Key i is fold_in(key(seed), i), whatever the number of seeds."""
+    """Keys fold_in(key(seed), i) for i < `seeds`."""
     return jax.vmap(lambda i: jr.fold_in(jr.key(seed), i))(jnp.arange(seeds))

@@ -1,4 +1,4 @@
-"""Arrays in, batches out."""
+"""Data sets, augmentation and label noise."""
 
 from .augment import (
     crop_and_flip as crop_and_flip,

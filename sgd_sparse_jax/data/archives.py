@@ -1,4 +1,4 @@
-"""Official archives: where they are, their checksums, and how they become arrays."""
+"""Official archives of image data sets: URLs, checksums and readers."""
 
 import gzip
 import hashlib
@@ -12,41 +12,41 @@ from typing import NamedTuple
 
 import numpy as np
 
-TIMEOUT = (5.0, 30.0)  # seconds to connect, and between two blocks of a download
+TIMEOUT = (5.0, 30.0)  # seconds to connect, and between two chunks of a download
 
 
 class Source(NamedTuple):
-    """The archives of a data set, and how a split is read from them."""
+    """The archives of a data set and the function that reads a split from them."""
 
-    version: str  # of the data set of TFDS with the same content
-    # (paths of the archives, split) -> images uint8 [n, h, w, c] and labels [n]. The archives have
-    # the official checksums by then: readers need no checks of their own.
+    version: str  # version of the TFDS data set with the same content
+    # (paths, split) -> images uint8 [n, h, w, c], labels [n]. Readers don't validate the content:
+    # checksums are verified first.
     read: Callable[[Sequence[Path], str], tuple[np.ndarray, np.ndarray]]
     archives: list[tuple[str, ...]]  # url, size, SHA-256
 
 
 def obtain(name: str, manual: Path, work: Path) -> list[Path]:
-    """Paths of the archives in `manual` or `manual`/`name`; others are downloaded to `work`.
+    """Paths of the archives of `name`; those not in `manual`[/`name`] are downloaded to `work`.
 
-    Raises ValueError for a file that isn't the official one, ConnectionError without network.
+    Raises ValueError if a checksum differs, ConnectionError if a download fails.
     """
     paths = []
     for url, size, sha256 in SOURCES[name].archives:
         file = url.rpartition("/")[2]
-        # Two data sets have archives of the same names, hence the folders.
+        # Archives of mnist and fashion_mnist have the same names, hence the subfolders.
         by_hand = [path for path in (manual / name / file, manual / file) if path.is_file()]
         path = by_hand[0] if by_hand else _download(url, int(size), work / file)
         with path.open("rb") as content:
             found = hashlib.file_digest(content, "sha256").hexdigest()
         if found != sha256:
-            hint = f"{path}: move it away, or replace it by" if by_hand else "but was sent by"
-            raise ValueError(f"This is not the official archive of {name}, {hint} {url}.")
+            hint = f"{path}; replace it by" if by_hand else "the file downloaded from"
+            raise ValueError(f"Not the official archive of {name} (wrong SHA-256): {hint} {url}.")
         paths.append(path)
     return paths
 
 
 def _download(url: str, size: int, path: Path) -> Path:
-    import requests  # as TFDS: the same proxies and certificates apply
+    import requests  # as TFDS does: it uses the same proxies and certificates
 
     logging.getLogger(__name__).warning("Downloading %s (%.0f MB) ...", url, size / 1e6)
     try:
@@ -55,8 +55,8 @@ def _download(url: str, size: int, path: Path) -> Path:
             path.open("wb") as file,
         ):
             response.raise_for_status()
-            for block in response.iter_content(2**20):
-                file.write(block)
+            for chunk in response.iter_content(2**20):
+                file.write(chunk)
     except requests.RequestException as error:
         reason = getattr(error.response, "status_code", None) or type(error).__name__
         raise ConnectionError(f"{url} can't be downloaded (error {reason})") from error
@@ -64,15 +64,15 @@ def _download(url: str, size: int, path: Path) -> Path:
 
 
 def _cifar(paths, split):
-    """Records of label bytes, the last of which counts, and 3 x 32 x 32 bytes of pixels."""
-    with tarfile.open(paths[0]) as tar:  # read member by member: nothing is unpacked
+    """Binary records: 1 or 2 label bytes, of which the last is used, and 3 x 32 x 32 pixels."""
+    with tarfile.open(paths[0]) as tar:  # read in memory: nothing is extracted to disk
         contents = {
             member.name: file.read()
             for member in tar
             if member.name.endswith(".bin") and (file := tar.extractfile(member))
         }
     files = sorted(file for file in contents if ("test" in file) == (split == "test"))
-    label_bytes = 2 if len(contents) == 2 else 1  # CIFAR-100 has coarse labels, too
+    label_bytes = 2 if len(contents) == 2 else 1  # CIFAR-100 also has coarse labels
     records = np.frombuffer(b"".join(contents[file] for file in files), np.uint8)
     records = records.reshape(-1, label_bytes + 3 * 32 * 32)
     planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
@@ -80,7 +80,7 @@ def _cifar(paths, split):
 
 
 def _idx(paths, split):
-    """MNIST's form: images behind a header of 16 bytes, labels behind one of 8."""
+    """The IDX format: images after a header of 16 bytes, labels after one of 8."""
     of_split = paths[:2] if split == "train" else paths[2:]  # images and labels
     images, labels = (gzip.decompress(path.read_bytes()) for path in of_split)
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)
@@ -88,7 +88,7 @@ def _idx(paths, split):
 
 
 def _svhn(paths, split):
-    """MATLAB files with X [h, w, c, n] and y [n, 1], where 10 stands for the digit 0."""
+    """MATLAB files with X [h, w, c, n] and y [n, 1], in which 10 is the digit 0."""
     from scipy.io import loadmat
 
     content = loadmat(paths[0 if split == "train" else 1], variable_names=("X", "y"))
@@ -96,11 +96,11 @@ def _svhn(paths, split):
 
 
 def _tiny_imagenet(paths, split):
-    """JPEG files: of a folder per class, and of one folder with a list."""
+    """JPEG files: a folder per class for training; one folder with a list of labels for test."""
     from PIL import Image
 
     root = "tiny-imagenet-200"
-    with zipfile.ZipFile(paths[0]) as archive:  # read member by member: nothing is unpacked
+    with zipfile.ZipFile(paths[0]) as archive:  # read in memory: nothing is extracted to disk
         wnids = sorted(archive.read(f"{root}/wnids.txt").decode().split())
         if split == "train":
             found = [m for m in archive.namelist() if re.fullmatch(rf"{root}/train/.*\.JPEG", m)]
@@ -109,7 +109,7 @@ def _tiny_imagenet(paths, split):
             lines = archive.read(f"{root}/val/val_annotations.txt").decode().splitlines()
             fields = map(str.split, lines)
             labelled = {f"{root}/val/images/{file}": wnid for file, wnid, *_ in fields}
-        # By folder, and shorter names first: 10 comes after 9.
+        # By folder, then by number: shorter names first puts 10 after 9.
         members = sorted(labelled, key=lambda member: (member.split("/")[2], len(member), member))
         images = np.empty((len(members), 64, 64, 3), np.uint8)
         for i, member in enumerate(members):

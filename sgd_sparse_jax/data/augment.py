@@ -14,14 +14,14 @@ from sgd_sparse_jax.types import PRNGKey
 def random_crop(
     key: PRNGKey, images: Num[Array, "b h w c"], padding: int = 4
 ) -> Num[Array, "b h w c"]:
-    """A uniformly drawn h x w window of each image inside a border of `padding` zeros.
+    """Crops a random h x w window from each image, zero-padded by `padding` pixels.
 
     Example:
         >>> random_crop(jr.key(0), jnp.ones((4, 6, 6, 1)), padding=0).sum().item()
         144.0
     """
-    # One contiguous window per image: on a CPU 7 times faster than one-hot products and
-    # 30 times faster than selecting among the shifts; a sharded batch stays where it is.
+    # One slice per image: on a CPU 7 times faster than one-hot products and 30 times faster than a
+    # select over all shifts; a sharded batch stays sharded.
     border = ((padding, padding), (padding, padding), (0, 0))
     corners = jr.randint(key, (len(images), 2), 0, 2 * padding + 1)
 
@@ -33,7 +33,7 @@ def random_crop(
 
 @jax.jit
 def random_flip(key: PRNGKey, images: Num[Array, "b h w c"]) -> Num[Array, "b h w c"]:
-    """Each image mirrored left to right with probability 1/2.
+    """Mirrors each image left to right with probability 1/2.
 
     Example:
         >>> random_flip(jr.key(0), jnp.ones((4, 6, 6, 1))).shape
@@ -49,8 +49,8 @@ def crop_and_flip(
 ) -> Num[Array, "b h w c"]:
     """`random_crop` with a border of 4 pixels, then `random_flip` unless `flip` is False.
 
-    Each image has a window and a coin of its own; shape and dtype stay. Source: the augmentation of
-    the paper's deep networks.
+    Images are transformed independently, shape and dtype are preserved. Source: the paper's deep
+    networks.
 
     Example:
         >>> images = jnp.ones((2, 32, 32, 3), jnp.uint8)

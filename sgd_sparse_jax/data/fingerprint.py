@@ -1,4 +1,4 @@
-"""A digest of a split, small enough to store with a saved state."""
+"""A digest of a data split, small enough to store in a checkpoint."""
 
 import hashlib
 
@@ -6,15 +6,15 @@ import numpy as np
 
 from .images import Images
 
-SAMPLE = 1000  # images that are hashed: reading all of a memory map could take minutes
+SAMPLE = 1000  # images to hash: reading a whole memory map can take minutes
 
 
 def fingerprint(images: Images) -> dict[str, int | str]:
     """Sizes and digests of a split, as JSON values; equal data have equal fingerprints.
 
     `n`, `shape` ("32x32x3") and `dtype` of the images, the number of `classes`, SHA-256 of all
-    `labels` and of the `pixels` of about 1,000 images at equal distances, and `source`, the data
-    set and its version ("" where unknown, as of arrays of your own). Arrays may be memory maps.
+    `labels` and of the `pixels` of about 1,000 evenly spaced images, and `source`, the data set and
+    its version ("" if unknown, as for your own arrays). Arrays may be memory maps.
 
     Example:
         >>> cats = Images(np.zeros((9, 32, 32, 3), np.uint8), np.zeros(9, np.int32), ("cat",))

@@ -1,4 +1,4 @@
-"""Image classification sets: their arrays, shapes and classes."""
+"""Image classification data sets: arrays, shapes and class names."""
 
 import json
 from pathlib import Path
@@ -11,8 +11,8 @@ from jaxtyping import Float32, Int32, UInt8
 class Images(NamedTuple):
     """The `n` examples of a split, in the official order.
 
-    Bytes in 0 ... 255 are divided by 255 on their way to a network, floats are its inputs.
-    `labels` index `class_names`. `source` is the data set and its version, "" where unknown.
+    Networks get uint8 images divided by 255, and float32 images unchanged. `labels` index
+    `class_names`. `source` is the name and version of the data set, "" if unknown.
 
     Example:
         >>> pixels, labels = np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1], np.int32)
@@ -27,17 +27,17 @@ class Images(NamedTuple):
 
 
 class ImageSet(NamedTuple):
-    """Shape of every image of a data set, and names of its classes."""
+    """The image shape and the class names of a data set."""
 
     shape: tuple[int, int, int]
     class_names: tuple[str, ...]
-    tfds_name: str = ""  # where TFDS has another
+    tfds_name: str = ""  # name in TFDS, if different
 
 
 _NAMES = json.loads(Path(__file__).with_name("class_names.json").read_text("utf-8"))
 DIGITS = tuple("0123456789")
 
-# Sets on disk. A new one is an entry here and, to be downloaded, one in `archives.SOURCES`.
+# Sets on disk. A new one needs an entry here and, to be downloadable, one in `archives.SOURCES`.
 STORED = {
     "cifar10": ImageSet((32, 32, 3), tuple(_NAMES["cifar10"])),
     "cifar100": ImageSet((32, 32, 3), tuple(_NAMES["cifar100"])),
@@ -46,7 +46,7 @@ STORED = {
     "fashion_mnist": ImageSet((28, 28, 1), tuple(_NAMES["fashion_mnist"])),
     "tiny_imagenet": ImageSet((64, 64, 3), tuple(_NAMES["tiny_imagenet"])),
 }
-# Class 0 and class 1 of a stored set, as the released code numbers them.
+# Class 0 and class 1 of two-class sets, numbered as in the released code.
 PAIRS = {
     "cifar10_horse_car": ("cifar10", ("horse", "automobile")),
     "cifar10_dog_cat": ("cifar10", ("dog", "cat")),

@@ -1,4 +1,4 @@
-"""Wrong labels: of a data set, for the whole run, or of each batch, drawn again at every step."""
+"""Label noise: wrong labels fixed for a whole run, or noise drawn anew for each batch."""
 
 from collections.abc import Mapping
 from fractions import Fraction
@@ -20,9 +20,9 @@ _CONFUSIONS = {
 
 
 def confusions(name: str) -> Mapping[int, int] | None:
-    """The class that each class is mistaken for; None for a data set without such a map.
+    """The map from a class to the one it is confused with; None if the data set has none.
 
-    Classes that are missing in the map stay. NAME_gs has the map of NAME.
+    Classes that are not in the map keep their labels. NAME_gs has the map of NAME.
 
     Example:
         >>> confusions("cifar10"), confusions("mnist")
@@ -32,19 +32,18 @@ def confusions(name: str) -> Mapping[int, int] | None:
 
 
 def share_of(n: int, share: float, name: str = "share") -> int:
-    """The whole part of `share` times `n`, of the decimal number as it is written.
+    """floor(share * n) in decimal arithmetic: `int(0.29 * 50_000)` would be 14,499.
 
-    0.29 of 50,000 is 14,500; `int(0.29 * 50_000)`, in binary, is one less.
-    Raises ValueError where `share`, called `name`, is outside [0, 1], or positive and none of `n`.
+    Raises ValueError, naming `name`, if `share` is outside [0, 1], or positive with a result of 0.
 
     Example:
         >>> share_of(50_000, 0.29), share_of(5, 0.5)
         (14500, 2)
     """
-    # str gives the shortest decimal number that is this float: the one that was written.
+    # str returns the shortest decimal that rounds to this float, hence the one that was written.
     count = int(Fraction(str(share)) * n) if 0 <= share <= 1 else 0
     if share and not count:
-        raise ValueError(f"{name} is {share}: of {n} examples choose 0, or from {1 / n:g} to 1.")
+        raise ValueError(f"{name} is {share}; for {n} examples it must be 0 or in [{1 / n:g}, 1].")
     return count
 
 
@@ -66,10 +65,10 @@ def gaussian_label_noise(scale: optax.Schedule) -> Noise:
 
 
 def uniform_label_noise(share: optax.Schedule, classes: int) -> Noise:
-    """Each label, with probability share(step), drawn again among all `classes`.
+    """Resamples each label, with probability share(step), uniformly from all `classes`.
 
-    A label that is drawn again may come out as it was: with 10 classes, a share p makes 0.9 p of
-    the labels wrong, as in the released code. Used as `gaussian_label_noise`.
+    The new label may equal the old one: with 10 classes, a share p makes 0.9 p of the labels wrong,
+    as in the released code. Used like `gaussian_label_noise`.
 
     Example:
         >>> noise = uniform_label_noise(lambda step: jnp.where(step < 5, 0.5, 0.0), 10)
@@ -99,8 +98,8 @@ def corrupt_labels(
         labels: true labels [n].
         share: in [0, 1].
         classes: the number of classes.
-        seed: decides, with `n` and `share` alone, which examples are changed.
-        confusions: class c becomes confusions[c], or stays c, in place of a random one.
+        seed: determines, together with `n` and `share`, which examples are changed.
+        confusions: replaces class c by confusions[c] (default c) instead of a random class.
 
     Example:
         >>> labels = np.zeros(10, np.int32)
@@ -108,7 +107,7 @@ def corrupt_labels(
         3
     """
     rng = np.random.default_rng(seed)
-    # A permutation's beginning: a larger share hits the examples of a smaller one, too.
+    # A prefix of a permutation: a larger share includes the examples of a smaller one.
     hit = rng.permutation(len(labels))[: share_of(len(labels), share, "share of wrong labels")]
     out = labels.copy()
     if confusions is None:

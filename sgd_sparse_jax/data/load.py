@@ -1,4 +1,4 @@
-"""Image sets from disk, as memory-mapped arrays."""
+"""Image data sets from disk, as memory-mapped arrays."""
 
 import json
 import logging
@@ -15,32 +15,33 @@ from . import archives, prepared, variants
 from .images import DRAWN, IMAGE_SETS, PAIRS, STORED, Images, ImageSet
 
 SPLITS = ("train", "test")
-MANUAL = "downloads/manual"  # where TFDS looks for archives, too
+MANUAL = "downloads/manual"  # where TFDS also looks for archives
 
 
 def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | None = None) -> Images:
-    """The examples of one split of an image set, in the official order.
+    """Loads one split of an image data set, in the official order.
 
-    They come from the first of these that exists in DATA_DIR/NAME:
+    Reads the first of these that exists in DATA_DIR/NAME:
 
-    1. `{train,test}_{images,labels}.npy`, arrays of your own: images uint8 [n, h, w, c] (also
-       [n, c, h, w], or [n, h, w] of one channel), labels whole numbers [n] or [n, 1];
-    2. `decoded/`, written by an earlier call, as long as what it was decoded from is unchanged;
+    1. `{train,test}_{images,labels}.npy`, your own arrays: images uint8 [n, h, w, c] (also
+       [n, c, h, w], or [n, h, w] with one channel), labels [n] or [n, 1], integers;
+    2. `decoded/`, a cache written by an earlier call, if its source is unchanged;
     3. `VERSION/`, prepared by TFDS as array_record or tfrecord, read without TensorFlow;
-    4. the official archive, in DATA_DIR/downloads/manual[/NAME] or else downloaded and checked.
+    4. the official archive in DATA_DIR/downloads/manual[/NAME], else a verified download of it.
 
     Args:
-        name: a key of `IMAGE_SETS`. NAME_gs is NAME in grey-scale and is made of NAME's data, as
-            the sets of two classes are; gaussians_binary and uniform_noise need no files.
+        name: a key of `IMAGE_SETS`. NAME_gs (grey-scale) and sets of two classes are derived from
+            another set; gaussians_binary and uniform_noise are generated and need no files.
         split: "train" or "test".
-        data_dir: by default the environment's TFDS_DATA_DIR, else ~/tensorflow_datasets.
+        data_dir: default: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
     Returns:
-        `Images`, memory-mapped where the folder has arrays or lets `decoded/` be written.
+        `Images`; stored sets are memory-mapped unless `decoded/` can't be written.
 
     Raises:
-        ValueError: an unknown name or split, a URL, or files that aren't this data set.
-        FileNotFoundError: there is nothing to read, and no network.
+        ValueError: unknown name or split, `data_dir` is a URL, or invalid files.
+        FileNotFoundError: no files to read, and no network.
+        PermissionError: the archive can't be decoded because DATA_DIR isn't writable.
 
     Example:
         >>> load_images("uniform_noise", "train").images.shape
@@ -59,20 +60,20 @@ def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | Non
     if name not in STORED:
         return variants.grey(load_images(name.removesuffix("_gs"), split, data_dir=data_dir))
     path = os.fspath(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets")
-    if re.match(r"[A-Za-z][\w+.-]+:/", path):  # it would become a local folder called gs:
+    if re.match(r"[A-Za-z][\w+.-]+:/", path):  # it would create a local folder named gs:
         raise ValueError(f"data_dir is {path}; URLs can't be read, copy the data to a local disk.")
-    root = Path(os.path.expanduser(path)).absolute()  # links keep the user's names
+    root = Path(os.path.expanduser(path)).absolute()  # not resolve(): keeps symbolic links
     if any((root / name / f"{s}_{k}.npy").exists() for s in SPLITS for k in ("images", "labels")):
         return _open(root / name, split, STORED[name])
     return _decoded(name, split, root)
 
 
 def _open(folder: Path, split: str, kind: ImageSet) -> Images:
-    """Memory maps of both files, checked without reading the pixels."""
+    """Opens and validates the memory maps of a split without reading the pixels."""
     path = folder / f"{split}_images.npy"
     images, (h, w, c) = _array(path), kind.shape
     if images.shape[1:] == (c, h, w):
-        images = images.transpose(0, 2, 3, 1)  # a view: nothing is read yet
+        images = images.transpose(0, 2, 3, 1)  # a view
     if c == 1 and images.shape[1:] == (h, w):
         images = images[..., None]
     if images.dtype != np.uint8 or images.shape[1:] != kind.shape:
@@ -86,23 +87,23 @@ def _labels(path: Path, n: int, classes: int) -> np.ndarray:
     labels, span = _array(path), ""
     labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
     if labels.dtype.kind in "iuf" and labels.size:
-        with np.errstate(invalid="ignore"):  # of NaN
+        with np.errstate(invalid="ignore"):  # casts of NaN
             numbers = labels.astype(np.int32, copy=False)
-        # The cross-entropy of a label out of range is NaN, without any error.
+        # Out-of-range labels would silently make the cross-entropy NaN.
         in_range = numbers.min() >= 0 and numbers.max() < classes
         if labels.shape == (n,) and in_range and (numbers == labels).all():
             return numbers
         span = f" from {labels.min()} to {labels.max()}"
-    expected = f"whole numbers from 0 to {classes - 1}, one for each of {n} images"
+    expected = f"integers from 0 to {classes - 1}, one for each of {n} images"
     raise _unfit(path, f"holds {labels.dtype} {list(labels.shape)}{span}; expected {expected}")
 
 
 def _array(path: Path) -> np.ndarray:
     try:
         return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except Exception as error:  # a damaged header fails in many ways
-        # NumPy's own message may quote the pixels that it took for a header.
-        found = f"can't be read ({type(error).__name__}): it is missing, truncated or no array"
+    except Exception as error:  # a damaged header raises many types
+        # NumPy's message is not included: it may quote pixels that it parsed as a header.
+        found = f"can't be read ({type(error).__name__}): it is missing, truncated or not an array"
         raise _unfit(path, found) from error
 
 
@@ -112,7 +113,7 @@ def _unfit(path: Path, found: str) -> ValueError:
 
 
 def _decoded(name: str, split: str, root: Path) -> Images:
-    """From DATA_DIR/NAME/decoded, which is written where it is missing or outdated."""
+    """Opens DATA_DIR/NAME/decoded, which is first written if missing or outdated."""
     folder, kind = root / name, STORED[name]
     tfds_folder = prepared.newest(folder) or prepared.newest(root / (kind.tfds_name or name))
     try:
@@ -137,18 +138,18 @@ def _decoded(name: str, split: str, root: Path) -> Images:
 
 
 def _note(folder: Path, tfds_folder: Path | None) -> dict | None:
-    """What `decoded` was made of; None where it isn't there, or the TFDS folder has changed."""
+    """The source of `decoded`; None if there is no `decoded` or its TFDS folder has changed."""
     try:
         note = json.loads((folder / "decoded" / "source.json").read_text())
     except FileNotFoundError:
         return None
-    # An archive has no files here: its content never changes, and it may be removed.
+    # Archives are not compared: their content is fixed, and they may be removed.
     outdated = tfds_folder and note["files"] and note != prepared.describe(tfds_folder)
     return None if outdated else note
 
 
 def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
-    """Writes both splits to DATA_DIR/NAME/decoded, or nothing; returns its note."""
+    """Writes both splits to DATA_DIR/NAME/decoded atomically; returns the note on their source."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="incomplete.", dir=folder) as work:
@@ -170,8 +171,8 @@ def _decode(name: str, root: Path, tfds_folder: Path | None) -> dict:
         try:
             if decoded.exists() and not _note(folder, tfds_folder):
                 decoded.rename(Path(work) / "old")
-            new.rename(decoded)  # a folder in one move: readers see all of it or nothing
+            new.rename(decoded)  # atomic: readers never see a part of it
         except OSError:
-            if not _note(folder, tfds_folder):  # else another process was faster
+            if not _note(folder, tfds_folder):  # otherwise another process wrote it first
                 raise
     return note

@@ -21,7 +21,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """Version, and size and time of each file: what changes when the folder is prepared again."""
+    """Version, and size and time of each file, which reveal that a folder was prepared again."""
     status = {path.name: path.stat() for path in sorted(folder.iterdir())}
     files = {name: [found.st_size, found.st_mtime_ns] for name, found in status.items()}
     return {"version": folder.name, "files": files}
@@ -30,15 +30,14 @@ def describe(folder: Path) -> dict[str, Any]:
 def read(folder: Path, kind: ImageSet, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images and labels of a split, in the official order.
 
-    The records are parsed here because TFDS, which could do it, imports every Python module that
-    the folder's features.json names.
+    Parsed here, not by TFDS, which imports every Python module named in features.json.
     """
     from PIL import Image
     from tensorflow_datasets.proto import tf_example_pb2
 
-    proto: Any = tf_example_pb2  # its classes are made as it is imported
+    proto: Any = tf_example_pb2  # its classes are generated at import
     try:
-        names = folder / "label.labels.txt"  # missing where classes are numbers
+        names = folder / "label.labels.txt"  # missing if classes are numbers
         classes = tuple(names.read_text("utf-8").splitlines()) if names.exists() else DIGITS
         if classes != kind.class_names:
             raise ValueError(f"its classes are {', '.join(classes)}")
@@ -52,11 +51,11 @@ def read(folder: Path, kind: ImageSet, split: str) -> tuple[np.ndarray, np.ndarr
                 images[i] = np.asarray(image).reshape(kind.shape)
             labels[i] = fields["label"].int64_list.value[0]
             ids.append(b"".join(fields["id"].bytes_list.value))
-        # TFDS shuffles by hash. Shorter ids first: train_99999 before train_100000. The sort is
-        # stable, and mnist, which has no ids, stays as it is.
+        # TFDS shuffles by hash; ids restore the order. Shorter ids first: train_99999 precedes
+        # train_100000. The sort is stable, so mnist, which has no ids, keeps its order.
         order = sorted(range(n), key=lambda i: (len(ids[i]), ids[i]))
         return images[order], labels[order]
-    except Exception as error:  # each format and each codec has its own exceptions
+    except Exception as error:  # formats and codecs raise many types
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ValueError(
             f"{folder} can't be read ({reason}): move it away, and the next call downloads the "

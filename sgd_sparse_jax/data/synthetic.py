@@ -1,4 +1,4 @@
-"""Toy problems, drawn from NumPy's legacy generator so that they equal the paper's."""
+"""The paper's toy problems, drawn with NumPy's legacy generator to reproduce its data."""
 
 import json
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ class Examples(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """Train and test `Examples`, and what generated their targets: a vector, layers, or None.
+    """Train and test `Examples`, and the generator of their targets: a vector, layers, or None.
 
     >>> sparse_regression(d=10, support=2).target.shape
     (10,)
@@ -33,7 +33,7 @@ class Problem(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """x -> x @ kernel + bias, of a teacher.
+    """x -> x @ kernel + bias, a layer of a teacher network.
 
     >>> DEEP_TEACHER[0].kernel.shape, DEEP_TEACHER[0].bias.shape
     ((5, 2), (2,))
@@ -55,7 +55,7 @@ def sparse_regression(
         >>> problem.train.x.shape, (problem.target != 0).sum().item()
         ((10, 30), 3)
     """
-    rng = np.random.RandomState(seed)  # the order of the draws is the original's
+    rng = np.random.RandomState(seed)  # drawn in the original's order
     x, x_test, target = rng.randn(n, d), rng.randn(n_test, d), np.abs(rng.randn(d))
     target[support:] = 0.0
     target /= np.linalg.norm(target)
@@ -63,7 +63,7 @@ def sparse_regression(
 
 
 def regression_1d() -> Problem:
-    """Twelve points on a line, which are their own test set: F1 and F2 of the paper's toys.
+    """Twelve points (x, y) for both training and test: F1 and F2 of the paper's toys.
 
     Example:
         >>> regression_1d().train.x[:3, 0].round(3).tolist()
@@ -77,7 +77,7 @@ def regression_1d() -> Problem:
 
 def _teacher(name: str) -> tuple[Layer, ...]:
     layers = json.loads(Path(__file__).with_name("teachers.json").read_text("utf-8"))[name]
-    # In float64 the values that torch drew in float32; it has a row of weights per unit.
+    # Drawn by torch in float32, exact in float64; torch stores weights as [out, in].
     exact = lambda values: np.asarray(values, np.float32).astype(np.float64)
     return tuple(Layer(exact(each["weights"]).T.copy(), exact(each["bias"])) for each in layers)
 
@@ -88,7 +88,7 @@ CIRCLE_TEACHER, DEEP_TEACHER = _teacher("circle"), _teacher("deep")  # of the pa
 def teacher_student(
     seed: int = 1, *, n: int = 15, teacher: Sequence[Layer] = CIRCLE_TEACHER, n_test: int = 1000
 ) -> Problem:
-    """y = teacher(x) for a ReLU network, x uniform on the unit sphere (N(0, I) over its norm).
+    """y = teacher(x) for a ReLU network, x uniform on the unit sphere (normalized N(0, I)).
 
     Defaults are T1 of the paper's toys; T3 is `teacher_student(6, n=50, teacher=DEEP_TEACHER)`.
     The `target` is the teacher.
@@ -108,7 +108,7 @@ def teacher_student(
 
 
 def relu_network(x: Float[np.ndarray, "n d"], layers: Sequence[Layer]) -> Float[np.ndarray, " n"]:
-    """The scalar output of ReLU layers, the last of them linear.
+    """The scalar output of a ReLU network whose last layer is linear.
 
     Example:
         >>> relu_network(np.eye(2), CIRCLE_TEACHER).round(3).tolist()

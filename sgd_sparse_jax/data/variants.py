@@ -1,4 +1,4 @@
-"""Image sets made of others: two of the classes, grey-scale, or drawn at random."""
+"""Derived image sets: two classes of another, grey-scale, or random images."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from .synthetic import binary_gaussians
 
 
 def two_classes(images: Images, pair: tuple[str, str]) -> Images:
-    """The examples of two classes, in their order; the first of the pair is class 0."""
+    """The examples of two classes, in order; the first of `pair` becomes class 0."""
     zero, one = (images.labels == images.class_names.index(name) for name in pair)
     chosen = np.flatnonzero(zero | one)
     labels = one[chosen].astype(np.int32)
@@ -15,17 +15,17 @@ def two_classes(images: Images, pair: tuple[str, str]) -> Images:
 
 
 def grey(images: Images) -> Images:
-    """The mean over channels, rounded down: one channel."""
+    """Grey-scale images with one channel: the mean over channels, rounded down."""
     pixels = np.asarray(images.images)
-    total = pixels.sum(-1, dtype=np.uint16, keepdims=True)  # a mean would need 8 bytes a pixel
+    total = pixels.sum(-1, dtype=np.uint16, keepdims=True)  # mean() takes 8 bytes per pixel
     return images._replace(images=(total // pixels.shape[-1]).astype(np.uint8))
 
 
 def drawn(name: str, split: str) -> Images:
-    """1,000 float32 images of fixed seeds, as in the released code.
+    """1,000 random float32 images with fixed seeds, as in the released code.
 
-    gaussians_binary: +-v + .1 N(0, I) as images of one row, v a random unit vector.
-    uniform_noise: uniform on [0, 1) at every pixel; the class is floor(10 x) of the first pixel.
+    gaussians_binary: +-v + .1 N(0, I) as 1 x 100 images, v a random unit vector.
+    uniform_noise: uniform pixels in [0, 1); the class is floor(10 x) of the first pixel x.
     """
     if name == "gaussians_binary":
         problem = binary_gaussians(0, n=1000, d=100, std=0.1, n_test=1000)

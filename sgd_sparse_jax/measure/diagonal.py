@@ -1,4 +1,4 @@
-"""Observables of a diagonal net f(x) = <u * v, x>."""
+"""Metrics of a diagonal net f(x) = <u * v, x>."""
 
 import math
 
@@ -17,7 +17,7 @@ def support_size(
         >>> int(support_size(jnp.array([1.0, 0.1, 0.0]), jnp.array([2.0, 1e-6, 3.0]), 1e-3))
         1
     """
-    # As logarithms: float32 has no positive numbers below 1e-38, and would round 1e-50 to 0.
+    # In logarithms: float32 would round a threshold of 1e-50 to 0.
     log_product = jnp.log(jnp.abs(u)) + jnp.log(jnp.abs(v))
     return (log_product > (math.log(threshold) if threshold else -math.inf)).sum()
 
@@ -25,8 +25,8 @@ def support_size(
 def balancedness(u: Float[Array, " d"], v: Float[Array, " d"]) -> Scalar:
     """||u^2 - v^2||_1, a constant of gradient flow; 0 where the two layers are balanced.
 
-    A step of size eta multiplies entry i by 1 - eta^2 g_i^2, with g_i the derivative of the loss by
-    (u * v)_i: large steps and noise shrink it.
+    A step of size eta multiplies entry i by 1 - eta^2 g_i^2, where g_i is the derivative of the
+    loss with respect to (u * v)_i, so that large steps and noise decrease it.
 
     Example:
         >>> float(balancedness(jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])))

@@ -1,4 +1,4 @@
-"""Loops on the host over a data set: loss, error and sparsity of a classifier, its moments."""
+"""Evaluation of a classifier over a data set: loss, error, sparsity and BatchNorm moments."""
 
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -26,15 +26,15 @@ def make_evaluation(
 ) -> Callable[..., dict[str, Any]]:
     """(key, params, stats, n) -> mean loss and error of a classifier over the first n examples.
 
-    `fetch(key, idx)` gathers examples, `batch` at a time; as a `jax.tree_util.Partial(f, *arrays)`
-    its arrays are no constants of the compiled program, over which XLA takes seconds per 100 MB.
-    `shard` constrains the layout of `idx` over devices.
+    `fetch(key, idx)` gathers examples, `batch` at a time. If it is a `jax.tree_util.Partial(f,
+    *arrays)`, its arrays are arguments of the compiled program; as constants, XLA takes seconds per
+    100 MB. `shard` constrains the sharding of `idx` (default: none).
 
-    With `sample(block, features) -> [b, m]`, also for each block of features: `active/BLOCK`, the
-    share of positive entries, and `dead/BLOCK`, that of units which are positive for no example;
-    with `distinct(units [n, m]) -> share` too, `distinct/BLOCK`, its value for the sampled units.
-    Each example passes the network once. `on_batch()`, a further argument of the result, is called
-    after each batch.
+    `sample(block, features) -> [b, m]` adds, for each block of features, `active/BLOCK`, the share
+    of positive entries, and `dead/BLOCK`, the share of units that are positive for no example;
+    `distinct(units [n, m]) -> share` also adds `distinct/BLOCK`, its value for the sampled units.
+    There is one forward pass per example. The returned function has an optional argument
+    `on_batch`, called after each batch.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs
@@ -56,7 +56,7 @@ def make_evaluation(
         sums = {"loss": summed(loss(logits, examples.y)), "error": summed(wrong)}
         return sums, dict(features) if sample else {}
 
-    # A program of its own: in one, XLA computes norms and ReLUs once more for each that reads them.
+    # A separate program: in one, XLA would recompute norms and ReLUs for each of their consumers.
     @jax.jit
     def observe(features, mask):
         assert sample is not None
@@ -75,7 +75,7 @@ def make_evaluation(
     ) -> dict[str, Any]:
         sums, units, alive = [], [], None
         for start in range(0, n, batch):
-            # Padded, so that one program takes all batches, and masked, so that counts are exact.
+            # Padded, so that all batches have one shape, and masked, so that means are exact.
             places = np.arange(start, start + batch)
             idx, mask = np.minimum(places, n - 1).astype(np.int32), places < n
             total, features = totals(fetch, key, params, stats, idx, mask)
@@ -88,10 +88,10 @@ def make_evaluation(
             on_batch()
         joined = jax.tree.map(lambda *some: jnp.concatenate(some)[:n], *units) if units else {}
         once = {f"distinct/{block}": share(phi) for block, phi in joined.items()} if share else {}
-        # The only transfer: a number fetched per batch would have the device wait for the host.
+        # The only transfer: one per batch would make the device wait for the host.
         sums, once = jax.device_get((sums, dead(alive or {}) | once))
         means = {name: sum(float(total[name]) for total in sums) / n for name in sums[0]}
-        first = {"loss": 0.0, "error": 0.0}  # jit has sorted the names
+        first = {"loss": 0.0, "error": 0.0}  # jit sorts the keys of a dict
         return first | means | {name: float(value) for name, value in once.items()}
 
     return evaluate
@@ -100,12 +100,12 @@ def make_evaluation(
 def make_moments(
     network: Network, fetch: Fetch, *, batch: int, shard: Callable = lambda idx: idx
 ) -> Callable[..., Stats]:
-    """(key, params, stats, n) -> the mean of each batch's own statistics over the first n examples.
+    """(key, params, stats, n) -> batch statistics, averaged over batches of the first n examples.
 
-    For weights that have no statistics of their own, such as averages along a run. `network` must
-    have no memory: BatchNorm whose running moments are those of the last batch (momentum 0 in
-    Flax). Floats in `stats` are averaged over whole batches; other leaves, such as keys, stay.
-    `on_batch()`, a further argument of the result, is called after each batch.
+    For weights without statistics, such as averages of iterates. BatchNorm in `network` must have
+    momentum 0 (in Flax), so that its running moments are those of the last batch. Float leaves of
+    `stats` are averaged over full batches; other leaves, such as keys, are returned unchanged. The
+    returned function has an optional argument `on_batch`, called after each batch.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs

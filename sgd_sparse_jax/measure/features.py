@@ -1,4 +1,4 @@
-"""Feature sparsity, as the paper defines it."""
+"""Feature sparsity, as defined in the paper."""
 
 import math
 
@@ -13,38 +13,38 @@ from sgd_sparse_jax.types import PRNGKey, Scalar
 def distinct_units(
     phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95
 ) -> Bool[Array, " m"]:
-    """Which of the m units of features [n, m] are live and no duplicates, as a mask.
+    """A mask of the units of features [n, m] that are live and not duplicates.
 
-    A live unit (positive somewhere) is a duplicate if its |correlation| with a later live unit
-    exceeds the threshold: what deleting duplicates one by one, in order, leaves behind. A constant
-    unit has no correlation and is distinct; a unit that holds NaN correlates with none. Raises
+    A unit is live if it is positive for some example, and a duplicate if its absolute correlation
+    with a later live unit exceeds `corr_threshold`, which is equivalent to deleting duplicates one
+    by one, in order. Units that are constant or contain NaN correlate with no other. Raises
     ValueError for maps [n, h, w, c].
 
     Example:
         >>> distinct_units(jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])).tolist()
         [False, False, False, True]
     """
-    if phi.ndim != 2:  # a map has too many units for the correlation of all pairs
-        raise ValueError(f"phi has shape {phi.shape}, not [n, m]; give sample_units(key, phi).")
+    if phi.ndim != 2:  # a map has too many units for all pairwise correlations
+        raise ValueError(f"phi has shape {phi.shape}, not [n, m]; use sample_units(key, phi).")
     live = (phi > 0).any(0)
     centred = phi - phi.mean(0, keepdims=True)
     norm = jnp.linalg.norm(centred, axis=0, keepdims=True)
-    # A constant unit's deviations are rounding errors of its mean, which would correlate.
+    # Deviations of a constant unit from its mean are rounding errors, which would correlate.
     varies = norm > len(phi) * jnp.finfo(phi.dtype).eps * jnp.abs(phi).max(0, keepdims=True)
     unit = jnp.where(varies, centred / jnp.where(varies, norm, 1.0), 0.0)
     correlation = jnp.abs(jnp.matmul(unit.T, unit, precision="highest"))
-    twins = jnp.triu(correlation > corr_threshold, k=1) & live[None]  # greedy deletion, at once
+    twins = jnp.triu(correlation > corr_threshold, k=1) & live[None]  # greedy deletion, vectorized
     return live & ~twins.any(1)
 
 
 def feature_sparsity(
     phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95, *, signed: bool = False
 ) -> tuple[Scalar, Scalar]:
-    """#active / (n m) over all m units of features [n, m], and over the `distinct_units` alone.
+    """(#active, #active in `distinct_units`) / (n m), for features [n, m].
 
-    Active is positive (the paper's deep nets), or with `signed` not zero (its fully connected
-    ones, on `unit_rows(phi)`); NaN entries are not active. Both shares are over n m entries.
-    Source: the paper's section 4 and its released code.
+    An entry is active if it is positive (the paper's deep nets) or, with `signed`, nonzero (its
+    fully connected nets, on `unit_rows(phi)`); NaN is not active. Source: section 4 of the paper
+    and its released code.
 
     Example:
         >>> phi = jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])
@@ -57,19 +57,19 @@ def feature_sparsity(
 
 
 def unit_rows(phi: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
-    """phi_i / |phi_i| for every example i; 0 where all of phi_i is 0.
+    """phi_i / |phi_i| for every example i; 0 if phi_i is 0.
 
     Example:
         >>> unit_rows(jnp.array([[0.0, -2.0], [0.0, 0.0]])).tolist()
         [[0.0, -1.0], [0.0, 0.0]]
     """
     norm = jnp.sqrt((phi**2).sum(range(1, phi.ndim), keepdims=True))
-    # Both `where`s: the gradient of a division by 0 is NaN, even where it isn't taken.
+    # Two `where`s: the gradient of a division by 0 is NaN even in the branch not taken.
     return jnp.where(norm > 0, phi / jnp.where(norm > 0, norm, 1.0), jnp.where(phi == 0, 0.0, phi))
 
 
 def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scalar:
-    """Share of (example, unit) pairs that are positive in one of two features and not in the other.
+    """Share of (example, unit) pairs that are positive in exactly one of `before` and `after`.
 
     Example:
         >>> float(relu_flips(jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.5]])))
@@ -81,9 +81,9 @@ def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scala
 def sample_units(
     key: PRNGKey, phi: Float[Array, "n ..."], limit: int = 1000
 ) -> Float[Array, "n m"]:
-    """At most `limit` random units of `phi`, as columns; a unit is one place in a map [h, w, c].
+    """At most `limit` random units of `phi`, as columns; a map [h, w, c] has h w c units.
 
-    The same key draws the same units from every batch of the same shape; up to `limit`, all.
+    They depend on the key and the shape of `phi` only; all are returned if there are few enough.
 
     Example:
         >>> sample_units(jr.key(0), jnp.ones((8, 4, 4, 3)), limit=10).shape
@@ -93,6 +93,6 @@ def sample_units(
     flat = phi.reshape(len(phi), units)
     if units <= limit:
         return flat
-    with jax.ensure_compile_time_eval():  # known keys: a constant of the program
+    with jax.ensure_compile_time_eval():  # a constant of the program, for a concrete key
         chosen = jnp.sort(jr.permutation(key, units)[:limit])
     return flat[:, chosen]

@@ -1,7 +1,7 @@
 """The Jacobian of the predictions with respect to the parameters, and smaller equivalents.
 
-A function named after a network returns a matrix with the Jacobian's singular values (besides
-zeros) and fewer columns: J and J Q have the same ones where Q Q^T = I on the rows of J.
+Functions named after a network return a matrix with fewer columns and the same nonzero singular
+values: those of J Q are those of J if Q Q^T = I on the rows of J.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ def diagonal_net_jacobian(
 ) -> Float[Array, "n d"]:
     """X diag(sqrt(u^2 + v^2)), whose singular values are those of the Jacobian [X*v, X*u].
 
-    With the R of X = QR in place of X they are the same, from at most d rows.
+    R of X = QR, with at most d rows, gives the same values as X.
 
     Example:
         >>> u, v = jnp.array([3.0, 0.0]), jnp.array([4.0, 1.0])
@@ -52,7 +52,7 @@ def two_layer_jacobian(
     outgoing: Float[Array, " m"],
     bias: Float[Array, " m"] | None = None,
 ) -> Float[Array, "n k"]:
-    """The Jacobian of x -> sum_j w_j relu(<kernel_j, x> + bias_j), d (+ 1) columns per unit.
+    """The Jacobian of sum_j w_j relu(<kernel_j, x> + bias_j), in d (+ 1) columns per unit.
 
     Example:
         >>> kernel, outgoing = jnp.array([[3.0, -1.0]]), jnp.array([4.0, 2.0])
@@ -63,7 +63,7 @@ def two_layer_jacobian(
         x = jnp.concatenate([x, jnp.ones((len(x), 1), x.dtype)], axis=1)
         kernel = jnp.concatenate([kernel, bias[None]])
     # With c = (kernel_j, bias_j), the d + 2 columns of unit j are 1[active] (x, 1) [w I, c]: their
-    # Gram matrix is that of (x, 1) (w^2 I + c c^T)^(1/2), whose root is in closed form.
+    # Gram matrix is that of (x, 1) (w^2 I + c c^T)^(1/2), and this root has a closed form.
     active = (x @ kernel > 0).astype(x.dtype)
     square = (kernel**2).sum(0)
     along = jnp.where(square > 0, jnp.hypot(outgoing, jnp.sqrt(square)) - jnp.abs(outgoing), 0.0)
@@ -77,10 +77,10 @@ def two_layer_jacobian(
 def gradient_dimension(
     distinct: Callable[[Float[Array, "n m"]], Array], columns: Float[Array, "n g m"]
 ) -> Int[Array, ""]:
-    """The number of units, of m, with distinct squared gradient norms, g for each unit.
+    """The number of units with distinct squared gradient norms.
 
-    `columns` are the Jacobian's, by group (weight, bias, outgoing weight) and unit; `distinct` is
-    a mask of the distinct columns of a matrix: `partial(distinct_units, corr_threshold=0.999)`.
+    `columns` is the Jacobian by group (weight, bias, outgoing weight) and unit; `distinct`
+    returns a mask of distinct columns, such as `partial(distinct_units, corr_threshold=0.999)`.
     Source: gradient-matrix dimension of the paper's 1-D regression.
 
     Example:
@@ -98,11 +98,11 @@ def tangent_kernel(
     *,
     chunk: int = 8,
 ) -> Float[np.ndarray, "k k"]:
-    """J J^T of the n c outputs of a network, k = n c; its eigenvalues are squared singular values.
+    """J J^T over the k = n c outputs of a network; its eigenvalues are J's squared singular values.
 
-    It holds the rows of J [n c, p] for two chunks of `chunk` examples at a time. `predict(params,
-    x)` must not mix its examples (BatchNorm: running moments). A rank at tolerance 1e-4 needs
-    float64. Source: the empirical neural tangent kernel, Jacot et al., 2018 (arXiv 1806.07572).
+    Rows of J [n c, p] are computed for two chunks of `chunk` examples at a time. `predict(params,
+    x)` must treat examples independently (BatchNorm: running moments). A rank at tolerance 1e-4
+    needs float64. Source: empirical neural tangent kernel, Jacot et al., 2018 (arXiv 1806.07572).
 
     Example:
         >>> predict = lambda params, x: x @ params
@@ -118,7 +118,7 @@ def tangent_kernel(
 
     @jax.jit
     def block(left, right):
-        # Not the default precision: on GPUs TF32, whose three digits hide small eigenvalues.
+        # The default on GPUs is TF32, whose three digits hide small eigenvalues.
         product: Any = lambda a, b: jnp.matmul(a, b.T, precision="highest")
         return sum(map(product, left, right))
 

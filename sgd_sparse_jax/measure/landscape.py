@@ -1,4 +1,4 @@
-"""The loss around a path: the valley below it, and planes through three points."""
+"""Loss landscapes: the valley floor below an iterate, and planes through three points."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,7 +19,7 @@ def valley_floor(
     step_size: ArrayLike = 0.5,
     num_steps: int = 2000,
 ) -> Params:
-    """The end of `num_steps` of gradient descent from `params`: the valley floor below an iterate.
+    """The valley floor below `params`: the result of `num_steps` of gradient descent from there.
 
     Source: the projection before each record in the paper's toy code (2000 steps of size 0.5).
 
@@ -41,7 +41,7 @@ class Plane(NamedTuple):
 
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:
-    """The plane through three points, `first` on its first axis; NaN where they lie on a line.
+    """The plane through three points, with `first` on its first axis; NaN if they are collinear.
 
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
@@ -56,7 +56,7 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
 
 
 def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
-    """(alpha, beta) of the point of the plane nearest to `params`.
+    """(alpha, beta) of the orthogonal projection of `params` onto the plane.
 
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
@@ -84,13 +84,13 @@ def loss_map(
     alphas: Float[Array, " a"],
     betas: Float[Array, " b"],
 ) -> Float[Array, "b a"]:
-    """The loss at every (alpha, beta); rows are betas, as `contour(alphas, betas, ...)` draws it.
+    """The loss at every (alpha, beta); rows are betas, as for `contour(alphas, betas, ...)`.
 
     Example:
         >>> plane = Plane(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
         >>> loss_map(lambda p: p[0] + 10 * p[1], plane, jnp.arange(3.0), jnp.arange(2.0)).tolist()
         [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]
     """
-    # Rows one after the other: a map's points at once would hold a network's activations for each.
+    # Row by row: a vmap over all points would hold the network's activations of each.
     row = jax.vmap(lambda alpha, beta: loss(at(plane, jnp.stack([alpha, beta]))), (0, None))
     return jax.lax.map(lambda beta: row(alphas, beta), betas)

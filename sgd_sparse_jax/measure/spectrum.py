@@ -1,4 +1,4 @@
-"""Singular values, ranks and norms made of them."""
+"""Singular values, and the ranks and norms derived from them."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,11 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from sgd_sparse_jax.types import Scalar
 
 
-# One matrix at a time: a batched LAPACK call spreads over XLA's thread pool and waits for it, and
-# two CPU devices that do so inside loops can deadlock (jaxlib 0.10.2).
+# One matrix at a time: a batched LAPACK call waits for threads of XLA's pool, and two CPU devices
+# that do so inside loops can deadlock (jaxlib 0.10.2).
 @jax.custom_batching.sequential_vmap
 def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
-    """All min(n, p) singular values, in descending order; NaN where the matrix isn't finite.
+    """All min(n, p) singular values, in descending order; NaN if the matrix isn't finite.
 
     With one CPU device per core, OPENBLAS_NUM_THREADS=1 makes this three times faster.
 
@@ -19,7 +19,7 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
         >>> singular_values(jnp.array([[0.0, 2.0], [3.0, 0.0]])).round(9).tolist()
         [3.0, 2.0]
     """
-    finite = jnp.isfinite(matrix).all()  # what LAPACK makes of NaN is undefined
+    finite = jnp.isfinite(matrix).all()  # LAPACK's result for NaN is undefined
     values = jnp.linalg.svd(jnp.where(finite, matrix, 0.0), compute_uv=False)
     return jnp.where(finite, values, jnp.nan)
 
@@ -46,7 +46,7 @@ def effective_rank(s: Float[Array, " k"]) -> Scalar:
         2.0
     """
     p = s / s.sum()
-    # Both `where`s: the gradient of log 0 is NaN, even where it isn't taken.
+    # Two `where`s: the gradient of log 0 is NaN even in the branch not taken.
     return -jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1.0)), 0.0).sum()
 
 

@@ -1,4 +1,4 @@
-"""The image classifiers of the paper and its code, by name."""
+"""Image classifiers of the paper and its released code, by name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +26,7 @@ PRE_ACTIVATION: dict[str, Callable[..., nn.Module]] = {
 }
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet18_plain": partial(ResNet, (2, 2, 2, 2)),
-    # One network by two names, as in the released code.
+    # Two names of one network, as in the released code.
     "resnet34": partial(ResNet, (3, 4, 6, 3)),
     "resnet34_plain": partial(ResNet, (3, 4, 6, 3)),
     "vgg16": partial(VGG, (2, 2, 3, 3, 3)),
@@ -43,12 +43,12 @@ def build(
     dropout: float = 0.0,
     softplus: int = 0,
 ) -> nn.Module:
-    """The image classifier `name`, one of `NETWORKS`, with convolutions in `dtype`.
+    """Builds the image classifier `name`, a key of `NETWORKS`, with convolutions in `dtype`.
 
-    `width` is that of the first stage (default 64), for wrn28 the widening factor (10), for
-    densenet100_12 the growth (12). Pre-activation networks also take `dropout`, the share dropped
-    before the second convolution of a block, and `softplus`, the beta of softplus in place of ReLU
-    (0: ReLU). Raises ValueError for an unknown name or an option that the network doesn't have.
+    `width` is the width of the first stage (default 64), the widening factor of wrn28 (10) or the
+    growth rate of densenet100_12 (12). Pre-activation networks also have `dropout`, the rate before
+    the second convolution of a block, and `softplus`, the beta of softplus in place of ReLU (0:
+    ReLU). Raises ValueError for an unknown name or an option the network doesn't have.
 
     Example:
         >>> net = build("resnet18_gn", classes=10, width=16, dropout=0.1)
@@ -57,8 +57,8 @@ def build(
     """
     known = PRE_ACTIVATION if dropout or softplus else NETWORKS
     if name not in known:
-        what = "with dropout and softplus" if known is PRE_ACTIVATION else "known"
-        raise ValueError(f"There is no model {name!r} {what}; choose {', '.join(sorted(known))}.")
+        problem = "has no dropout or softplus" if name in NETWORKS else "is unknown"
+        raise ValueError(f"Model {name!r} {problem}; choose one of {', '.join(sorted(known))}.")
     if name.endswith("_gn") and width and width % 2:
         raise ValueError(f"width is {width}; GroupNorm with width/2 groups needs an even one.")
     layers = Layers(dtype, dropout=dropout, softplus=softplus)

@@ -1,4 +1,4 @@
-"""DenseNet-BC: every layer reads the outputs of all layers before it in its block."""
+"""DenseNet-BC: each layer takes the outputs of all earlier layers of its block."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,12 @@ from .layers import Classified, Images, Layers
 
 
 class DenseNet(nn.Module):
-    """DenseNet-BC: blocks of bottlenecks; in between, channels and sides are halved.
+    """DenseNet-BC: blocks of bottlenecks; transitions halve channels and resolution.
 
-    `depths` are the numbers of bottlenecks of each block, `growth` the channels that each of them
+    `depths` are the numbers of bottlenecks per block, `growth` is the number of channels that each
     adds: (16, 16, 16) and 12 are DenseNet-BC-100-12. Images [b, h, w, c] have values in [0, 1]; the
-    stem has stride 2 from 64 x 64 on (`Layers.stem`). Features: the output of every block, the last
-    one after the final norm and ReLU, then the pooled features that the last layer reads.
+    stem is `Layers.stem`. Features: the output of every block (of the last one after the final norm
+    and ReLU), then the pooled input of the last layer.
     Source: Huang et al., 2017 (arXiv 1608.06993).
     """
 
@@ -36,7 +36,7 @@ class DenseNet(nn.Module):
             features[f"block{block}"] = x
             if block < len(self.depths):
                 x = layers.conv(x.shape[-1] // 2, 1)(activate(x))
-                window = tuple(min(2, size) for size in x.shape[1:3])  # one pixel stays one
+                window = tuple(min(2, size) for size in x.shape[1:3])  # not of one pixel
                 x = nn.avg_pool(x, window, window)
         x = features[f"block{len(self.depths)}"] = activate(x)
         x = features[f"block{len(self.depths) + 1}"] = layers.pool(x)

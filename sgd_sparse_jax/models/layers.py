@@ -1,4 +1,4 @@
-"""Layers of the image classifiers, in one precision; each network takes a `Layers`."""
+"""Layer constructors shared by the image classifiers."""
 
 from typing import Any, NamedTuple, TypeAlias
 
@@ -9,7 +9,7 @@ import jax.random as jr
 from jaxtyping import Array, DTypeLike, Float
 
 Images: TypeAlias = Float[Array, "b h w c"]
-Maps: TypeAlias = Float[Array, "b h2 w2 c2"]  # of other sizes than the input of a layer
+Maps: TypeAlias = Float[Array, "b h2 w2 c2"]  # output of a layer that changes sizes
 Features: TypeAlias = dict[str, jax.Array]  # by block, in depth order
 Classified: TypeAlias = tuple[Float[Array, "b classes"], Features]
 
@@ -20,9 +20,9 @@ uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class Layers(NamedTuple):
-    """Constructors of layers: convolutions compute in `dtype`, all else in float32 or more.
+    """Constructors of layers, whose convolutions compute in `dtype`.
 
-    Parameters, norms and logits are float64 where `dtype` is, else float32.
+    Parameters, statistics of norms and logits are float64 if `dtype` is, else float32.
 
     Example:
         >>> Layers(jnp.bfloat16).conv(8).dtype.dtype.name, Layers(jnp.bfloat16).dense(8).dtype.name
@@ -30,35 +30,35 @@ class Layers(NamedTuple):
     """
 
     dtype: DTypeLike = jnp.float32
-    norm_momentum: float = 0.9  # decay of BatchNorm's running moments; 0: those of the last batch
-    dropout: float = 0.0  # share of entries dropped, in networks with dropout
+    norm_momentum: float = 0.9  # decay of BatchNorm's running moments; 0: moments of the last batch
+    dropout: float = 0.0  # rate, in networks with dropout
     softplus: int = 0  # beta of log(1 + exp(beta x)) / beta in place of ReLU; 0: ReLU
-    # Axis of pmap or shard_map that batch statistics are averaged over. None under jit, where the
-    # batch is whole, whatever devices it lies on.
+    # Axis of pmap or shard_map over which batch statistics are averaged; None under jit, where a
+    # sharded batch is still one batch.
     norm_axis: str | None = None
 
     @property
     def stored(self) -> Any:
-        """The dtype of parameters, norms and logits."""
+        """The dtype of parameters, statistics and logits."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     def conv(self, width: int, kernel: int = 3, stride: int = 1, *, bias: bool = False) -> nn.Conv:
         """Convolution with equal zero padding on both sides."""
-        shape: Any = ((kernel, kernel), stride, kernel // 2)  # "SAME" differs at stride 2
+        shape: Any = ((kernel, kernel), stride, kernel // 2)  # "SAME" pads differently at stride 2
         dtypes: Any = {"dtype": self.dtype, "param_dtype": self.stored}
         return nn.Conv(width, *shape, use_bias=bias, kernel_init=he_normal, **dtypes)
 
     def stem(self, width: int, x: Images) -> nn.Conv:
-        """3 x 3, with stride 2 from 64 x 64 on: Tiny ImageNet's later stages have CIFAR's sizes."""
+        """3 x 3 convolution; stride 2 for 64 x 64 and more, so that stages have CIFAR's sizes."""
         return self.conv(width, 3, 2 if min(x.shape[1:3]) >= 64 else 1)
 
     def norm(self, train: bool, groups: int = 0) -> nn.Module:
-        """GroupNorm with `groups`, else BatchNorm, which has running moments unless `train`."""
+        """GroupNorm if `groups`, else BatchNorm, which uses running moments unless `train`."""
         if groups:
             return nn.GroupNorm(
                 groups,
                 epsilon=EPSILON,
-                use_fast_variance=False,  # E x^2 - (E x)^2 loses digits, and may be negative
+                use_fast_variance=False,  # E x^2 - (E x)^2 loses digits and can be negative
                 dtype=self.dtype,
                 param_dtype=self.stored,
                 force_float32_reductions=self.stored == jnp.float32,
@@ -81,9 +81,9 @@ class Layers(NamedTuple):
 class BatchNorm(nn.Module):
     """scale (x - m) / sqrt(v + 1e-5) + bias for each channel; m, v its mean and biased variance.
 
-    They are the batch's in training, else running moments with decay `momentum`. `axis` names the
-    axis of pmap or shard_map that they are averaged over (None: the batch is whole). Moments are
-    sums in float32 or more; the result has the dtype of x. Source: Ioffe & Szegedy, 2015 (arXiv
+    These are moments of the batch in training, else running moments with decay `momentum`. `axis`
+    is the axis of pmap or shard_map over which they are averaged (None: no average). They are
+    computed in float32 or more; the result has the dtype of x. Source: Ioffe & Szegedy, 2015 (arXiv
     1502.03167).
 
     Example:
@@ -105,9 +105,9 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, size, stored)
         wide, channels = x.astype(stored), (*[1] * (x.ndim - 1), *size)
         mean, var = running.value.reshape(channels), running_var.value.reshape(channels)
-        # One pass over x: flax's two passes move a seventh more bytes in a step of ResNet-18 on a
-        # GPU (benchmarks/compiled_gpu). E d^2 - (E d)^2 of d = x - running mean loses few digits
-        # where that of x, whose mean may be large, would; the same holds for the sums of gradients.
+        # One pass over x: Flax's two passes move a seventh more bytes per step of ResNet-18 on GPUs
+        # (benchmarks/compiled_gpu). E d^2 - (E d)^2 of d = x - running mean loses fewer digits than
+        # that of x, whose mean may be large; the same holds for the sums of gradients.
         centred, shift = wide - mean, jnp.zeros_like(mean)
         if self.train:
             places = tuple(range(x.ndim - 1))
@@ -118,16 +118,16 @@ class BatchNorm(nn.Module):
                 for moment, new in ((running, mean + shift), (running_var, var)):
                     decayed = self.momentum * moment.value
                     moment.value = decayed + (1 - self.momentum) * new.reshape(size)
-        # As one product and one sum, whose gradient needs two sums over x, taken in one pass.
+        # One product and one sum: the gradient needs two sums over x, in one pass.
         slope = scale.reshape(channels) * jax.lax.rsqrt(var + EPSILON)
         return (centred * slope + (bias.reshape(channels) - shift * slope)).astype(x.dtype)
 
 
 class Dropout(nn.Module):
-    """x_i m_i / (1 - rate) in training, with m_i = 0 for a share `rate` of the entries; else x.
+    """x_i m_i / (1 - rate) in training, where m_i is 0 with probability `rate`, else 1; else x.
 
-    Its key is a variable of the collection "dropout", drawn at initialization and split at every
-    use: masks are a function of the state, and a resumed run draws those of an uninterrupted one.
+    Its key is a variable in the collection "dropout", created by `init` and split at every use, so
+    that masks are a function of the state and a resumed run draws the same ones.
 
     Example:
         >>> stats = Dropout(0.5).init(jr.key(0), jnp.ones(6))
@@ -142,7 +142,7 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         if not self.rate:
             return x
-        # As integers: checkpoints and digests take numbers.
+        # Key data, not a key: checkpoints and digests take plain arrays.
         key = self.variable("dropout", "key", lambda: jr.key_data(self.make_rng("params")))
         if not train or self.is_initializing():
             return x

@@ -1,4 +1,4 @@
-"""Networks as pairs of pure functions, from the modules of Flax."""
+"""Adapters from Flax modules to `Network`, a pair of pure functions."""
 
 import inspect
 from collections.abc import Callable
@@ -13,12 +13,12 @@ from sgd_sparse_jax.types import Network, Outputs, Params, PRNGKey, Stats
 
 
 def from_linen(module: nn.Module) -> Network:
-    """The functions (init, apply) of a linen module.
+    """The `Network` (init, apply) of a linen module.
 
     `module(x)` or `module(x, train=...)` returns `out`, or `(out, features)` with a dict of
     activations. Parameters are the collection "params"; all other collections (BatchNorm's
-    "batch_stats") are `stats`. linen's own Dropout asks for a key at every call, which `apply` has
-    not: `models.Dropout` carries one in `stats`.
+    "batch_stats") are `stats`. Use `models.Dropout`, whose key is in `stats`, not linen's Dropout,
+    which needs a key at every call.
 
     Example:
         >>> network = from_linen(nn.Dense(1))
@@ -26,7 +26,7 @@ def from_linen(module: nn.Module) -> Network:
         >>> network.apply(params, stats, jnp.ones((4, 3))).out.shape
         (4, 1)
     """
-    # nn.Sequential, say, takes no argument `train`.
+    # Some modules, such as nn.Sequential, have no argument `train`.
     has_mode = "train" in inspect.signature(type(module).__call__).parameters
     mode: Any = lambda train: {"train": train} if has_mode else {}
 
@@ -44,11 +44,11 @@ def from_linen(module: nn.Module) -> Network:
 
 
 def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
-    """The functions (init, apply) of the NNX module that `constructor(key)` returns.
+    """The `Network` (init, apply) of the NNX module that `constructor(key)` returns.
 
-    `module(x)` returns `out`, or `(out, features)`; training and evaluation are `module.train()`
-    and `module.eval()`. Its `nnx.Param`s are the parameters, all other variables are `stats`:
-    BatchNorm's moments (in float32, or float64 where parameters are) and Dropout's keys (integers).
+    `module(x)` returns `out`, or `(out, features)`; the mode is set by `module.train()` and
+    `module.eval()`. `nnx.Param`s are the parameters, all other variables are `stats`: BatchNorm's
+    moments (float32, or float64 if parameters are) and Dropout's keys (as integers).
 
     Example:
         >>> from flax import nnx
@@ -64,13 +64,13 @@ def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
 
     def init(key: PRNGKey, x: jax.Array) -> tuple[Params, Stats]:
         params, stats = map(nnx.to_pure_dict, split(constructor(key))[1:])
-        # NNX starts the moments in float32; of a float64 network they would be rounded every step.
+        # NNX initializes moments in float32, which would round those of a float64 network.
         wide = jnp.result_type(jnp.float32, *jax.tree.leaves(params))
         moments = lambda s: s.astype(wide) if jnp.issubdtype(s.dtype, jnp.floating) else s
         return params, jax.tree.map(moments, _without_keys(stats))
 
     def apply(params: Params, stats: Stats, x: jax.Array, *, train: bool = False) -> Outputs:
-        states = jax.tree.map(lambda leaf: leaf, template)  # a copy, to be written to
+        states = jax.tree.map(lambda leaf: leaf, template)  # a copy, modified below
         key = lambda like, s: jr.wrap_key_data(s) if _is_key(like) else s
         keyed = jax.tree.map(key, nnx.to_pure_dict(states[1]), dict(stats))
         nnx.replace_by_pure_dict(states[0], dict(params))
@@ -85,12 +85,12 @@ def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
 
 
 def _split(result: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """(out, features) of what a module returned."""
+    """(out, features) of the value that a module returned."""
     return result if isinstance(result, tuple) else (result, {})
 
 
 def _without_keys(stats: Any) -> Any:
-    """`stats` with keys as integers: checkpoints and digests take numbers."""
+    """`stats` with keys as integers: checkpoints and digests take plain arrays."""
     return jax.tree.map(lambda leaf: jr.key_data(leaf) if _is_key(leaf) else leaf, stats)
 
 

@@ -44,15 +44,15 @@ class PreActBlock(BasicBlock):
 
 
 class ResNet(nn.Module):
-    """Residual network: each stage is twice as wide and half as large as the one before.
+    """Residual network: each stage doubles the width and halves the resolution.
 
-    `depths` are the numbers of blocks of each stage, `width` that of the first stage. Images
-    [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem, `stem` wide
+    `depths` are the numbers of blocks per stage, `width` is the width of the first. Images
+    [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem, of width `stem`
     (default: `width`), has stride 2 from 64 x 64 on. With `pre_activation`, norm and activation
     precede each convolution. `group_norm` replaces BatchNorm by GroupNorm with width/2 groups. With
-    `binary_logit` two classes have the logits (0, z), as in the released code. Features: the output
-    of every stage (with `pre_activation` the last one after the final norm and ReLU), then the
-    pooled features that the last layer reads. Sources: He et al., 2015 (arXiv 1512.03385) and 2016
+    `binary_logit`, logits of two classes are (0, z), as in the released code. Features: the output
+    of every stage (with `pre_activation`, of the last one after the final norm and ReLU), then the
+    pooled input of the last layer. Sources: He et al., 2015 (arXiv 1512.03385) and 2016
     (1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
 
     Example:

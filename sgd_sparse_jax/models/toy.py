@@ -1,4 +1,4 @@
-"""Networks small enough to vmap thousands of; every scale may be traced, hence swept."""
+"""Toy networks, whose initialization scales may be traced, hence vmapped."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -18,7 +18,7 @@ gaussian = nn.initializers.normal  # (scale): independent entries scale N(0, 1)
 
 
 class DiagonalNet(nn.Module):
-    """f(x) = <u * v, x>; initially u = alpha, a number or one per coordinate [d], and v = 0.
+    """f(x) = <u * v, x>; at initialization u = `alpha` (a scalar or [d]) and v = 0.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0]])
@@ -40,10 +40,10 @@ class DiagonalNet(nn.Module):
 class MLP(nn.Module):
     """f(x) = W_L h_{L-1} + b_L with h_l = activation(W_l h_{l-1} + b_l) and h_0 = x.
 
-    `widths` are those of the hidden layers; without `outputs`, f is scalar: [n] and not [n, 1].
-    `biases` and the two initializers are given for all layers or one per layer, last one included;
-    an initializer that is None is torch's default, uniform on +-1/sqrt(fan_in). Features are
-    h_1 … h_{L-1}.
+    `widths` are the widths of the hidden layers. `outputs=None` makes f scalar: [n], not [n, 1].
+    `biases`, `kernel_init` and `bias_init` are a value for all layers or a sequence of one per
+    layer; an initializer None is torch's default, uniform on +-1/sqrt(fan_in). Features are h_1 …
+    h_{L-1}.
 
     Example:
         >>> net = MLP((5, 3), kernel_init=gaussian(0.8))

@@ -1,4 +1,4 @@
-"""VGG: plain stacks of 3 x 3 convolutions, without any norm."""
+"""VGG: plain stacks of 3 x 3 convolutions, without normalization."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from .layers import Classified, Images, Layers
 
-# As in the released code, whatever the data set is.
+# Used for every data set, as in the released code.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -18,9 +18,9 @@ class VGG(nn.Module):
 
     `depths` are the numbers of convolutions, (2, 2, 3, 3, 3) for VGG-16; `width` is w. Images
     [b, h, w, 1 or 3] have values in [0, 1] and are normalized with ImageNet's mean and deviation,
-    grey ones as three equal channels. Features: the pooled output of every stage, then the hidden
-    layers. Source: Simonyan & Zisserman, 2015 (arXiv 1409.1556), in the released code's form for
-    CIFAR.
+    which broadcasts grey ones to three channels. Features: the pooled output of every stage, then
+    the hidden layers. Source: Simonyan & Zisserman, 2015 (arXiv 1409.1556), as in the released code
+    for CIFAR.
     """
 
     depths: Sequence[int]
@@ -36,7 +36,7 @@ class VGG(nn.Module):
             for _ in range(depth):
                 width = self.width * min(2 ** (stage - 1), 8)
                 x = nn.relu(self.layers.conv(width, bias=True)(x))
-            # Up, so that 28 x 28 and 32 x 32 both end at 1 x 1 after five stages.
+            # Odd sizes round up: both 28 x 28 and 32 x 32 end at 1 x 1 after five stages.
             up: Any = [(0, size % 2) for size in x.shape[1:3]]
             x = features[f"block{stage}"] = nn.max_pool(x, (2, 2), (2, 2), padding=up)
         x = self.layers.pool(x)

@@ -1,4 +1,4 @@
-"""A TrainState on disk: the one module that knows orbax."""
+"""Checkpoints of a TrainState; the only module that uses orbax."""
 
 import contextlib
 import logging
@@ -18,22 +18,22 @@ from sgd_sparse_jax.types import Params, Stats, TrainState
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
 
-ODD = 1_000_003  # a factor of the digest: an odd one never multiplies a set bit away
+ODD = 1_000_003  # odd, hence invertible modulo 2^32: no bit of the digest is lost
 
 
 class _Damaged(ValueError):
-    """A saved state that can't be read, or whose numbers are not those that were saved."""
+    """A saved state can't be read, or its digest differs from the saved one."""
 
 
 @contextlib.contextmanager
 def open_checkpoints(
     directory: str | PathLike[str], *, keep: int | None = 2, read_only: bool = False
 ) -> "Iterator[ocp.CheckpointManager]":
-    """A folder of saved states, for `save` and `restore`; waits at its end for saves under way.
+    """A context with the manager of a folder of states; its exit waits for pending saves.
 
-    The newest `keep` states are kept, None for all. `read_only` creates and removes nothing. Raises
-    OSError where the folder can't be written, or a save failed in the background; ValueError for a
-    path that `checkpoint_path` refuses.
+    The newest `keep` states are kept (None: all). `read_only` creates and removes nothing. Raises
+    OSError if the folder can't be written or a background save failed; ValueError for a path that
+    `checkpoint_path` rejects.
 
     Example:
         >>> import tempfile
@@ -50,31 +50,31 @@ def open_checkpoints(
         max_to_keep=keep,
         create=not read_only,
         cleanup_tmp_directories=not read_only,
-        lightweight_initialize=True,  # else one damaged description hides all states
-        # Else, where a folder can't be made, threads that wait for it keep the process for minutes.
+        lightweight_initialize=True,  # else damaged metadata of one state hides all
+        # Else, if a folder can't be created, waiting threads block the exit for minutes.
         async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
     )
     with _saving(folder):
-        handler = ocp.StandardCheckpointHandler()  # without it, item_metadata() knows no arrays
+        handler = ocp.StandardCheckpointHandler()  # for item_metadata()
         checkpoints = ocp.CheckpointManager(folder, options=options, item_handlers=handler)
     try:
         yield checkpoints
     finally:
-        with _saving(folder):  # errors of a save in the background surface here at the latest
+        with _saving(folder):  # raises errors of background saves
             checkpoints.close()
 
 
 def checkpoint_path(directory: str | PathLike[str]) -> Path:
-    """The absolute path of a folder of states; ValueError for `[`, `]`, `*`, `?`, `\\` and URLs.
+    """The absolute path of a checkpoint folder; ValueError for `[`, `]`, `*`, `?`, `\\` and URLs.
 
     Example:
         >>> checkpoint_path("/runs/1").name
         '1'
     """
     folder = Path(directory).expanduser().absolute()  # orbax fails late on relative paths
-    # It saves to such a path, but lists it as a glob pattern, and finds no state.
+    # orbax saves to such a path, but lists its states with the path as a glob pattern.
     if odd := [c for c in (*"[]*?\\", ":/") if c in str(folder)]:
-        raise ValueError(f"orbax can't read states from {folder}, with {odd[0]}; use another path.")
+        raise ValueError(f"orbax can't read a path with {odd[0]}, such as {folder}; use another.")
     return folder
 
 
@@ -82,7 +82,7 @@ def checkpoint_path(directory: str | PathLike[str]) -> Path:
 def _raised_as(kind: type[Exception], before: str, after: str = "") -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # each layer of orbax has its own; a full disk alone raises three
+    except Exception as error:  # orbax raises many types, three for a full disk alone
         cause = " ".join(str(error).split())[:200] or type(error).__name__
         raise kind(f"{before}{cause}{after}") from error
 
@@ -95,7 +95,7 @@ def _saving(folder: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def latest_step(directory: str | PathLike[str]) -> int | None:
-    """The newest step that `directory` holds a finished save of; None where there is none.
+    """The newest completely saved step in `directory`; None if there is none.
 
     Example:
         >>> print(latest_step("no/such/folder"))
@@ -111,11 +111,11 @@ def save(
     about: Mapping[str, Any] | None = None,
     progress: Mapping[str, Any] | None = None,
 ) -> None:
-    """Saves `state` under its own step, in the background; its buffers may be donated at once.
+    """Saves `state` under its step, asynchronously; its buffers may be donated right away.
 
-    `about` are JSON values that identify the run (network, batch size, ...), `progress` those that
-    `restore` returns with the state. With several hosts, all call this. Raises OSError where this
-    save or the one before failed; ValueError where the folder holds this step or a newer one.
+    `about` holds JSON values that identify the run (network, batch size, ...), `progress` those
+    that `restore` returns with the state. With several hosts, all must call it. Raises OSError if
+    this save or the previous one failed; ValueError if the folder has this step or a newer one.
 
     Example:
         >>> import tempfile
@@ -128,11 +128,11 @@ def save(
     import orbax.checkpoint as ocp
 
     step, is_first = int(state.step), not checkpoints.all_steps()
-    beside = {"about": about or {}, "digest": int(digest(state)), "progress": progress or {}}
+    metadata = {"about": about or {}, "digest": int(digest(state)), "progress": progress or {}}
     with _saving(Path(checkpoints.directory)):
         args = ocp.args.StandardSave(state._asdict())
-        is_newer = checkpoints.save(step, args=args, custom_metadata=beside)
-        if is_first:  # a folder that can't hold a state, or return it, is noticed before training
+        is_newer = checkpoints.save(step, args=args, custom_metadata=metadata)
+        if is_first:  # before training: can the folder store a state, and return it?
             checkpoints.wait_until_finished()
             if jax.process_count() == 1:
                 _read(checkpoints, step, state._asdict(), {})
@@ -144,12 +144,12 @@ def save(
 def restore(
     checkpoints: "ocp.CheckpointManager", like: TrainState, about: Mapping[str, Any] | None = None
 ) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest state that can be read, and its progress; None where nothing is saved.
+    """The newest readable state and its progress; None if nothing is saved.
 
-    `like` is a state, or `jax.ShapeDtypeStruct`s with shardings: the result is laid out like it. A
-    newer state that is damaged is moved to `damaged-STEP`, with a warning. Raises ValueError where
-    the state was saved with other values in `about` (names that only one of the two has are not
-    compared), or has arrays of other names, shapes or dtypes; or where all states are damaged.
+    `like` is a state, or `jax.ShapeDtypeStruct`s with shardings, which the result will have. Newer,
+    damaged states are moved to `damaged-STEP`, with a warning. Raises ValueError if `about` differs
+    in a name that both have, if names, shapes or dtypes of arrays differ, or if all states are
+    damaged.
 
     Example:
         >>> import tempfile
@@ -162,13 +162,13 @@ def restore(
     damaged: dict[int, _Damaged] = {}
     for step in sorted(checkpoints.all_steps(), reverse=True):
         try:
-            state, beside = _read(checkpoints, step, like._asdict(), about or {})
+            state, metadata = _read(checkpoints, step, like._asdict(), about or {})
         except _Damaged as error:
             damaged[step] = error
             continue
-        if damaged:  # only now, with a good state at hand: else all of them stay
+        if damaged:  # not moved unless an older state is good
             _move_aside(checkpoints, damaged, step)
-        return TrainState(**state), beside["progress"]
+        return TrainState(**state), metadata["progress"]
     if damaged:
         cause = next(iter(damaged.values()))
         hint = f"remove {checkpoints.directory} to start from the beginning"
@@ -179,9 +179,9 @@ def restore(
 def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Params, Stats]:
     """Parameters and statistics of a saved state, without its optimizer, average and step.
 
-    `path` is a run's folder, its folder of states (the newest counts), or one state. `params` and
-    `stats` are arrays, or `jax.ShapeDtypeStruct`s with shardings, that the saved ones must be like.
-    Raises ValueError where nothing is saved, it is damaged, or has other arrays.
+    `path` is the folder of a run or of its states (the newest is read), or a single state. `params`
+    and `stats` are arrays, or `jax.ShapeDtypeStruct`s with shardings, which the saved ones must
+    match. Raises ValueError if nothing is saved, or the state is damaged or has other arrays.
 
     Example:
         >>> import tempfile
@@ -196,11 +196,11 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
 
 
 def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
-    """A saved state, to continue from with other settings; `path` as in `load_weights`.
+    """A saved state to continue with other settings; `path` as in `load_weights`.
 
-    Of the optimizer's arrays those that `like` has too are taken (its step count, and momentum
-    where both have it); the others stay as in `like`. Raises ValueError where there is no state,
-    where it is damaged, or where the networks differ.
+    Optimizer arrays that both have are those of the saved state (the step count; momentum, if both
+    use it), all others those of `like`. Raises ValueError if there is no state, it is damaged, or
+    the networks differ.
 
     Example:
         >>> import tempfile
@@ -223,9 +223,9 @@ def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
 
 @jax.jit
 def digest(state: TrainState) -> jax.Array:
-    """Sum of the numbers' bit patterns times odd weights, modulo 2^32: one flipped bit shows."""
-    # Orbax checks lengths but not contents. A sum of integers is the same on any set of devices,
-    # and computed where the numbers are: only the total travels to the host.
+    """Sum of all bit patterns times odd weights, modulo 2^32; any flipped bit changes it."""
+    # Orbax checks lengths but not contents. An integer sum doesn't depend on the sharding, and only
+    # the total is transferred to the host.
     total = jnp.zeros((), jnp.uint32)
     for leaf in jax.tree.leaves(state):
         leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf  # bool has no bitcast
@@ -237,7 +237,7 @@ def digest(state: TrainState) -> jax.Array:
 
 
 def _read_one(path: str | PathLike[str], like: Mapping[str, Any]) -> tuple[dict, dict]:
-    """The state that `path` means, see `_read`."""
+    """`_read` of the state that `path` refers to."""
     given = Path(path).expanduser().absolute()
     places = [(folder, latest_step(folder)) for folder in (given / "checkpoints", given)]
     places += [(given.parent, int(given.name))] if given.name.isdigit() and given.is_dir() else []
@@ -251,33 +251,33 @@ def _read_one(path: str | PathLike[str], like: Mapping[str, Any]) -> tuple[dict,
 def _read(
     checkpoints: "ocp.CheckpointManager", step: int, like: Mapping[str, Any], about: Mapping
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A saved state as a dict, and what `save` added to it; all parts laid out as in `like`."""
+    """(a saved state as a dict, sharded like `like`; its metadata)."""
     import orbax.checkpoint as ocp
 
     where = f"{checkpoints.directory}, step {step}"
     with _raised_as(_Damaged, f"{where} is damaged: "):
         saved = dict(checkpoints.item_metadata(step))
-        beside = dict(checkpoints.metadata(step).custom_metadata)
-        mine = {name: saved[name] for name in like}, dict(beside["about"])
+        metadata = dict(checkpoints.metadata(step).custom_metadata)
+        mine = {name: saved[name] for name in like}, dict(metadata["about"])
     _assert_alike(*mine, like, about, where)
-    # The digest is that of the whole state: parts that `like` lacks are read too.
+    # The digest covers the whole state: parts that `like` lacks are read too.
     place = jax.tree.leaves(like)[0].sharding
     at = lambda place: (
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or x.sharding)
     )
     targets = jax.tree.map(at(place), saved) | jax.tree.map(at(None), dict(like))
-    args = ocp.args.StandardRestore(targets)  # not arrays: those of several hosts are refused
+    args = ocp.args.StandardRestore(targets)  # orbax rejects arrays of several hosts
     with _raised_as(_Damaged, f"{where} is damaged: "):
         state = checkpoints.restore(step, args=args)
-        if int(digest(TrainState(**state))) != beside["digest"]:
-            raise ValueError("its numbers are not those that were saved")
-    return dict(state), beside
+        if int(digest(TrainState(**state))) != metadata["digest"]:
+            raise ValueError("its digest differs from the saved one")
+    return dict(state), metadata
 
 
 def _assert_alike(saved: Any, saved_about: Mapping, like: Any, about: Mapping, where: str) -> None:
-    """Raises ValueError for another run's state."""
-    # Compared here, because orbax would cast another precision silently.
-    common = [name for name in saved_about if name in about]  # first: they explain other shapes
+    """Raises ValueError if the state belongs to another run."""
+    # Compared here because orbax would silently cast to another precision.
+    common = [name for name in saved_about if name in about]  # first: they explain the rest
     old, new = (
         {name: flags[name] for name in common}
         | {name: _described(leaf) for name, leaf in _named_leaves(tree).items()}
@@ -290,15 +290,15 @@ def _assert_alike(saved: Any, saved_about: Mapping, like: Any, about: Mapping, w
     ]
     if changes:
         more = f", and {len(changes) - 5} more" if len(changes) > 5 else ""
-        raise ValueError(f"{where} is another run's ({', '.join(changes[:5])}{more}).")
+        raise ValueError(f"{where} belongs to another run ({', '.join(changes[:5])}{more}).")
 
 
 def _move_aside(checkpoints: "ocp.CheckpointManager", damaged: Mapping[int, Any], to: int) -> None:
-    """Else the run could not save these steps again: orbax refuses steps that exist."""
+    """Renames damaged states: orbax refuses to save a step that exists."""
     multihost_utils.sync_global_devices("all have read the damaged states")
     for step, reason in damaged.items() if jax.process_index() == 0 else ():
         old, new = (Path(checkpoints.directory) / name for name in (f"{step}", f"damaged-{step}"))
-        shutil.rmtree(new, ignore_errors=True)  # of an earlier damage
+        shutil.rmtree(new, ignore_errors=True)  # of an earlier start
         old.rename(new)
         logging.getLogger(__name__).warning("%s; moved to %s, back to step %d.", reason, new, to)
     multihost_utils.sync_global_devices("damaged states are moved")
@@ -309,7 +309,7 @@ def _described(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
-# As `opt_state/1/count`: the same for the tuples of a state and the lists that are read.
+# Such as `opt_state/1/count`, for tuples as for the lists that orbax restores.
 _name = partial(jax.tree_util.keystr, simple=True, separator="/")
 
 

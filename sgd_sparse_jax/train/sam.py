@@ -1,7 +1,7 @@
 """Gradients of sharpness-aware minimization (SAM), for the argument `gradient` of `make_step`.
 
-Each function returns a map from an objective, (params, stats, batch) -> (loss, stats), to a
-gradient, (params, stats, batch) -> ((loss, stats), gradient). Loss and statistics are those at
+Each function maps rho to a function from an objective, (params, stats, batch) -> (loss, stats), to
+its gradient, (params, stats, batch) -> ((loss, stats), gradient). Loss and statistics are those at
 `params`, before the ascent step.
 """
 
@@ -33,7 +33,7 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
         value_and_stats, ascent = descent(params, stats, batch)
         norm = optax.tree.norm(ascent) if normalized else 1.0
         length = rho / jnp.where(norm > 0, norm, 1.0)  # no step from a stationary point
-        # Statistics of the moved point are dropped: they aren't those of an iterate.
+        # Statistics at the ascended point, which is no iterate, are dropped.
         _, grads = descent(optax.tree.add_scale(params, length, ascent), stats, batch)
         return value_and_stats, grads
 
@@ -41,11 +41,11 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 
 
 def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
-    """mean_k dl_k(theta + rho dl_k(theta)) over the examples k: each has an ascent of its own.
+    """mean_k dl_k(theta + rho dl_k(theta)) over examples k, each with its own ascent step.
 
     For networks without batch statistics; the gradient raises ValueError if `stats` isn't empty.
-    Source: 1-SAM of the paper's toy code. With the half-squared loss it moves by 2 rho r_k dphi_k
-    for a residual r_k, so that its rho is half of this one.
+    Source: 1-SAM of the paper's toy code, which ascends by 2 rho r_k dphi_k for a residual r_k and
+    the half-squared loss: its rho is half of this one.
 
     Example:
         >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
@@ -55,10 +55,10 @@ def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
     """
 
     def gradient(objective: Objective, params: Params, stats: Stats, batch: Batch):
-        if stats:  # Flax would begin new statistics for each example, silently
+        if stats:  # Flax would silently start new statistics for each example
             raise ValueError(
-                f"SAM per example allows no batch statistics, the network has {', '.join(stats)}; "
-                "take sharpness_aware, or GroupNorm."
+                f"SAM per example needs a network without statistics, not {', '.join(stats)}; "
+                "use sharpness_aware, or GroupNorm."
             )
         descent = jax.value_and_grad(objective, has_aux=True)
 

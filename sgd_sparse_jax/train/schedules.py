@@ -1,4 +1,4 @@
-"""Step-size schedules: functions of the step whose every number may be traced, hence vmapped."""
+"""Step-size schedules, whose parameters may all be traced, hence vmapped."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,7 +15,7 @@ def exponential_warmup(init_value: ArrayLike, base: ArrayLike, total_steps: Arra
         >>> float(exponential_warmup(0.5, 2.0, total_steps=1000)(20))
         2.0
     """
-    # The step as a float: JAX divides an int32 by 1000 in float32, whatever the default precision.
+    # The step as a float: JAX divides int32 in float32, whatever the default precision.
     return lambda step: init_value * base ** (100.0 * jnp.asarray(step, float) / total_steps)
 
 
@@ -35,9 +35,9 @@ def power_warmup(
 def piecewise_decay(
     schedule: Schedule, boundaries: Sequence[ArrayLike], factors: Sequence[ArrayLike]
 ) -> Schedule:
-    """`schedule` until boundaries[0], then its value there over the factors of all steps passed.
+    """`schedule` until boundaries[0]; then its value there, divided by all factors so far.
 
-    `boundaries` are increasing steps; step b itself is divided. There is one factor for each.
+    `boundaries` are increasing; factors[i] divides the values from step boundaries[i] on.
 
     Example:
         >>> decayed = piecewise_decay(lambda step: 8.0, [10, 20], [2.0, 4.0])
@@ -63,7 +63,7 @@ def released_schedule(
     warmup_factor: ArrayLike = 1.0,
     warmup_exp: ArrayLike = 1.0,
 ) -> Schedule:
-    """The schedule `name` of the paper's code, at epoch t = (k + 1) / steps_per_epoch for step k.
+    """The schedule `name` of the released code, at epoch t = (k + 1) / steps_per_epoch for step k.
 
     With T = `epochs` and w = `warmup_exp`, in multiples of `lr_init`:
 
@@ -73,11 +73,11 @@ def released_schedule(
       `piecewise` is `piecewise_10_100`.
     - `piecewise_0Fepochs` (F = 1, 2, 3, 5; f = F / 10) warms up while t/T < f: w^(100 t/T) for
       w > 1, 1 + (100 t/T)^w for w < 1, and linearly from 1 towards `warmup_factor` at T/2 for
-      w = 1. Then it holds the value reached at f T over 10, and over 100 from t/T = 0.9. For w = 1
+      w = 1. Then it is 1/10 of the value reached at f T, and 1/100 of it from t/T = 0.9. For w = 1,
       the released code takes (f / .5) `warmup_factor` as the value reached: at f = .1 and factor 1
-      the drop is to 1/50, not 1/10. `piecewise_0Fepochs_clean` takes the value really reached.
+      it decays to 1/50, not 1/10. `piecewise_0Fepochs_clean` takes the value actually reached.
 
-    Raises ValueError for another name.
+    Raises ValueError for an unknown name.
 
     Example:
         >>> schedule = released_schedule("piecewise", 0.5, steps_per_epoch=10, epochs=4)
@@ -90,8 +90,8 @@ def released_schedule(
     factor, exponent = jnp.asarray(warmup_factor), jnp.asarray(warmup_exp)
 
     def schedule(step):
-        # t/T < f with room for rounding, because XLA turns a division into a product: a boundary
-        # that falls on a step decays that step, in float32 as in float64.
+        # t/T < f with a margin for rounding (XLA replaces divisions by products): a boundary that
+        # falls on a step decays that step, in float32 and in float64.
         before = lambda share: step + 1.05 < share * total
         return lr_init * RELEASED[name]((step + 1) / total, before, factor, exponent)
 
@@ -111,7 +111,7 @@ def _warmup(t, factor, exponent):
 
 def _warmup_then_decay(t, before, factor, exponent, *, until: float, clean: bool):
     reached = _warmup(until, factor, exponent)
-    if not clean:  # as released: the value of another formula than that of the warm-up
+    if not clean:  # as released: not the warm-up's own formula
         reached = jnp.where(exponent == 1.0, until / 0.5 * factor, reached)
     decayed = reached / jnp.where(before(0.9), 10.0, 100.0)
     return jnp.where(before(until), _warmup(t, factor, exponent), decayed)

@@ -1,4 +1,4 @@
-"""Many runs in one program: a run with records, a sweep over seeds and points, and its labels."""
+"""Runs with records, sweeps over seeds and points in one program, and labelled results."""
 
 import hashlib
 import math
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     import xarray
 
 Run: TypeAlias = Callable[[PRNGKey, Any], PyTree[Array]]
-WINDOW = 64  # steps whose indices are drawn at once: a draw per step costs as much as a toy step
+WINDOW = 64  # steps per draw of indices: a draw per step costs as much as a toy step
 STRIDE = 4  # steps per iteration of the compiled loop
 
 
 class Probe(NamedTuple):
-    """`record(state)`, a pytree of arrays, taken before each of the steps `at`.
+    """A metric `record(state)`, a pytree of arrays, evaluated before each of the steps `at`.
 
-    `at` are increasing integers, which aren't traced; num_steps records the last state.
+    `at` are increasing integers, not traced; num_steps records the final state.
 
     Example:
         >>> Probe(lambda state: state.params, at=[0, 10, 100]).at
@@ -49,11 +49,11 @@ def record_run(
     probes: Sequence[Probe],
     num_steps: int,
 ) -> tuple[TrainState, tuple[PyTree[jax.Array], ...]]:
-    """One run up to step `num_steps`: (last state, records), records[i] stacked along probes[i].at.
+    """One run to step `num_steps`: (final state, records), records[i] stacked along probes[i].at.
 
-    A probe costs nothing between its records, and doesn't change the run. `state` may be that of
-    any step: a saved run continues. Raises ValueError where the `at` of a probe isn't increasing,
-    or leaves [state.step, num_steps]; if `state` is traced, the lower end isn't checked.
+    Probes don't change the run, and cost nothing between their records. `state` may be at any step,
+    so that a saved run continues. Raises ValueError if the `at` of a probe isn't increasing or
+    exceeds [state.step, num_steps], with 0 as the lower end if `state` is traced.
 
     Example:
         >>> from sgd_sparse_jax import train, types
@@ -71,7 +71,7 @@ def record_run(
     for i, (_, at) in enumerate(probes):
         if len(at) and not (first <= at[0] and at[-1] <= num_steps and (np.diff(at) > 0).all()):
             raise ValueError(
-                f"probes[{i}].at goes from {at[0]} to {at[-1]}; give increasing integers in "
+                f"probes[{i}].at goes from {at[0]} to {at[-1]}; it must increase within "
                 f"[{first}, {num_steps}], from the step of the state to num_steps."
             )
     stops = np.unique(np.concatenate([*(probe.at for probe in probes), [num_steps]])).astype(int)
@@ -89,7 +89,7 @@ def record_run(
 
 
 def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, stop) -> TrainState:
-    """Steps until `state.step` is `stop`, which may be traced: one program for all distances."""
+    """Runs until `state.step` is `stop`, which may be traced: all distances share a program."""
 
     def window(state: TrainState, trips, length: int) -> TrainState:
         indices = sampler(order, state.step, WINDOW)
@@ -104,8 +104,8 @@ def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, s
 
 
 def _record_if(scheduled, record: Record, state: TrainState):
-    # A scan over stops stacks all records; those that aren't scheduled are zeros, at no cost. The
-    # condition isn't mapped over runs, so that `vmap` keeps it: it would compute both sides.
+    # The scan stacks a record per stop; unscheduled ones are zeros, at no cost. The condition isn't
+    # mapped over runs: `vmap` of a mapped one would compute both branches.
     zeros = optax.tree.zeros_like(jax.eval_shape(record, state))
     return jax.lax.cond(scheduled, record, lambda _: zeros, state)
 
@@ -115,16 +115,15 @@ def make_sweep(
 ) -> Callable[..., PyTree[np.ndarray]]:
     """sweep(keys, points): `run(key, point)` for all pairs, leaves [len(keys), points, ...].
 
-    One program, compiled at the first call, takes `chunk` runs per device of `mesh` at a time
-    (default: all devices, of all hosts); results gather in host memory. Run (i, j) is
-    `run(keys[i], points[j])`, whatever the number of seeds, points and devices, and the chunk.
+    One program, compiled at the first call, executes `chunk` runs per device of `mesh` at a time
+    (default: all devices of all hosts); results are gathered in host memory. Run (i, j) is
+    `run(keys[i], points[j])`, independent of the numbers of seeds, points and devices, and `chunk`.
 
-    The leaves of the pytree `points` have one entry per point; raises ValueError otherwise. Further
-    arguments of `sweep`: `on_chunk(done)` is called with the number of finished runs after each
-    chunk. `store` is a mapping from strings to dicts of arrays: chunks found in it aren't computed,
-    others are added, so that with a store on disk an interrupted sweep continues. A chunk's name is
-    the digest of keys, points, chunk size, shapes of the results, and `fingerprint`: a string for
-    all else that `run` depends on.
+    Leaves of the pytree `points` have one entry per point; ValueError otherwise. Options of sweep:
+    `on_chunk(done)` is called after each chunk with the number of finished runs. `store`, a mapping
+    from strings to dicts of arrays, caches chunks: with a store on disk, an interrupted sweep
+    continues. A chunk is named by a digest of keys, points, chunk size, shapes of the results, and
+    `fingerprint`, a string that identifies everything else that `run` depends on.
 
     Example:
         >>> sweep = make_sweep(lambda key, point: point["scale"] * jr.normal(key))
@@ -147,24 +146,24 @@ def make_sweep(
 
     def sweep(keys, points, *, on_chunk=lambda done: None, store=None, fingerprint=""):
         points, store = jax.tree.map(jnp.asarray, points), {} if store is None else store
-        # An index beyond a short leaf would be clipped silently; vmap names leaves of two lengths.
+        # Indices beyond a short leaf would be clipped silently; vmap reports unequal lengths.
         pairs = jax.vmap(jax.vmap(lambda key, point: 0, (None, 0)), (0, None))
         shape = jax.eval_shape(pairs, keys, points).shape
         total = math.prod(shape)
-        turn = min(chunk, -(-total // over.size)) * over.size
-        shapes = program.eval_shape(np.arange(turn), keys, points)
+        width = min(chunk, -(-total // over.size)) * over.size
+        shapes = program.eval_shape(np.arange(width), keys, points)
         name = _digest(fingerprint, jr.key_data(keys), points, str((keys.dtype, shapes)))
         chunks = []
-        for start in range(0, total, turn):
+        for start in range(0, total, width):
             found = store.get(f"{name}-{start}")
             if found is None:
-                indices = np.arange(start, start + turn) % total  # the last repeats early runs
+                indices = np.arange(start, start + width) % total  # the last is padded
                 results = program(indices, keys, points)
                 leaves = jax.tree.leaves(multihost_utils.process_allgather(results, tiled=True))
                 found = {str(i): leaf[: total - start] for i, leaf in enumerate(leaves)}
                 store[f"{name}-{start}"] = found
             chunks.append([found[str(i)] for i in range(len(found))])
-            on_chunk(min(start + turn, total))
+            on_chunk(min(start + width, total))
         leaves = [np.concatenate(parts) for parts in zip(*chunks, strict=True)]
         leaves = [leaf.reshape(*shape, *leaf.shape[1:]) for leaf in leaves]
         return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
@@ -175,7 +174,7 @@ def make_sweep(
 def sweep(
     run: Run, keys: Array, points: Any, *, chunk: int = 64, mesh: Mesh | None = None, **options
 ) -> PyTree[np.ndarray]:
-    """`make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, **options)`: a sweep done once.
+    """`make_sweep(run, chunk=chunk, mesh=mesh)(keys, points, **options)`, for a single sweep.
 
     Example:
         >>> keys = jr.split(jr.key(0), 2)
@@ -194,7 +193,7 @@ def _digest(*parts: PyTree) -> str:
 
 
 def grid(**axes: ArrayLike | Sequence[Any]) -> dict[str, Array]:
-    """Every combination of the axes' values as `points` of a sweep, the last axis fastest.
+    """All combinations of the axes' values, as `points` of a sweep; the last axis varies fastest.
 
     Example:
         >>> points = grid(step_size=[0.1, 0.2], batch=[1, 2, 4])
@@ -214,7 +213,7 @@ def labelled(
 ) -> "xarray.Dataset":
     """Results of a sweep over `grid(**axes)` as an xarray.Dataset with dims seed, *axes, *records.
 
-    `records[name]` names the further axes of the result `name`; `coords` are their coordinates.
+    `records[name]` names the remaining dims of the result `name`; `coords` are their coordinates.
 
     Example:
         >>> data = labelled({"loss": np.zeros((5, 6))}, axes={"lr": [0.1, 0.2], "b": [1, 2, 4]})

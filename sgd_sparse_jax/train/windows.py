@@ -1,4 +1,4 @@
-"""Training in windows: between two of them the caller evaluates, saves or stops."""
+"""Training as a generator of windows, between which the caller evaluates, saves or stops."""
 
 import math
 import time
@@ -16,7 +16,7 @@ from jaxtyping import Float64
 
 from sgd_sparse_jax.types import PRNGKey, Sampler, Segment, TrainState
 
-# Calls that may wait for the device: it never idles, and an interruption or NaN is noticed soon.
+# Calls dispatched ahead: the device never idles, and interruptions and NaN are noticed soon.
 IN_FLIGHT = 8
 
 
@@ -32,7 +32,7 @@ class Window(NamedTuple):
     state: TrainState  # valid until the next window is requested: its buffers are donated
     step: int
     losses: Float64[np.ndarray, " steps"]
-    seconds: float  # that the steps took, without compilation
+    seconds: float  # duration of the steps, without compilation
 
 
 def windows(
@@ -51,18 +51,17 @@ def windows(
     The result depends neither on `stops` nor on `steps_per_call`.
 
     Args:
-        key: its halves go to `sampler` and to `segment`.
-        state: where to begin; its buffers are donated.
+        key: split between `sampler` and `segment`.
+        state: the initial state; its buffers are donated.
         sampler: (key, step, count) -> indices [count, b], see `train.samplers`.
         segment: what `make_segment` returns, or a `jax.tree_util.Partial(function, *arrays)`, which
-            is compiled once for all runs that share the function, whatever the arrays' values.
+            is compiled once for all runs that share `function`, whatever the values of `arrays`.
         stops: steps to yield at; those up to `state.step` are ignored.
         steps_per_call: steps in one compiled call; at most two programs are compiled.
-        interrupt: called after each call with the step reached; where it returns True a window is
-            yielded there too.
-        on_call: called with the step that the calls so far reach, 8 of them perhaps unfinished.
+        interrupt: called after each call with the step reached; True yields a window there too.
+        on_call: called after each call with the step reached; up to 8 calls may be unfinished.
 
-    Raises FloatingPointError where a loss isn't finite, which is noticed at most 8 calls later; or
+    Raises FloatingPointError if a loss isn't finite, which is noticed at most 8 calls later, or if
     the state at a stop isn't, which is then not yielded.
 
     Example:
@@ -78,11 +77,11 @@ def windows(
     """
     order, noise = jr.split(key)
     place = state.step.sharding
-    # Explicit transfers (`jax.transfer_guard`). Several hosts pass their copies to the compiled
-    # call as they are: `device_put` onto devices of other hosts would compare them first.
+    # Explicit transfers, for `jax.transfer_guard`. Several hosts pass their copies to the compiled
+    # call directly: `device_put` to devices of other hosts would first compare them.
     put = lambda x: jax.device_put(x, place) if place.is_fully_addressable else x
     noise = put(noise)
-    # Committed to their devices, as what comes back: else the second call would compile again.
+    # Committed to devices, as the outputs are: else the second call would compile again.
     state = jax.tree.map(lambda leaf: jax.device_put(leaf, leaf.sharding), state)
     draw = jax.jit(sampler, static_argnums=2)
     shared = isinstance(segment, Partial)
@@ -90,18 +89,18 @@ def windows(
     compiled: set[int] = set()
     step, last_loss = int(state.step), None
     for stop in sorted({stop for stop in stops if stop > step}):
-        # All of them at once: a permutation of the data set is too expensive for every step.
+        # One draw per window: a permutation of the data set per step is too expensive.
         indices = np.asarray(jax.device_get(draw(order, jax.device_put(step), stop - step)))
         under_way: deque[jax.Array] = deque()
         losses: list[float] = []
         done, begun = step, time.perf_counter()
-        # What is left of whole calls goes one by one: two programs, whatever the distance.
+        # The remainder runs step by step: two programs suffice for any distance.
         whole = len(indices) - len(indices) % steps_per_call
         cuts = [*range(0, whole, steps_per_call), *range(whole, len(indices) + 1)]
         for rows in np.split(indices, cuts[1:-1]):
             called = time.perf_counter()
             state, loss = advance(noise, state, put(rows))
-            if len(rows) not in compiled:  # such a call returns as soon as it is compiled
+            if len(rows) not in compiled:  # the first call blocks to compile
                 compiled.add(len(rows))
                 begun += time.perf_counter() - called
             step += len(rows)
@@ -117,7 +116,7 @@ def windows(
             if ends:
                 seconds = time.perf_counter() - begun
                 if not jax.device_get(_is_finite(state)):
-                    # A loss is the one before its step: what the last step did shows here alone.
+                    # Losses precede their steps: only the state shows the effect of the last one.
                     raise _not_finite(f"state at step {step}", step, last_loss)
                 yield Window(state, step, np.array(losses), seconds)
                 losses, begun = [], time.perf_counter()

@@ -1,4 +1,4 @@
-"""One command, started again after every fault until it is done; then anew, until all are used."""
+"""Repeats a command after each fault until its run is finished, over as many runs as necessary."""
 
 import os
 import random
@@ -17,29 +17,29 @@ from faults import KINDS, Victim, finished
 from experiments.storage import records
 
 ROOT = Path(__file__).parents[2]
-PATIENCE = 120  # seconds without an end until a process counts as hung
-MANY = 40  # lives of one run: so many mean that it gets nowhere
-EARLY = 0.1  # share of faults that come while the command starts up
-LATE = 0.1  # share of faults that come when all is computed, and the figures are drawn
+PATIENCE = 120  # seconds after which a process counts as hung
+MANY = 40  # starts of one run: more mean no progress
+EARLY = 0.1  # share of faults during start-up
+LATE = 0.1  # share of faults after the computation, while figures are drawn
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A command, and where its run keeps what it has finished."""
+    """A command, and where its run stores finished states or chunks."""
 
     name: str
     flags: tuple[str, ...]
     saves: str  # checkpoints or chunks
-    whole: int  # how far the finished run is: its last step, or the number of its blocks
+    whole: int  # progress of the finished run: its last step, or the number of its chunks
     kinds: Mapping[str, int]  # kind of fault -> how many
 
     def folder(self, runs_dir: Path) -> Path:
-        """Of the only run in `runs_dir`; as long as there is none, a folder that isn't there."""
+        """Folder of the only run in `runs_dir`; a missing folder if there is no run."""
         above = runs_dir / self.name
         return next(iter(above.iterdir()), above) if above.is_dir() else above / "none"
 
     def progress(self, folder: Path) -> float:
-        """The share that is done."""
+        """The finished share."""
         saves = folder / self.saves
         names = [path.name for path in saves.iterdir()] if saves.is_dir() else []
         steps = [int(name) for name in names if name.isdigit()]
@@ -47,22 +47,22 @@ class Experiment:
 
 
 class Life(NamedTuple):
-    """One start of a command, from what was on disk before to what it left."""
+    """One start of a command, with the files before and after."""
 
-    after: str  # the fault before it, "" for a first start
+    after: str  # the previous fault, "" for a first start
     kind: str  # the fault that ended it, "" for none
     detail: str | None
-    before: dict[str, tuple[int, int]]  # finished states or blocks, oldest first: inode and time
-    seen: dict[str, tuple[int, int]]  # as last seen meanwhile: the finished run drops its blocks
+    before: dict[str, tuple[int, int]]  # finished states or chunks, oldest first: inode and time
+    seen: dict[str, tuple[int, int]]  # as last seen: a finished run removes its chunks
     left: dict[str, tuple[int, int]]
     rows: list[dict[str, Any]]
-    from_step: int | None  # None where it ended before its entry in the manifest
+    from_step: int | None  # None if it ended before its entry in the manifest
     code: int | None  # None: it hung
     stderr: list[str]  # lines of stderr
 
 
 class Run(NamedTuple):
-    """A run that came to its end through all its lives: where it was, and where it is now."""
+    """A finished run, with all its starts, and its former and current folder."""
 
     ran_in: Path
     folder: Path
@@ -70,9 +70,9 @@ class Run(NamedTuple):
 
 
 class Campaign:
-    """All faults of an experiment at random times, over as many runs as that takes.
+    """All faults of an experiment, at random times, over as many runs as necessary.
 
-    `disk` holds a run until it is finished, `place` finished runs and all logs.
+    `disk` contains a run until it is finished, `place` finished runs and all logs.
     """
 
     def __init__(self, experiment: Experiment, place: Path, disk: Path, seed: str):
@@ -80,10 +80,10 @@ class Campaign:
         self.rng = random.Random(f"{seed} {experiment.name}")
         self.todo: list[str] = []
         self.seen: dict[str, tuple[int, int]] = {}
-        self.starting = self.working = 0.0  # seconds of an undisturbed run
+        self.starting = self.working = 0.0  # seconds of a run without faults
 
     def undisturbed(self) -> Path:
-        """The reference: run twice, since the first compiles, and timed."""
+        """The reference run without faults; run twice, since the first compiles, and timed."""
         for count in range(2):
             runs_dir = self.place / f"{self.experiment.name}-reference-{count}"
             began = time.monotonic()
@@ -96,7 +96,7 @@ class Campaign:
         return self.experiment.folder(runs_dir)
 
     def disturbed(self, can: Collection[str]) -> list[Run]:
-        """The runs that all faults of the kinds `can` were spread over, each finished at last."""
+        """The finished runs over which all faults of the kinds `can` were spread."""
         kinds = Counter(self.experiment.kinds).elements()
         self.todo = [kind for kind in kinds if kind in can]
         self.rng.shuffle(self.todo)
@@ -114,12 +114,12 @@ class Campaign:
                 if lives[-1].stderr and "to start from the beginning" in lives[-1].stderr[-1]:
                     shutil.rmtree(self.experiment.folder(runs_dir) / self.experiment.saves)
             ran_in = self.experiment.folder(runs_dir)
-            shutil.move(ran_in, self.place / name)  # off the small disk: it has room for one run
+            shutil.move(ran_in, self.place / name)  # the small disk has space for one run
             runs.append(Run(ran_in, self.place / name, lives))
         return runs
 
     def _start(self, runs_dir: Path, log: Path) -> subprocess.Popen:
-        """The command as its user types it, on one CPU device."""
+        """Starts the command on one CPU device."""
         environment = os.environ | {
             "JAX_NUM_CPU_DEVICES": "1",
             "JAX_PLATFORMS": "cpu",
@@ -134,7 +134,7 @@ class Campaign:
             )
 
     def _life(self, runs_dir: Path, log: Path, after: str) -> Life:
-        """One start: up to the next fault, if one is left and the run lasts so long."""
+        """One start, up to the next fault if one is left and the run lasts so long."""
         folder = self.experiment.folder(runs_dir)
         before = finished(folder / self.experiment.saves)
         noted, self.seen = len(self._starts(runs_dir)), {}
@@ -159,9 +159,9 @@ class Campaign:
         return Life(after, kind, detail, before, self.seen, left, rows, from_step, code, lines)
 
     def _lasts_to_a_moment(self, process: subprocess.Popen, runs_dir: Path, noted: int) -> bool:
-        """Waits for a random moment, of the start-up or of the work; whether it still runs then.
+        """Waits for a random moment of start-up or work; returns whether the process still runs.
 
-        A moment of the work is a share of what it saves: times differ from life to life.
+        Moments of the work are defined by the share that is saved, since times vary between starts.
         """
         share, goal, rest = self.rng.random(), self.rng.random() ** 2, self.rng.random()
         progress = lambda: self.experiment.progress(self.experiment.folder(runs_dir))
@@ -183,12 +183,12 @@ class Campaign:
         runs_dir: Path,
         condition: Callable[[], object] = lambda: False,
     ) -> None:
-        """Watches until the condition holds, or the process has ended, or hangs."""
+        """Waits until the condition holds, or the process has ended or hangs."""
         patience = time.monotonic() + PATIENCE
         while process.poll() is None and time.monotonic() < patience and not condition():
             self.seen |= finished(self.experiment.folder(runs_dir) / self.experiment.saves)
             time.sleep(0.01)
 
     def _starts(self, runs_dir: Path) -> list[dict[str, Any]]:
-        """The starts that the run has noted so far."""
+        """The starts in the manifest so far."""
         return records.read_starts(self.experiment.folder(runs_dir))

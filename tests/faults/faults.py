@@ -1,4 +1,4 @@
-"""The kinds of fault: each happens to a running process, and is undone once that has ended."""
+"""Kinds of faults, each injected into a running process and undone after its end."""
 
 import contextlib
 import os
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 
 class Victim(NamedTuple):
-    """A run under way: its process, its folder, where it keeps what it has finished, its disk."""
+    """A running process, its run folder, the folder of finished states or chunks, and its disk."""
 
     process: subprocess.Popen
     folder: Path
@@ -22,13 +22,13 @@ class Victim(NamedTuple):
     disk: Path
 
 
-# What was done; None if there was nothing to damage, and the process was only killed.
+# A description; None if there was nothing to damage, and the process was only killed.
 Fault = Callable[[Victim, random.Random], contextlib.AbstractContextManager[str | None]]
 
 
 @contextlib.contextmanager
 def mounted(folder: Path, mebibytes: int) -> Iterator[bool]:
-    """`folder` as a small disk of its own, where this user may mount one; whether it is."""
+    """Mounts a small disk at `folder`; yields whether this user may do so."""
     folder.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
     done = _succeeds(command)
@@ -40,7 +40,7 @@ def mounted(folder: Path, mebibytes: int) -> Iterator[bool]:
 
 
 def may_bind(scratch: Path) -> bool:
-    """Whether a folder can be made read-only for the user who runs this."""
+    """Whether this user can make a folder read-only."""
     scratch.mkdir()
     with _read_only(scratch):
         try:
@@ -58,14 +58,14 @@ def signalled(number: signal.Signals, victim: Victim, rng: random.Random) -> Ite
 
 @contextlib.contextmanager
 def disk_full(victim: Victim, rng: random.Random) -> Iterator[str]:
-    """The disk fills up: all of it, or so that something small still fits."""
-    assert victim.disk.is_mount()  # it is a small one
+    """Fills the disk, completely or except for a small rest."""
+    assert victim.disk.is_mount()  # a small disk
     ballast = victim.disk / "ballast"
     left = rng.choice([0, 0, 2**12, 2**16, 2**18, 2**20])
     try:
         with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
             os.posix_fallocate(file.fileno(), 0, max(1, shutil.disk_usage(victim.disk).free - left))
-            while not left:  # what the run has freed meanwhile
+            while not left:  # space that the run has freed meanwhile
                 file.seek(0, os.SEEK_END)
                 file.write(bytes(2**12))
         yield f"{left} bytes left"
@@ -75,7 +75,7 @@ def disk_full(victim: Victim, rng: random.Random) -> Iterator[str]:
 
 @contextlib.contextmanager
 def read_only(victim: Victim, rng: random.Random) -> Iterator[str]:
-    """Where it saves can't be written any more."""
+    """Makes the folder of saves read-only."""
     place = next(path for path in (victim.saves, victim.folder, victim.disk) if path.is_dir())
     with _read_only(place):
         yield place.name
@@ -83,7 +83,7 @@ def read_only(victim: Victim, rng: random.Random) -> Iterator[str]:
 
 @contextlib.contextmanager
 def damaged_save(victim: Victim, rng: random.Random) -> Iterator[str | None]:
-    """kill -9, and some of the newest state's or block's files are not what was written."""
+    """kill -9, and damage to some files of the newest state or chunk."""
     victim.process.kill()
     names = list(finished(victim.saves)) if victim.process.wait() else []
     if not names:
@@ -100,7 +100,7 @@ def damaged_save(victim: Victim, rng: random.Random) -> Iterator[str | None]:
 
 @contextlib.contextmanager
 def cut_row(victim: Victim, rng: random.Random) -> Iterator[str | None]:
-    """kill -9, and the last line of metrics.jsonl ends in its middle."""
+    """kill -9, and a torn last line of metrics.jsonl."""
     path = victim.folder / "metrics.jsonl"
     victim.process.kill()
     content = path.read_bytes() if victim.process.wait() and path.exists() else b""
@@ -114,9 +114,9 @@ def cut_row(victim: Victim, rng: random.Random) -> Iterator[str | None]:
 
 
 def finished(saves: Path) -> dict[str, tuple[int, int]]:
-    """Finished states or blocks, oldest first, by what changes when one is written anew."""
+    """Finished states or chunks, oldest first, by inode and time."""
     found = {}
-    with contextlib.suppress(FileNotFoundError):  # there are none yet, or dropped just now
+    with contextlib.suppress(FileNotFoundError):  # none yet, or just removed
         for name in os.listdir(saves):
             if name.isdigit() or name.endswith(".npz"):
                 stat = (saves / name).stat()
@@ -137,7 +137,7 @@ KINDS: dict[str, Fault] = {
 
 
 def _damage(path: Path, rng: random.Random) -> None:
-    """Truncated, or overwritten in part."""
+    """Truncates a file, or overwrites a part of it."""
     content = path.read_bytes()
     at = rng.randrange(len(content))
     if rng.random() < 0.5:
@@ -149,7 +149,7 @@ def _damage(path: Path, rng: random.Random) -> None:
 
 @contextlib.contextmanager
 def _read_only(folder: Path) -> Iterator[None]:
-    """By a mount over itself: permission bits don't bind root, who alone may mount."""
+    """Mounts a folder read-only over itself: permissions do not apply to root."""
     over = _succeeds(["mount", "--bind", str(folder), str(folder)])
     try:
         _succeeds(["mount", "-o", "remount,ro,bind", str(folder)])

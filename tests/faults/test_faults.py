@@ -1,9 +1,9 @@
-"""Runs that are killed, signalled, starved of space and damaged at random times come out the same.
+"""Runs with kills, signals, full disks and damaged files at random times have the same results.
 
     pytest -n 0 -s -m slow tests/faults
 
-FAULTS_SEED=N repeats the draws of an earlier run of the harness, which prints its seed above the
-table; FAULTS_SHARE=0.2 injects a fifth of the faults.
+FAULTS_SEED=N repeats the draws of an earlier campaign, which prints its seed above the table;
+FAULTS_SHARE=0.2 injects a fifth of the faults.
 """
 
 import contextlib
@@ -87,12 +87,12 @@ def outcome(small_cifar, tmp_path_factory):
 
 
 @pytest.mark.parametrize("counter", verdict.COUNTERS)
-def test_no_fault_leaves(outcome, counter):
+def test_faults_cause_no(outcome, counter):
     findings = [f for found in outcome[2].values() for f in found if f.counter == counter]
     assert findings == []
 
 
-def test_as_many_faults_as_promised_were_injected(outcome):
+def test_all_faults_were_injected(outcome):
     runs, not_run, _ = outcome
     lives = [life for of_experiment in runs.values() for run in of_experiment for life in run.lives]
     assert sum(bool(life.kind) for life in lives) + len(not_run) >= 50 * SHARE

@@ -1,4 +1,4 @@
-"""What a run may not have suffered, against the same run undisturbed; and the table of it."""
+"""Comparison of runs with faults with the same run without, and a table of the findings."""
 
 import re
 import signal
@@ -20,7 +20,7 @@ STOPPED, INTERRUPTED = 75, 130
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, and the fault it was seen after."""
+    """A problem, and the fault after which it was found."""
 
     counter: str
     kind: str
@@ -28,7 +28,7 @@ class Finding(NamedTuple):
 
 
 def of_run(experiment: Experiment, run: Run, reference: Path) -> list[Finding]:
-    """All findings about a run, each where it was first seen."""
+    """All findings of a run, each at its first occurrence."""
     found: dict[tuple[str, str], Finding] = {}
     wanted = records.read_records(reference)
     for life in run.lives:
@@ -47,9 +47,9 @@ def of_run(experiment: Experiment, run: Run, reference: Path) -> list[Finding]:
 
 
 def of_rows(life: Life, wanted: list[dict[str, Any]]) -> Iterator[Finding]:
-    """Rows so far: the reference's, one each, up to the newest saved state at least."""
+    """Records so far equal the reference's, without duplicates, up to the newest saved state."""
     newest = max((int(name) for name in life.left if name.isdigit()), default=-1)
-    # The row is what this fault took; the next start that gets so far restores it.
+    # This fault removes the record; the next start that gets so far restores it.
     newest = -1 if life.kind == "cut row" or life.from_step is None else newest
     counts = Counter(row["step"] for row in life.rows)
     reached = max([newest, *counts])
@@ -65,7 +65,7 @@ def of_rows(life: Life, wanted: list[dict[str, Any]]) -> Iterator[Finding]:
 
 
 def of_resume(experiment: Experiment, life: Life) -> Iterator[Finding]:
-    """A start continues from the newest state on disk, or says why from an older one."""
+    """A start continues from the newest state on disk, or prints why from an older one."""
     says = lambda pattern: any(re.search(pattern, line) for line in life.stderr)
     if experiment.saves == "chunks":
         for name, identity in life.before.items():
@@ -84,23 +84,23 @@ def of_resume(experiment: Experiment, life: Life) -> Iterator[Finding]:
 
 
 def of_end(experiment: Experiment, life: Life, folder: Path) -> Iterator[Finding]:
-    """A documented exit code, and one line that has the folder and, after a stop, the step."""
+    """A documented exit code, and one line with the folder and, after a stop, the step."""
     is_signal, last = life.kind.startswith("SIG"), life.stderr[-1] if life.stderr else ""
     if is_signal and life.from_step is None and life.code == -getattr(signal, life.kind):
-        return  # Python was still importing: a signal ends it as any program
+        return  # Python was still importing, without our signal handlers
     expected = rf"^error: .*{re.escape(str(folder))}"
     if is_signal and life.code == STOPPED:
         step = r" at step \d+ of \d+" if experiment.saves == "checkpoints" else ""
         expected = rf"^{life.kind}: stopped{step}.*{re.escape(str(folder))}.*the same command"
     elif is_signal and life.code == INTERRUPTED:
-        expected = "^error: interrupted; the same command continues"
+        expected = "^error: interrupted; run the same command to continue"
     elif not life.kind:  # all states were damaged
         expected += ".*to start from the beginning"
     by_kill = life.kind in ("kill -9", "damaged save", "cut row") and life.code == -signal.SIGKILL
     documented = life.code == 1 and (life.kind in ("disk full", "read-only", ""))
     documented |= is_signal and life.code in (STOPPED, INTERRUPTED)
     right = life.code == 0 or by_kill or (documented and re.search(expected, last))
-    # Orbax may say that it waits for a save; every other line is for the reader.
+    # Orbax may print that it waits for a save.
     lines = [line for line in life.stderr if "Waiting for previous save" not in line]
     if not right or len(lines) > 4 or any("Traceback" in line for line in lines):
         what = f"{life.kind or 'no fault'} ({life.detail}), exit code {life.code}: "
@@ -117,7 +117,7 @@ def of_numbers(experiment: Experiment, run: Run, reference: Path) -> Iterator[st
 
 
 def arrays(experiment: Experiment, folder: Path) -> Mapping[str, np.ndarray]:
-    """All numbers that a finished run leaves."""
+    """All results of a finished run."""
     if experiment.saves == "chunks":
         return {"results.nc": np.fromfile(folder / "results.nc", np.uint8)}
     import jax
@@ -129,21 +129,21 @@ def arrays(experiment: Experiment, folder: Path) -> Mapping[str, np.ndarray]:
 
 
 def of_leftovers(run: Run, reference: Path) -> list[str]:
-    """Files that the reference hasn't or only it has, scratch; damaged-* folders are documented."""
+    """Missing, additional and temporary files; damaged-* folders are documented."""
     ours = files(run.folder)
     scratch = {path for path in ours if re.search(r"(^|/)\.(?!lock$)|-tmp$|^chunks$", path)}
     return sorted((ours ^ files(reference)) | scratch)
 
 
 def files(folder: Path) -> set[str]:
-    """Paths in a run's folder, but for the insides of states and what was moved aside."""
+    """Paths in a run's folder, except inside of states and of damaged-* folders."""
     found = (path.relative_to(folder) for path in folder.rglob("*"))
     names = ("/".join(path.parts[:2]) for path in found)
     return {name for name in names if not re.fullmatch(r"checkpoints/(\d+|damaged-[\d-]+)", name)}
 
 
 def table(runs: Mapping[str, list[Run]], findings: Mapping[str, list[Finding]]) -> str:
-    """How often each kind of fault was injected, and what was found after it; the sum."""
+    """Counts of injected faults and of findings by kind of fault, and their sums."""
     rows = Counter()
     for name, of_experiment in runs.items():
         lives = [life for run in of_experiment for life in run.lives]
