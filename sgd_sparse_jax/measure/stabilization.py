@@ -1,9 +1,14 @@
-"""Loss stabilization: the level at which large steps hold the loss, and outcomes of runs."""
+"""Stabilization under large steps: levels, plateaus, bouncing across a valley, outcomes of runs."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, ArrayLike, Float, Int
 
-from sgd_sparse_jax.types import Scalar
+from sgd_sparse_jax.types import Params, Scalar
 
 OUTCOMES = ("converged", "stabilized", "period-2", "diverged")
 
@@ -60,3 +65,126 @@ def outcome(
     period &= one_apart.mean() > 1e-6 * tail.mean()
     bounded = jnp.isfinite(trend).all() & jnp.isfinite(tail).all()
     return jnp.where(bounded, jnp.where(converged, 0, jnp.where(period, 2, 1)), 3)
+
+
+class Plateau(NamedTuple):
+    """Where a series stays level: records `onset` to `end` - 1; empty, with NaN, if nowhere.
+
+    Example:
+        >>> series = jnp.array([1.0, 5.0, 9.9, 10.0, 10.1, 10.0, 10.0, 4.0])
+        >>> found = plateau(series)
+        >>> float(found.level), int(found.onset), int(found.end)
+        (10.0, 2, 7)
+    """
+
+    level: Scalar  # the median
+    onset: Int[Array, ""]
+    end: Int[Array, ""]
+    drift: Scalar  # rise of the fitted line from onset to end, relative to the level
+
+
+def plateau(
+    series: Float[Array, " t"], *, width: ArrayLike = 0.1, shortest: ArrayLike = 0.25
+) -> Plateau:
+    """The longest window in which a positive series stays within +-`width` of its mid-range.
+
+    For sharpness under large steps: its level beside 2 / step size, when it is reached and left.
+    Catapults and values that aren't finite end a window. Record odd and even steps: at the edge the
+    iterate jumps across the valley every step, and even steps alone see one side.
+
+    Args:
+        series: Positive records at even distances, [t]; takes memory for [t, t].
+        width: Largest relative deviation from (max + min) / 2 of the window.
+        shortest: Share of the series that a plateau must cover.
+
+    Example:
+        >>> float(plateau(jnp.exp(jnp.arange(20.0))).level)  # no plateau
+        nan
+    """
+    t = jnp.arange(len(series))
+    inside = t[:, None] <= t[None]  # row i: windows that begin at i
+    row = jnp.broadcast_to(series[None], inside.shape)
+    high = jax.lax.cummax(jnp.where(inside, row, -jnp.inf), axis=1)
+    low = jax.lax.cummin(jnp.where(inside, row, jnp.inf), axis=1)
+    level = inside & (high - low <= width * (high + low)) & jnp.isfinite(row) & (low > 0)
+    lengths = jnp.where(inside, jnp.cumprod(level | ~inside, axis=1), 0).sum(1)
+    onset, length = lengths.argmax(), lengths.max()
+    found = (length >= shortest * len(series)) & (length > 1)
+    within = (t >= onset) & (t < onset + length) & found
+    middle = jnp.nanmedian(jnp.where(within, series, jnp.nan))
+    away = jnp.where(within, t - (onset + (length - 1) / 2), 0.0)
+    rise = (away * jnp.where(within, series, 0.0)).sum() / (away**2).sum() * (length - 1)
+    return Plateau(middle, jnp.where(found, onset, 0), within.sum() + onset * found, rise / middle)
+
+
+def sign_autocorrelation(series: Float[Array, " t"], lag: int = 1) -> Scalar:
+    """mean_t sign(x_t) sign(x_(t + lag)): -1 for an iterate that switches sides at every step.
+
+    Args:
+        series: The coordinate across a valley at consecutive steps, 0 at its floor: that of the
+            gradient or of the displacement along the top eigenvector, [t].
+        lag: In steps; 2 for the return to the same side.
+
+    Example:
+        >>> float(sign_autocorrelation(jnp.array([0.3, -0.1, 0.2, -0.4])))
+        -1.0
+    """
+    signs = jnp.sign(series)
+    return (signs[lag:] * signs[: len(signs) - lag]).mean()
+
+
+def split_displacement(displacement: Params, directions: Params) -> tuple[Params, Params]:
+    """(V V^T d, d - V V^T d): bouncing within the span of sharp directions, and drift beside it.
+
+    Args:
+        displacement: d, such as the difference of two iterates.
+        directions: Orthonormal V, leaves [k, ...]: `Eigenpairs.vectors`.
+
+    Example:
+        >>> bounce, drift = split_displacement(jnp.array([3.0, 4.0]), jnp.array([[0.0, 1.0]]))
+        >>> bounce.tolist(), drift.tolist()
+        ([0.0, 4.0], [3.0, 0.0])
+    """
+    bounce = _combine(_coordinates(directions, displacement), directions)
+    return bounce, optax.tree.sub(displacement, bounce)
+
+
+def floor_across(
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    values: ArrayLike,
+    directions: Params,
+) -> tuple[Params, Scalar]:
+    """(theta - sum_i v_i (v_i, g) / lambda_i, its loss): the valley floor below an iterate.
+
+    One Newton step within the sharp directions, exact in a quadratic valley: the loss without the
+    part that large steps hold up by bouncing. `valley_floor` descends in all directions.
+
+    Args:
+        loss: Of the full batch.
+        params: theta.
+        values: Eigenvalues lambda of the Hessian, [k]; directions where one isn't positive have no
+            floor, and are left out.
+        directions: Their unit eigenvectors v, leaves [k, ...].
+
+    Example:
+        >>> loss = lambda p: 5.0 * p[0] ** 2 + p[1]
+        >>> values, directions = jnp.array([10.0]), jnp.array([[1.0, 0.0]])
+        >>> _, below = floor_across(loss, jnp.array([1.0, 2.0]), values, directions)
+        >>> float(below)
+        2.0
+    """
+    along = _coordinates(directions, jax.grad(loss)(params))
+    curvature = jnp.asarray(values, along.dtype)
+    positive = curvature > 0
+    steps = jnp.where(positive, -along / jnp.where(positive, curvature, 1.0), 0.0)
+    floor = optax.tree.add(params, _combine(steps, directions))
+    return floor, loss(floor)
+
+
+def _coordinates(directions, vector) -> Float[Array, " k"]:
+    return jnp.asarray(jax.vmap(lambda v: optax.tree.vdot(v, vector))(directions))
+
+
+def _combine(coefficients, directions):
+    return jax.tree.map(lambda v: jnp.tensordot(coefficients.astype(v.dtype), v, 1), directions)

@@ -1,0 +1,257 @@
+"""Curvature as linear maps: Hessians, Gauss-Newton matrices, their means over chunks, their blocks.
+
+Programs are compiled once per function `loss` or `predict`; parameters and data are their
+arguments, so that other values of the same shapes, as along a run, or in the next chunk of a data
+set, use the same program. Arrays keep their shardings: a product over a batch that is split over
+devices runs on all of them.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial
+from jaxtyping import Array, Float
+
+from sgd_sparse_jax.types import Batch, LossFn, Network, Outputs, Params, PRNGKey
+
+
+class Operator(NamedTuple):
+    """v -> A v, a symmetric linear map between pytrees of the shapes and dtypes of `like`.
+
+    Any function with these properties will do as `matvec`; under `jax.jit` it is fast.
+
+    Example:
+        >>> double = Operator(lambda v: 2 * v, like=jnp.zeros(3))
+        >>> double.matvec(jnp.ones(3)).tolist()
+        [2.0, 2.0, 2.0]
+    """
+
+    matvec: Callable[[Params], Params]
+    like: Params
+    coupled: bool = False  # examples share batch moments: A is no mean over chunks of the data
+
+
+def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
+    """v -> H v, the Hessian of `loss(params, *args)` with respect to `params`.
+
+    Forward-mode over reverse-mode differentiation: about the cost of two gradients, and of their
+    memory. Source: Pearlmutter, 1994.
+
+    Args:
+        loss: Returns the loss, or a tuple that begins with it, as objectives of training do. The
+            returned operator is `coupled` if the tuple's second entry, the statistics, is changed.
+        params: Where the Hessian is taken.
+        args: Data, arguments of the compiled program. In a closure they would be constants of it:
+            slow to compile, and compiled anew for each.
+
+    Example:
+        >>> loss = lambda params, x: (x * params**2).sum() / 2
+        >>> hessian(loss, jnp.ones(2), jnp.array([3.0, 5.0])).matvec(jnp.ones(2)).tolist()
+        [3.0, 5.0]
+    """
+    of = as_tree(loss)
+    coupled = bool(jax.eval_shape(_changed_stats, of, params, args))
+    return Operator(lambda v: _hessian_product(of, params, args, v), params, coupled)
+
+
+def gauss_newton(predict: Callable[..., Any], loss: LossFn, params: Params, *args: Any) -> Operator:
+    """v -> (1/n) sum_i J_i^T l_i'' J_i v, with J_i the Jacobian of the outputs for example i.
+
+    The part of the Hessian that stays when the outputs are linearized in the parameters. Source:
+    Schraudolph, 2002.
+
+    Args:
+        predict: `predict(params, x)` or `predict(params, stats, x)`, as of `Network.apply`; returns
+            outputs [n, ...], or `Outputs`.
+        loss: (outputs, targets) -> losses per example [n], convex in the outputs.
+        params: Where the matrix is taken.
+        args: (batch,) or (stats, batch), with inputs x and targets y in the `Batch`.
+
+    Example:
+        >>> predict, loss = lambda params, x: x * params, lambda out, y: (out - y) ** 2 / 2
+        >>> batch = Batch(jnp.array([1.0, 3.0]), jnp.zeros(2))
+        >>> float(gauss_newton(predict, loss, jnp.array(2.0), batch).matvec(jnp.array(1.0)))
+        5.0
+    """
+    of, *stats, batch = as_tree(predict), *args
+    coupled = bool(jax.eval_shape(_changed_stats, of, params, (*stats, batch.x)))
+    product = lambda v: _gauss_newton_product(of, as_tree(loss), params, tuple(stats), batch, v)
+    return Operator(product, params, coupled)
+
+
+def mean_over(
+    operator: Callable[[Any], Operator],
+    chunks: Iterable[Any],
+    weights: Iterable[float] | None = None,
+) -> Operator:
+    """v -> sum_c w_c A_c v / sum_c w_c: the operator of a data set that is processed in chunks.
+
+    The loop runs on the host, over one compiled program: on CPUs, convolutions inside a compiled
+    loop are 20-30 times slower. It holds one chunk's activations at a time.
+
+    Args:
+        operator: chunk -> its `Operator`; called for every chunk in every product.
+        chunks: A sequence, or any other iterable that can be read many times: one that loads each
+            chunk when it is asked for holds a data set larger than the memory.
+        weights: One for each chunk; default: the number of examples of a `Batch`, else 1.
+
+    Raises:
+        ValueError: If examples are coupled, as by BatchNorm in training mode: the mean over chunks
+            would be the Hessian of another loss. One chunk is the whole, and is allowed.
+        TypeError: If `chunks` can be read only once.
+
+    Example:
+        >>> loss = lambda params, batch: (batch.x * params**2).mean() / 2
+        >>> chunks = [Batch(jnp.array(x), jnp.array(x)) for x in ([1.0, 2.0], [6.0])]
+        >>> mean = mean_over(lambda chunk: hessian(loss, jnp.array(1.0), chunk), chunks)
+        >>> float(mean.matvec(jnp.array(1.0)))
+        3.0
+    """
+    if iter(chunks) is chunks:
+        raise TypeError("Each product reads the chunks again: give a list, not an iterator.")
+    size = lambda chunk: len(chunk.x) if isinstance(chunk, Batch) else 1
+    shares = np.array([size(chunk) for chunk in chunks] if weights is None else [*weights], float)
+    shares /= shares.sum()
+    first = operator(next(iter(chunks)))
+    if first.coupled and len(shares) > 1:
+        raise ValueError(
+            "BatchNorm in training mode couples the examples: the Hessian is no mean over chunks. "
+            "Take one batch, or in_mode(network, 'eval') with running moments or given ones."
+        )
+
+    def matvec(v: Any) -> Any:
+        total = None
+        for share, chunk in zip(shares, chunks, strict=True):
+            total = _add_scaled(total, float(share), operator(chunk).matvec(v))
+        return total
+
+    return Operator(matvec, first.like, first.coupled)
+
+
+def restrict(operator: Operator, keep: Callable[[str], bool]) -> Operator:
+    """v -> P A P^T v: the diagonal block of A for some of the parameters.
+
+    Args:
+        operator: A.
+        keep: Whether a parameter is in the block, by its path in the pytree, "Dense_0/kernel". The
+            block's vectors are dicts from path to array.
+
+    Example:
+        >>> loss = lambda params: params["w"] ** 2 + params["b"] ** 2 * params["w"]
+        >>> whole = hessian(loss, {"w": jnp.array(1.0), "b": jnp.array(2.0)})
+        >>> float(restrict(whole, lambda name: name == "b").matvec({"b": jnp.array(1.0)})["b"])
+        2.0
+    """
+    leaves, structure = jax.tree.flatten_with_path(operator.like)
+    path = lambda keys: jax.tree_util.keystr(keys, simple=True, separator="/")
+    named = [(path(keys), leaf) for keys, leaf in leaves]
+    like = {name: leaf for name, leaf in named if keep(name)}
+    if not like:
+        raise ValueError(f"No parameter is kept; there are {', '.join(n for n, _ in named)}.")
+    zeros = {name: jnp.zeros_like(leaf) for name, leaf in named if name not in like}
+
+    def matvec(v: Any) -> Any:
+        filled = [v[name] if name in like else zeros[name] for name, _ in named]
+        found = jax.tree.leaves(operator.matvec(structure.unflatten(filled)))
+        return {name: leaf for (name, _), leaf in zip(named, found, strict=True) if name in like}
+
+    return Operator(matvec, like, operator.coupled)
+
+
+def in_mode(network: Network, mode: Literal["train", "eval"] | None = None) -> Network:
+    """`network` with BatchNorm in one mode, whatever a caller asks for.
+
+    The Hessians of a network with BatchNorm are different matrices in its modes: differentiated
+    through the moments of the batch ("train"); or at the moments in `stats`, held constant
+    ("eval"): the running ones, or frozen at any others, such as those of `make_moments`.
+
+    Args:
+        network: Pure functions (init, apply).
+        mode: The mode; may be missing only for networks without statistics.
+
+    Raises:
+        ValueError: When a network with statistics is applied, and `mode` is missing.
+
+    Example:
+        >>> apply = lambda params, stats, x, train: Outputs(x - x.mean() * train, {}, stats)
+        >>> network = in_mode(Network(lambda key, x: ((), {}), apply), "train")
+        >>> network.apply((), {"mean": 0.0}, jnp.array([1.0, 3.0])).out.tolist()
+        [-1.0, 1.0]
+    """
+
+    def apply(params: Any, stats: Any, x: jax.Array, *, train: bool = False) -> Outputs:
+        if jax.tree.leaves(stats) and mode is None:
+            raise ValueError(
+                f"The network has statistics ({', '.join(stats)}), and its curvature depends on "
+                "them: give mode='train' or mode='eval'."
+            )
+        return network.apply(params, stats, x, train=mode == "train")
+
+    return Network(network.init, apply)
+
+
+def flatten(tree: Any) -> Float[np.ndarray, " p"]:
+    """A pytree of arrays as one float64 vector on the host."""
+    return np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(tree)])
+
+
+def unflatten(vectors: Float[np.ndarray, "*k p"], like: Any) -> Any:
+    """Vectors [..., p] as one pytree of the shapes [..., *shape] and dtypes of `like`."""
+    leaves, structure = jax.tree.flatten(like)
+    parts = np.split(vectors, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
+    shaped = [
+        part.reshape(*vectors.shape[:-1], *leaf.shape).astype(leaf.dtype)
+        for part, leaf in zip(parts, leaves, strict=True)
+    ]
+    return structure.unflatten(shaped)
+
+
+def generator(key: PRNGKey) -> np.random.Generator:
+    """Random numbers on the host, a function of `key`: XLA compiles a normal draw for seconds."""
+    return np.random.default_rng(np.asarray(jax.random.key_data(key)))
+
+
+def as_tree(function: Callable[..., Any]) -> Partial:
+    """A function as a pytree, which compiled programs take as an argument."""
+    return function if isinstance(function, Partial) else Partial(function)
+
+
+def value_of(result: Any) -> Array:
+    """The loss, from what a loss function or an objective returned: (loss, stats)."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+@jax.jit
+def _hessian_product(loss, params, args, v):
+    slope = jax.grad(lambda params: value_of(loss(params, *args)))
+    return jax.jvp(slope, (params,), (v,))[1]
+
+
+@jax.jit
+def _gauss_newton_product(predict, loss, params, stats, batch, v):
+    def outputs(params):
+        result = predict(params, *stats, batch.x)
+        return result.out if isinstance(result, Outputs) else result
+
+    out, moved = jax.jvp(outputs, (params,), (v,))
+    slope = jax.grad(lambda out: loss(out, batch.y).mean())
+    return jax.vjp(outputs, params)[1](jax.jvp(slope, (out,), (moved,))[1])[0]
+
+
+@jax.jit
+def _add_scaled(total, share, v):
+    scaled = jax.tree.map(lambda leaf: share * leaf, v)
+    return scaled if total is None else jax.tree.map(jnp.add, total, scaled)
+
+
+@jax.jit
+def _changed_stats(function, params, args):
+    """() where statistics come back as they went in, else one number: read off the structure."""
+    result = function(params, *args)
+    stats = result.stats if isinstance(result, Outputs) else ()
+    stats = result[1:] if type(result) is tuple else stats
+    given = {id(leaf) for leaf in jax.tree.leaves(args)}
+    return () if all(id(leaf) in given for leaf in jax.tree.leaves(stats)) else (0,)

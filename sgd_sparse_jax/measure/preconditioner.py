@@ -1,0 +1,56 @@
+"""Curvature in the metric of an adaptive optimizer."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sgd_sparse_jax.types import Params
+
+from .operators import Operator
+
+
+def preconditioned(operator: Operator, scale: Params) -> Operator:
+    """v -> D A D v with D = diag(scale): the curvature that an adaptive optimizer sees.
+
+    With scale = P^(-1/2) it has the eigenvalues of P^(-1) A; RMSProp with step size eta is at its
+    edge where eta lambda_max reaches 2. Source: Cohen et al., 2022 (arXiv 2207.14484).
+
+    Args:
+        operator: A, of the loss.
+        scale: One positive number per parameter, as of `adaptive_scale`.
+
+    Example:
+        >>> A = Operator(lambda v: 2.0 * v, jnp.ones(2))
+        >>> preconditioned(A, jnp.array([1.0, 3.0])).matvec(jnp.ones(2)).tolist()
+        [2.0, 18.0]
+    """
+    times = lambda v: jax.tree.map(jnp.multiply, scale, v)
+    return Operator(lambda v: times(operator.matvec(times(v))), operator.like, operator.coupled)
+
+
+def adaptive_scale(
+    opt_state: optax.OptState, *, eps: float = 1e-8, eps_root: float = 0.0, decay: float = 0.0
+) -> Params:
+    """P^(-1/2) with P = sqrt(nu / (1 - decay^t) + eps_root) + eps, the preconditioner of Adam.
+
+    Args:
+        opt_state: Of optax.adam, optax.rmsprop or another state with one `nu`: the running mean of
+            squared gradients up to the last step.
+        eps: Added to the root. optax.rmsprop adds its own below it: eps=0, eps_root=1e-8.
+        eps_root: Added below the root.
+        decay: That of `nu`, where the optimizer corrects its bias, as Adam does (.999); default: no
+            correction.
+
+    Example:
+        >>> state = optax.adam(0.1).init(jnp.zeros(2))
+        >>> state = optax.tree.set(state, nu=jnp.array([1.0, 16.0]))
+        >>> adaptive_scale(state, eps=0.0).tolist()
+        [1.0, 0.5]
+    """
+    nu: Any = optax.tree.get(opt_state, "nu")
+    if nu is None:
+        raise ValueError("The optimizer's state has no running mean of squared gradients, `nu`.")
+    step: Any = optax.tree.get(opt_state, "count") if decay else 1.0
+    return jax.tree.map(lambda v: (jnp.sqrt(v / (1.0 - decay**step) + eps_root) + eps) ** -0.5, nu)

@@ -1,0 +1,141 @@
+"""Traces and spectral densities of linear maps, from products with random vectors."""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Float
+
+from sgd_sparse_jax.types import PRNGKey
+
+from .eigenpairs import project_out
+from .estimates import Estimate, mean_estimate
+from .operators import Operator, flatten, generator, unflatten
+
+FEWEST = 16  # samples before a standard error is believed
+
+
+def trace(
+    operator: Operator, key: PRNGKey, *, probes: int = 100, sketch: int = 0, tol: float = 0.0
+) -> Estimate:
+    """tr A = E z^T A z over vectors z of random signs, with its standard error.
+
+    The variance of one sample is 2 (|A|_F^2 - sum_i A_ii^2). With a `sketch`, A's trace on the
+    range of A Omega, Omega random, is computed exactly and only the rest is sampled: fewer products
+    where few eigenvalues dominate. Sources: Hutchinson, 1990; Hutch++, Meyer et al., 2021.
+
+    Args:
+        operator: A, symmetric.
+        key: Of the random vectors.
+        probes: Largest number of samples, each a product.
+        sketch: Columns of Omega, each two products (default: none).
+        tol: Relative standard error at which sampling stops (default: takes all probes).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
+        >>> trace(A, jax.random.key(0), probes=2).value  # without an error: A is diagonal
+        6.0
+    """
+    rng, product, size = generator(key), _product(operator), _size(operator)
+    if sketch > size or probes < 1:
+        raise ValueError(f"sketch = {sketch} of dimension {size}, probes = {probes} of 1 or more.")
+    rows = np.zeros((0, size))
+    if sketch:
+        rows = np.linalg.qr(np.stack([product(v) for v in rng.normal(size=(sketch, size))]).T)[0].T
+    exact, samples = sum(float(row @ product(row)) for row in rows), []
+    while True:
+        z = project_out(rng.choice([-1.0, 1.0], size), rows)[1]
+        samples.append(exact + float(z @ product(z)))
+        found = mean_estimate(np.array(samples), tol if len(samples) >= FEWEST else 0.0)
+        if found.converged or len(samples) >= probes:
+            return found
+
+
+class Density(NamedTuple):
+    """A spectral density (1/p) sum_i delta(lambda - lambda_i), as one quadrature rule per probe.
+
+    `moment(n)` is tr A^n / p. `smoothed(grid, width)` is the density convolved with a Gaussian:
+    values and standard errors on the grid. Errors are those of a sample of `probes` out of p
+    orthogonal directions: zero when there are as many.
+
+    Example:
+        >>> density = Density(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]]), size=9)
+        >>> density.moment(2).value
+        5.0
+    """
+
+    nodes: Float[np.ndarray, "probes steps"]
+    weights: Float[np.ndarray, "probes steps"]  # sum to 1 for each probe
+    size: int  # p
+
+    def moment(self, order: int) -> Estimate:
+        found = mean_estimate((self.weights * self.nodes**order).sum(1))
+        return found._replace(standard_error=found.standard_error * self._unseen())
+
+    def smoothed(
+        self, grid: Float[np.ndarray, " g"], width: float
+    ) -> tuple[Float[np.ndarray, " g"], Float[np.ndarray, " g"]]:
+        bell = np.exp(-(((grid - self.nodes[..., None]) / width) ** 2) / 2)
+        rows = (self.weights[..., None] * bell).sum(1) / (width * np.sqrt(2 * np.pi))
+        spread = rows.std(0, ddof=1) if len(rows) > 1 else np.full(len(grid), np.nan)
+        return rows.mean(0), spread / np.sqrt(len(rows)) * self._unseen()
+
+    def _unseen(self) -> float:
+        return float(np.sqrt(1 - len(self.nodes) / self.size))
+
+
+def spectral_density(
+    operator: Operator, key: PRNGKey, *, probes: int = 8, steps: int = 32
+) -> Density:
+    """(1/p) sum_i delta(lambda - lambda_i) of A, by stochastic Lanczos quadrature.
+
+    It takes `probes` times `steps` products. Probes are random orthonormal vectors; for each, the
+    moments up to 2 `steps` - 1 are exact. Vectors are reorthogonalized in float64. Sources: Ubaru
+    et al., 2017; Ghorbani et al., 2019 (arXiv 1901.10159).
+
+    Args:
+        operator: A, symmetric.
+        key: Of the random vectors.
+        probes: Number of start vectors, at most p; two or more for an error.
+        steps: Lanczos steps from each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
+        >>> density = spectral_density(A, jax.random.key(0), probes=4, steps=2)
+        >>> round(density.moment(1).value, 6), density.moment(1).standard_error
+        (1.5, 0.0)
+    """
+    product, size = _product(operator), _size(operator)
+    if not 1 <= probes <= size:
+        raise ValueError(f"probes = {probes}; give 1 to {size}, the number of parameters.")
+    starts = np.linalg.qr(generator(key).normal(size=(size, probes)))[0].T
+    nodes, weights = np.zeros((2, probes, min(steps, size)))
+    for probe, v in enumerate(starts):
+        V, M = np.zeros((nodes.shape[1], size)), np.zeros(2 * nodes.shape[1:])
+        used, length = 0, 1.0
+        # An invariant subspace ends the steps: the rule is exact.
+        while used < len(V) and length > 1e-14 * np.abs(M).max():
+            V[used] = v / length
+            M[: used + 1, used], v = project_out(product(V[used]), V[: used + 1])
+            used, length = used + 1, np.linalg.norm(v)
+        nodes[probe, :used], S = np.linalg.eigh(M[:used, :used], UPLO="U")
+        weights[probe, :used] = S[0] ** 2
+    return Density(nodes, weights, size)
+
+
+def _size(operator: Operator) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(operator.like))
+
+
+def _product(operator: Operator):
+    """v -> A v for vectors on the host."""
+
+    def product(v: Float[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
+        w = flatten(operator.matvec(unflatten(v, operator.like)))
+        if not np.isfinite(w).all():
+            raise FloatingPointError("A product isn't finite: are the loss and parameters?")
+        return w
+
+    return product
