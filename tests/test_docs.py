@@ -9,6 +9,8 @@ import runpy
 import shlex
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from experiments.launch import cli
@@ -80,12 +82,20 @@ def test_links_lead_to_existing_files():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
-def test_the_library_example_of_the_readme_prints_its_comment():
-    (example,) = re.findall(r"```python\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL)
-    screen = io.StringIO()
+def test_the_library_examples_of_the_readme_print_what_they_say():
+    """In their order, in one namespace."""
+    examples = re.findall(r"```python\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL)
+    screen, names = io.StringIO(), {}
     with contextlib.redirect_stdout(screen):
-        exec(compile(example, "README.md", "exec"), {})
-    assert screen.getvalue() == "(64, 3, 3)\n"
+        for example in examples:
+            exec(compile(example, "README.md", "exec"), names)
+    first, second = screen.getvalue().splitlines()
+    assert first == "(64, 3, 3)"
+    hessian = jax.hessian(lambda u, v: names["mean_loss"]({"u": u, "v": v}), (0, 1))
+    blocks = hessian(names["params"]["u"], names["params"]["v"])
+    top = np.linalg.eigvalsh(np.block([list(row) for row in blocks])).max()
+    converged, largest_step = second.split("] ")
+    assert converged == "[ True  True" and float(largest_step) == pytest.approx(2 / top)
 
 
 def test_the_gallery_shows_existing_files():

@@ -17,6 +17,7 @@ from sgd_sparse_jax.data.images import STORED
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
+    pytest.mark.usefixtures("quick_compilation"),
 ]
 KINDS = ["cifar10", "cifar100", "cifar10_gs", "cifar10_dog_cat", "mnist", "tiny_imagenet"]
 KINDS += ["gaussians_binary"]
