@@ -19,7 +19,7 @@ import optax
 from sgd_sparse_jax.types import Batch, Objective, Params, PRNGKey, Scalar, Stats
 
 from .eigenpairs import lanczos_sharpness, top_eigenpairs
-from .estimates import Estimate, mean_estimate, ratio_estimate
+from .estimates import FEWEST, Estimate, mean_estimate, ratio_estimate
 from .operators import (
     Operator,
     as_tree,
@@ -29,8 +29,6 @@ from .operators import (
     unflatten,
     value_of,
 )
-
-FEWEST = 16  # batches before a standard error is believed
 
 
 def step_sharpness(

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from sgd_sparse_jax.types import Params, PRNGKey, Scalar
 
-from .operators import Operator, flatten, generator, unflatten
+from .operators import Operator, dimension, flatten, generator, on_host, unflatten
 
 Which = Literal["largest", "smallest", "magnitude"]
 ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -80,7 +80,7 @@ def top_eigenpairs(
         >>> pairs.values.round(6).tolist(), pairs.vectors.shape
         ([99.0, 98.0], (2, 100))
     """
-    size = sum(leaf.size for leaf in jax.tree.leaves(operator.like))
+    product, size = on_host(operator), dimension(operator)
     rows = min(basis or max(2 * k + 10, 20), size)
     if not 1 <= k <= size:
         raise ValueError(f"k = {k} eigenpairs of an operator of dimension {size}.")
@@ -96,12 +96,8 @@ def top_eigenpairs(
     V[0] = _first(rng, size, start)
     used = matvecs = 0
     while True:
-        w = flatten(operator.matvec(unflatten(V[used], operator.like)))
+        w = product(V[used])
         matvecs += 1
-        if not np.isfinite(w).all():
-            raise FloatingPointError(
-                f"Product {matvecs} with the operator isn't finite: are the loss and parameters?"
-            )
         M[: used + 1, used], w = project_out(w, V[: used + 1])
         used += 1
         length = np.linalg.norm(w)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
+FEWEST = 16  # samples before a standard error is believed
+
 
 class Estimate(NamedTuple):
     """A number from random samples, and its standard error.

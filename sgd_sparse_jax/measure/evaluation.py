@@ -6,10 +6,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
 from sgd_sparse_jax.types import Fetch, LossFn, Network, Params, PRNGKey, Scalar, Stats
+
+from .operators import as_tree
 
 OnBatch: TypeAlias = Callable[[], None]
 
@@ -45,7 +46,7 @@ def make_evaluation(
         {'loss': 3.0, 'error': 0.5}
     """
 
-    fetch = fetch if isinstance(fetch, Partial) else Partial(fetch)
+    fetch = as_tree(fetch)
 
     @jax.jit
     def totals(fetch, key, params, stats, idx, mask):
@@ -117,7 +118,7 @@ def make_moments(
         2.5
     """
 
-    fetch = fetch if isinstance(fetch, Partial) else Partial(fetch)
+    fetch = as_tree(fetch)
 
     @jax.jit
     def of_batch(fetch, key, params, stats, idx):

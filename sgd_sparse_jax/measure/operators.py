@@ -209,6 +209,23 @@ def unflatten(vectors: Float[np.ndarray, "*k p"], like: Any) -> Any:
     return structure.unflatten(shaped)
 
 
+def dimension(operator: Operator) -> int:
+    """The number p of entries of a vector."""
+    return sum(leaf.size for leaf in jax.tree.leaves(operator.like))
+
+
+def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
+    """v -> A v for float64 vectors [p] on the host; FloatingPointError if A v isn't finite."""
+
+    def product(v: np.ndarray) -> np.ndarray:
+        w = flatten(operator.matvec(unflatten(v, operator.like)))
+        if not np.isfinite(w).all():
+            raise FloatingPointError("A product isn't finite: are the loss and parameters?")
+        return w
+
+    return product
+
+
 def generator(key: PRNGKey) -> np.random.Generator:
     """Random numbers on the host, a function of `key`: XLA compiles a normal draw for seconds."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))

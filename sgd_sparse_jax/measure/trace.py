@@ -2,17 +2,14 @@
 
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
 from sgd_sparse_jax.types import PRNGKey
 
 from .eigenpairs import project_out
-from .estimates import Estimate, mean_estimate
-from .operators import Operator, flatten, generator, unflatten
-
-FEWEST = 16  # samples before a standard error is believed
+from .estimates import FEWEST, Estimate, mean_estimate
+from .operators import Operator, dimension, generator, on_host
 
 
 def trace(
@@ -32,12 +29,12 @@ def trace(
         tol: Relative standard error at which sampling stops (default: takes all probes).
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
         >>> trace(A, jax.random.key(0), probes=2).value  # without an error: A is diagonal
         6.0
     """
-    rng, product, size = generator(key), _product(operator), _size(operator)
+    rng, product, size = generator(key), on_host(operator), dimension(operator)
     if sketch > size or probes < 1:
         raise ValueError(f"sketch = {sketch} of dimension {size}, probes = {probes} of 1 or more.")
     rows = np.zeros((0, size))
@@ -101,13 +98,13 @@ def spectral_density(
         steps: Lanczos steps from each.
 
     Example:
-        >>> import jax.numpy as jnp
+        >>> import jax, jax.numpy as jnp
         >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
         >>> density = spectral_density(A, jax.random.key(0), probes=4, steps=2)
         >>> round(density.moment(1).value, 6), density.moment(1).standard_error
         (1.5, 0.0)
     """
-    product, size = _product(operator), _size(operator)
+    product, size = on_host(operator), dimension(operator)
     if not 1 <= probes <= size:
         raise ValueError(f"probes = {probes}; give 1 to {size}, the number of parameters.")
     starts = np.linalg.qr(generator(key).normal(size=(size, probes)))[0].T
@@ -123,19 +120,3 @@ def spectral_density(
         nodes[probe, :used], S = np.linalg.eigh(M[:used, :used], UPLO="U")
         weights[probe, :used] = S[0] ** 2
     return Density(nodes, weights, size)
-
-
-def _size(operator: Operator) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(operator.like))
-
-
-def _product(operator: Operator):
-    """v -> A v for vectors on the host."""
-
-    def product(v: Float[np.ndarray, " p"]) -> Float[np.ndarray, " p"]:
-        w = flatten(operator.matvec(unflatten(v, operator.like)))
-        if not np.isfinite(w).all():
-            raise FloatingPointError("A product isn't finite: are the loss and parameters?")
-        return w
-
-    return product
