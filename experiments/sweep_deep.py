@@ -133,7 +133,7 @@ def compare(
 
 
 def expand(grid: Any) -> dict[str, list[Config]]:
-    """Label of each setting -> its runs, one per seed."""
+    """Label of each setting -> its runs, one per seed; ValueError if two would share a folder."""
     values = {f.name: getattr(grid, f.name) for f in dataclasses.fields(Config)}
     lists = {k: v for k, v in values.items() if isinstance(v, tuple) and k != "seed"}
     single = values | {k: v[0] for k, v in lists.items()}
@@ -152,6 +152,12 @@ def expand(grid: Any) -> dict[str, list[Config]]:
             Config(**single | chosen | {"exp_name": name, "seed": seed})
             for seed in dict.fromkeys(grid.seed)
         ]
+    places = [folder_of(first) for first, *_ in settings.values()]
+    if shared := [path.name for path in places if places.count(path) > 1]:
+        raise ValueError(
+            f"{len(shared)} settings have the folder {shared[0]}, with _ for /; run them "
+            "as separate sweeps with different --exp_name."
+        )
     return settings
 
 

@@ -10,6 +10,8 @@ import jaxlib
 import numpy as np
 import pytest
 
+from experiments.launch import devices
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -59,21 +61,36 @@ def test_deterministic_sets_xla_flags_and_keeps_the_users(tmp_path):
     assert "xla_gpu_deterministic_ops: true" in options.read_text()
 
 
+def test_deterministic_is_refused_on_gpus_that_were_started_without_it(monkeypatch):
+    """By then XLA has read its flags; CPUs are deterministic anyway."""
+    monkeypatch.setenv("XLA_FLAGS", "")
+    count = jax.device_count()  # starts JAX
+    devices.set_up_deep(deterministic=True)
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for _ in range(2):
+        with pytest.raises(ValueError, match="XLA_FLAGS"):
+            devices.set_up_deep(deterministic=True)
+    monkeypatch.setenv("XLA_FLAGS", devices.FIXED_ORDER)  # as the error advises
+    devices.set_up_deep(deterministic=True)
+    assert jax.device_count() == count
+
+
 @pytest.mark.parametrize(
-    ("env", "devices"),
+    ("env", "count"),
     [
         ({"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_ENABLE_X64": "0"}, len(os.sched_getaffinity(0))),
         ({"JAX_NUM_CPU_DEVICES": "3", "JAX_THREEFRY_PARTITIONABLE": "0"}, 3),
     ],
 )
-def test_toys_use_a_device_per_core_or_the_users_number_with_equal_results(env, devices):
+def test_toys_use_a_device_per_core_or_the_users_number_with_equal_results(env, count):
     program = (
         "from experiments.launch import devices\ndevices.set_up_toys()\nimport jax\n"
         "print(jax.device_count(), *jax.random.normal(jax.random.key(0), 3))"
     )
     done = python("-c", program, **{"XLA_FLAGS": None} | env)
-    count, *numbers = map(float, done.stdout.split())
-    assert count == devices
+    found, *numbers = map(float, done.stdout.split())
+    assert found == count
     np.testing.assert_array_equal(numbers, jax.random.normal(jax.random.key(0), 3))
 
 

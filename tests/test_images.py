@@ -183,6 +183,20 @@ def test_the_newest_version_is_read_and_without_ids_in_the_order_of_its_records(
     assert found.source == "cifar10 10.0.0" and load(tmp_path).source == "cifar10 10.0.1"
 
 
+def test_a_folder_that_vanishes_while_it_is_searched_is_ignored(prepared, monkeypatch):
+    """Such as the one in which another process decodes."""
+    scandir, gone = os.scandir, prepared / "cifar10" / "incomplete.gone"
+
+    def scanned(path):
+        if gone.exists() and str(path).endswith(gone.name):
+            gone.rmdir()
+        return scandir(path)
+
+    gone.mkdir()
+    monkeypatch.setattr(os, "scandir", scanned)
+    assert_official(prepared)
+
+
 def test_a_module_that_a_prepared_folder_names_is_not_imported(prepared, monkeypatch):
     """TFDS would import it, so that reading an untrusted folder could execute code."""
     sprung, module = prepared / "sprung", prepared / "trapped.py"

@@ -15,6 +15,7 @@ from PIL import Image
 
 from experiments.figures import maps, plots
 
+ROOT = str(Path(__file__).parents[1])
 X = np.arange(8)
 
 
@@ -194,13 +195,16 @@ def test_figures_are_complete_files_whatever_the_users_settings(tmp_path):
 
 
 def test_a_command_draws_with_any_backend_and_matplotlibrc(tmp_path):
-    """A backend that is not installed, and a matplotlibrc that is not text."""
-    (tmp_path / "matplotlibrc").write_bytes(b"text.usetex: True\n\xff")
+    """A backend that is not installed; matplotlibrc in two places, neither of which is text."""
+    for folder in (tmp_path, tmp_path / "here"):
+        folder.mkdir(exist_ok=True)
+        (folder / "matplotlibrc").write_bytes(b"text.usetex: True\n\xff")
     flags = ["--n=10", "--d=12", "--support=3", "--seeds=1", "--num_steps=9", "--exp_name=x"]
+    env = {"MPLBACKEND": "module://missing", "MPLCONFIGDIR": str(tmp_path)}
     done = subprocess.run(
         [sys.executable, "-m", "experiments.diag_nets", *flags, f"--runs_dir={tmp_path}"],
-        cwd=Path(__file__).parents[1],
-        env=os.environ | {"MPLBACKEND": "module://missing", "MPLCONFIGDIR": str(tmp_path)},
+        cwd=tmp_path / "here",
+        env=os.environ | {**env, "PYTHONPATH": ROOT},
         capture_output=True,
         text=True,
     )

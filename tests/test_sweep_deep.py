@@ -52,6 +52,15 @@ def test_each_setting_has_its_own_folder(flags, names):
         assert name in folder
 
 
+def test_settings_that_would_share_a_folder_are_refused():
+    """A path in a folder's name has _ for /."""
+    with pytest.raises(ValueError, match="--exp_name"):
+        sweep_deep.expand(grid("--model_path runs/a runs_a"))
+    apart = "--model_path runs/a b --exp_name one", "--model_path runs_a b --exp_name two"
+    runs = [each for text in apart for each in sweep_deep.expand(grid(text)).values()]
+    assert len({folder_of(config) for (config,) in runs}) == 4
+
+
 @pytest.fixture(scope="module")
 def swept(small_cifar, shallow, tmp_path_factory):
     """A grid of which one run diverges, and its folder."""

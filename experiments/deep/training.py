@@ -82,13 +82,14 @@ def run(config: Config) -> Path:
 
 def _run_in_folder(plan: Plan, signal: list[str]) -> None:
     folder, config = plan.folder, plan.config
-    hosts.on_first(lambda: records.open_run(folder, config, may_change=MAY_CHANGE))
+    hosts.on_first(lambda: records.check_run(folder, config, may_change=MAY_CHANGE))
     # Duplicates: orbax also raises what it logs, asyncio logs writes that orbax has abandoned.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     states = train.open_checkpoints(folder / "checkpoints", keep=config.keep)
     with jax.debug_nans(config.debug), states as checkpoints:
-        state, known = starting_state(plan, checkpoints)
+        state, known = starting_state(plan, checkpoints)  # refuses a state of other data
+        hosts.on_first(lambda: records.write_settings(folder, config))
         if hosts.is_first():
             complete_records(plan, int(state.step), known.get("row"))
         if int(state.step) >= plan.num_steps:

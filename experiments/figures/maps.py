@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.figures import style
+from experiments.storage import files
 
 # Of Okabe & Ito's palette (see `style`), from blue to red in the order of measure.OUTCOMES.
 CLASS_COLOURS = ("#0072B2", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#56B4E9")
@@ -77,7 +78,8 @@ def animate(path: Path, frame: Map, lengths: Sequence[int], titles: Sequence[str
     images[0].save(
         content, "GIF", save_all=True, append_images=images[1:], duration=duration, loop=0
     )
-    return [style.write(path, content.getvalue())]
+    files.write_bytes(path, content.getvalue())
+    return [path]
 
 
 def draw(fig: Any, ax: Any, panel: Map) -> None:

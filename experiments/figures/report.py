@@ -1,14 +1,13 @@
 """Reports that compare published numbers with our runs, as Markdown, HTML and JSON."""
 
 import base64
-import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from experiments.figures import style, tables
+from experiments.figures import tables
 from experiments.figures.verdicts import AGREES, ORDERED, Verdict
-from experiments.storage import records
+from experiments.storage import files, records
 
 TITLE = "The paper's toy experiments, reproduced"
 HEADINGS = ("setting", "quantity", "published", "our median [5 %, 95 %]", "diverged", "verdict")
@@ -35,11 +34,11 @@ def write(folder: Path, seeds: int, chapters: Sequence[Chapter], seconds: float)
     records.write_json(folder / "verdicts.json", summary)
     for kind in ("md", "html"):
         text = rendered(kind, seeds, chapters, seconds)
-        style.write(folder / f"report.{kind}", text.encode())
+        files.write_bytes(folder / f"report.{kind}", text.encode())
 
 
 def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float) -> str:
-    """The report as "md" or "html", with all text escaped."""
+    """The report as "md" or "html"."""
     import jinja2
 
     introduction = [
@@ -57,7 +56,6 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=kind == "html",
-        finalize=None if kind == "html" else _escaped_for_markdown,
         trim_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
@@ -85,25 +83,8 @@ def score(chapters: Sequence[Chapter]) -> str:
 
 def table(chapter: Chapter) -> list[tuple[str, ...]]:
     """Cells under HEADINGS, one row per published number."""
-    return [
-        (
-            row.schedule,
-            row.quantity,
-            row.show(row.published),
-            row.interval(),
-            f"{row.share_diverged:.0%}",
-            found.word + (f" ({found.confidence:.0%})" if found.word == ORDERED else ""),
-        )
-        for row, found in chapter.compared
-    ]
-
-
-def _escaped_for_markdown(value: Any) -> Any:
-    """Escapes Markdown and joins lines, except in values that the template marks as safe."""
-    if hasattr(value, "__html__"):
-        return value
-    text = re.sub(r"[\\`*_\[\]<>|&~$#]|^[+-]", r"\\\g<0>", " ".join(str(value).split()))
-    return re.sub(r"^(\d+)([.)])", r"\1\\\2", text)
+    confidence = lambda found: f" ({found.confidence:.0%})" if found.word == ORDERED else ""
+    return [(*row.cells(), found.word + confidence(found)) for row, found in chapter.compared]
 
 
 # Embedded figures: a report is a single file.

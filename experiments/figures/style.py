@@ -1,8 +1,10 @@
 """The style of all figures, independent of the user's matplotlib settings. No JAX."""
 
+import contextlib
 import functools
 import io
 import logging
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -25,7 +27,10 @@ def drawing(draw: Draw) -> Draw:
     @functools.wraps(draw)
     def drawn(path: Path, *args: Any, **kwargs: Any) -> list[Path]:
         try:
-            import matplotlib.style
+            # `import matplotlib` reads ./matplotlibrc first, and fails if it is not valid.
+            moved = contextlib.chdir(LOOK.parent) if os.path.exists("matplotlibrc") else None
+            with moved or contextlib.nullcontext():
+                import matplotlib.style
 
             # "default" resets the user's settings.
             with matplotlib.style.context(["default", LOOK]):
@@ -79,12 +84,6 @@ def save(fig: Any, stem: Path) -> list[Path]:
         content = io.BytesIO()
         fig.savefig(content, format=kind, dpi=200)
         fig.set_layout_engine("none")  # keep the layout: computing it takes half of the time
-        paths.append(write(stem.with_name(f"{stem.name}.{kind}"), content.getvalue()))
+        paths.append(stem.with_name(f"{stem.name}.{kind}"))
+        files.write_bytes(paths[-1], content.getvalue())
     return paths
-
-
-def write(path: Path, content: bytes) -> Path:
-    """Writes a file atomically, and creates its folder if missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_bytes(path, content)
-    return path

@@ -37,12 +37,29 @@ def set_up_toys(cpu_devices: int | None = None) -> None:
 def set_up_deep(*, deterministic: bool) -> None:
     """Sets XLA's flags; `deterministic`: GPUs sum in a fixed order, as CPUs and TPUs always do.
 
-    Call it before JAX starts, when XLA reads its flags.
+    Call it before JAX starts, when XLA reads its flags; ValueError if JAX has started GPUs without
+    the flag of `deterministic`.
     """
     _update(**DEFAULTS)
     add_xla_flag(KERNEL_GRADIENTS)
-    if deterministic:
+    if deterministic and FIXED_ORDER not in os.environ.get("XLA_FLAGS", ""):
+        if has_started() and jax.default_backend() == "gpu":
+            raise ValueError(
+                f"--deterministic: JAX has started without {FIXED_ORDER} in XLA_FLAGS; start a new "
+                "Python process, or set it in the environment."
+            )
         add_xla_flag(FIXED_ORDER)
+
+
+def has_started() -> bool:
+    """Whether JAX has started its devices, after which XLA ignores new flags."""
+    before = jax.config.jax_num_cpu_devices  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        _update(jax_num_cpu_devices=before + 1)  # JAX refuses changes once it has started
+    except RuntimeError:
+        return True
+    _update(jax_num_cpu_devices=before)
+    return False
 
 
 def add_xla_flag(flag: str) -> None:

@@ -10,10 +10,11 @@ TEMPORARY = ".*-" + 32 * "[0-9a-f]"  # of unfinished files, which a killed proce
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes `content` to a temporary file, then renames it to `path`."""
+    """Writes `content` to a temporary file, then renames it to `path`; creates the folder."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         with named(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
             with temporary.open("wb") as file:
                 file.write(content)
                 file.flush()

@@ -37,7 +37,13 @@ def run_folder(runs_dir: str | os.PathLike[str], experiment: str, name: str) -> 
 
 
 def open_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> None:
-    """Creates the folder of a run if missing, and writes `config`, a dataclass, to config.json.
+    """`check_run`, then `write_settings`."""
+    check_run(folder, config, may_change=may_change)
+    write_settings(folder, config)
+
+
+def check_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> None:
+    """Compares `config`, a dataclass, with config.json in the folder, which is created if missing.
 
     Removes temporary files and a torn last line of metrics.jsonl, left by a killed process. Raises
     ValueError if the folder has a run with other settings, except those in `may_change`.
@@ -61,7 +67,11 @@ def open_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) -> 
             f"{folder} has a run with other settings ({', '.join(changed)}); choose another "
             "--exp_name, or remove that folder."
         )
-    write_json(path, requested)
+
+
+def write_settings(folder: Path, config: Any) -> None:
+    """Writes `config`, a dataclass, to config.json."""
+    write_json(folder / "config.json", dataclasses.asdict(config))
 
 
 def read_json(path: Path) -> dict[str, Any]:

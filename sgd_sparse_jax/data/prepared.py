@@ -1,5 +1,6 @@
 """Folders prepared by TFDS, read without TensorFlow."""
 
+import glob
 import json
 import re
 import struct
@@ -15,7 +16,9 @@ from .images import DIGITS, ImageSet
 
 def newest(folder: Path) -> Path | None:
     """The newest of FOLDER/VERSION and FOLDER/CONFIG/VERSION; TFDS's incomplete.* don't match."""
-    found = [info.parent for info in folder.glob("**/dataset_info.json")]
+    # Not Path.glob, which raises if another process removes a folder meanwhile.
+    infos = glob.glob("**/dataset_info.json", root_dir=folder, recursive=True)
+    found = [folder / Path(info).parent for info in infos]
     versions = [path for path in found if re.fullmatch(r"\d+\.\d+\.\d+", path.name)]
     return max(versions, key=lambda path: [int(n) for n in path.name.split(".")], default=None)
 
