@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import jax
 
@@ -47,13 +46,6 @@ class Config:
     """Folder that contains the run folders."""
 
 
-class Task(NamedTuple):
-    """One setting to run."""
-
-    title: str
-    settings: toys.Config
-
-
 TITLES = {  # in the paper's order
     "d1": "D1 · diagonal nets, SGD",
     "d2": "D2 · diagonal nets, GD and SGD",
@@ -79,26 +71,23 @@ def run(config: Config) -> list[Chapter]:
     todo = tasks(config, str(folder))
     devices.start()
     workers = config.workers or (devices.cores() if jax.default_backend() == "cpu" else 1)
-    chapters = in_processes(todo, workers) if workers > 1 else [chapter_of(task) for task in todo]
+    chapters = in_processes(todo, workers) if workers > 1 else list(map(chapter_of, todo))
     seconds = time.perf_counter() - start
     report.write(folder, config.seeds, chapters, seconds)
     terminal.show(report.score(chapters), f"{folder / 'report.html'} ({seconds:.0f} s)")
     return chapters
 
 
-def tasks(config: Config, runs_dir: str) -> list[Task]:
+def tasks(config: Config, runs_dir: str) -> list[toys.Config]:
     """The paper's settings in its order."""
     common = {name: getattr(config, name) for name in ("seeds", "seed", "spectra_records")}
     common["runs_dir"] = runs_dir
     settings = {**diag_nets.SETTINGS, **loss_surface.SETTINGS, **fc_nets.SETTINGS}
     of = {"d3": {"frames": config.frames}, "two-layer": {"seeds": 8 * config.seeds}}
-    return [
-        Task(title, replace(settings[name], **(common | of.get(name, {}))))
-        for name, title in TITLES.items()
-    ]
+    return [replace(settings[name], **(common | of.get(name, {}))) for name in TITLES]
 
 
-def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
+def in_processes(todo: Sequence[toys.Config], workers: int) -> list[Chapter]:
     """The chapters in order, from `workers` parallel processes of one device each.
 
     Compilation uses a single core, so that two settings take little longer than one.
@@ -119,16 +108,15 @@ def in_processes(todo: Sequence[Task], workers: int) -> list[Chapter]:
     return chapters
 
 
-def _quiet_chapter(task: Task) -> Chapter:
+def _quiet_chapter(settings: toys.Config) -> Chapter:
     """`chapter_of` without output, which would mix with that of other workers."""
     with contextlib.redirect_stdout(io.StringIO()):
-        return chapter_of(task)
+        return chapter_of(settings)
 
 
-def chapter_of(task: Task) -> Chapter:
+def chapter_of(settings: toys.Config) -> Chapter:
     """Runs one setting, and compares each of its published numbers with the runs."""
-    settings = task.settings
-    module = sys.modules[type(settings).__module__]  # not in the task: modules can't be pickled
+    module = sys.modules[type(settings).__module__]
     finding = module.run(settings)
     rows = finding.rows
     compared = [(row, verdicts.verdict(row, rows)) for row in rows if row.published is not None]
@@ -142,7 +130,7 @@ def chapter_of(task: Task) -> Chapter:
     if unstable and isinstance(settings, diag_nets.Config):
         evidence.append(survival(settings))
     command = f"python -m {module.__name__} --setting {settings.setting} --seeds {settings.seeds}"
-    return Chapter(task.title, command, compared, finding.figures, evidence)
+    return Chapter(TITLES[settings.setting], command, compared, finding.figures, evidence)
 
 
 def survival(settings: diag_nets.Config) -> str:

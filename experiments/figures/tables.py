@@ -1,5 +1,6 @@
 """Results of an ensemble: a table with the published numbers, and curves. No JAX."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -89,6 +90,11 @@ class Row(NamedTuple):
         low, middle, high = (self.show(self.percentile(level)) for level in (5, 50, 95))
         return f"{middle} [{low}, {high}]"
 
+    def cells(self) -> tuple[str, ...]:
+        """Schedule, quantity, published number, `interval` and share of diverged runs."""
+        diverged = f"{self.share_diverged:.0%}"
+        return self.schedule, self.quantity, self.show(self.published), self.interval(), diverged
+
 
 def rows(
     dataset: "xarray.Dataset", names: Sequence[str], published: Mapping[str, Sequence[float | None]]
@@ -116,15 +122,11 @@ def show(folder: Path, rows: Sequence[Row], *, title: str) -> None:
         *("schedule", "quantity", "paper", "median [5 %, 95 %]", "diverged"),
         title=f"{title}, at the last record",
     )
-    for row, before in zip(rows, [None, *rows], strict=False):
-        new = before is None or before.schedule != row.schedule
-        table.add_row(
-            row.schedule if new else "",
-            row.quantity,
-            row.show(row.published),
-            row.interval(),
-            f"{row.share_diverged:.0%}" if new else "",
-        )
+    for _, group in itertools.groupby(rows, lambda row: row.schedule):
+        first, *others = (row.cells() for row in group)
+        table.add_row(*first)
+        for _, *numbers, _ in others:  # schedule and share in the first line only
+            table.add_row("", *numbers)
     terminal.show(table, folder)
 
 

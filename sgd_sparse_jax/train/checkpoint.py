@@ -191,7 +191,7 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
         ...     load_weights(folder, jnp.zeros(2), {})[0].tolist()
         [1.0, 1.0]
     """
-    state, _ = _read_one(path, {"params": params, "stats": stats})
+    state = _read_one(path, {"params": params, "stats": stats})
     return state["params"], state["stats"]
 
 
@@ -211,7 +211,7 @@ def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
         [1.0, 1.0]
     """
     network = {name: getattr(like, name) for name in ("params", "stats", "average")}
-    saved = _named_leaves(_read_one(path, network)[0])
+    saved = _named_leaves(_read_one(path, network))
 
     def taken(place: Any, mine: jax.Array) -> jax.Array:
         leaf = saved.get(_name(place))
@@ -236,15 +236,15 @@ def digest(state: TrainState) -> jax.Array:
     return total
 
 
-def _read_one(path: str | PathLike[str], like: Mapping[str, Any]) -> tuple[dict, dict]:
-    """`_read` of the state that `path` refers to."""
+def _read_one(path: str | PathLike[str], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that `path` refers to."""
     given = Path(path).expanduser().absolute()
     places = [(folder, latest_step(folder)) for folder in (given / "checkpoints", given)]
     places += [(given.parent, int(given.name))] if given.name.isdigit() and given.is_dir() else []
     for folder, step in places:
         if step is not None:
             with open_checkpoints(folder, read_only=True) as checkpoints:
-                return _read(checkpoints, step, like, {})
+                return _read(checkpoints, step, like, {})[0]
     raise ValueError(f"{given} holds no saved state: give the folder of a run or of a state.")
 
 
@@ -262,10 +262,9 @@ def _read(
     _assert_alike(*mine, like, about, where)
     # The digest covers the whole state: parts that `like` lacks are read too.
     place = jax.tree.leaves(like)[0].sharding
-    at = lambda place: (
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place or x.sharding)
-    )
-    targets = jax.tree.map(at(place), saved) | jax.tree.map(at(None), dict(like))
+    of = lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+    targets = jax.tree.map(lambda x: of(x, place), saved)
+    targets |= jax.tree.map(lambda x: of(x, x.sharding), dict(like))
     args = ocp.args.StandardRestore(targets)  # orbax rejects arrays of several hosts
     with _raised_as(_Damaged, f"{where} is damaged: "):
         state = checkpoints.restore(step, args=args)
