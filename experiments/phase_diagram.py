@@ -149,7 +149,8 @@ def simulate(
     held = np.concatenate([trend, ends[:, None] - np.arange(TAIL, 0, -1)], axis=1)
     at = np.unique(held)
     train_loss = lambda initial, params: toy.mean_loss(params, toy.train)
-    keys, spectra = toy_runs.seed_keys(config.seed, config.seeds), ensemble.make_spectra(toy)
+    keys = toy_runs.seed_keys(config.seed, config.seeds)
+    spectra = ensemble.of_snapshots(toy, toy.spectra)
     results: dict[str, np.ndarray] = {}
     for batch_size in map(int, np.unique(of("batch_size"))):
         members = np.flatnonzero(of("batch_size") == batch_size)

@@ -42,11 +42,14 @@ def test_a_folder_opens_again_with_the_same_settings_only(tmp_path):
 def test_settings_of_another_version_and_damaged_ones_are_named(tmp_path):
     records.open_run(tmp_path, Config())
     saved = records.read_json(tmp_path / "config.json")
-    del saved["seeds"]
-    for text, named in ((json.dumps(saved | {"old": 0}), "seeds.*old"), ("{", r"config\.json")):
+    del saved["seeds"]  # a flag that is younger than the folder had its default
+    for text, named in ((json.dumps(saved | {"old": 0}), "seeds 3.*old"), ("{", r"config\.json")):
         (tmp_path / "config.json").write_text(text)
         with pytest.raises(ValueError, match=named):
-            records.open_run(tmp_path, Config())
+            records.open_run(tmp_path, Config(seeds=4))
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    records.open_run(tmp_path, Config())
+    assert records.read_json(tmp_path / "config.json")["seeds"] == 3
 
 
 @pytest.mark.parametrize(

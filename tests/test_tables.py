@@ -54,6 +54,17 @@ def test_curves_are_by_schedule_and_divergence_is_drawn_if_there_is_any(dataset,
     assert len(drawn[1]) == 1
 
 
+def test_recorded_sharpness_is_shown_with_the_edge_of_its_schedule(dataset, monkeypatch):
+    drawn, edge = [], [[20.0, 20.0], [5.0, 10.0]]
+    monkeypatch.setattr(plots, "figure", lambda stem, panels, **more: drawn.extend(panels))
+    found = {"sharpness": dataset["rank"], "edge": (("schedule", "spectra_step"), edge)}
+    tables.draw("f", dataset.assign(found).isel(seed=[0]), ("rank",), {}, "title")
+    rank, sharpness = drawn
+    assert not rank.levels and sharpness.lines["large"][1].tolist() == [[40, 50]]
+    assert [y.tolist() for _, y in sharpness.levels.values()] == edge
+    assert [row.name for row in tables.rows(dataset.assign(found), (), {})] == ["sharpness"] * 2
+
+
 def test_the_table_has_both_numbers_at_any_width(dataset, tmp_path, capsys, monkeypatch):
     dataset["train_loss"][:, 0, 2] = np.nan
     for columns in ("1", "120"):

@@ -17,8 +17,9 @@ class Panel(NamedTuple):
     """Curves and points over a common x.
 
     `lines[label]` is (x [t], y [t] or [runs, t]), `points[label]` is (x [k], y [k]). `marks[label]`
-    are the x of dotted vertical lines, such as the steps at which that label's step size decays.
-    With `square`, both axes are [-square, square] with equal scales.
+    are the x of dotted vertical lines, such as the steps at which that label's step size decays;
+    `levels[label]` is (x [t], y [t]) of a thin dashed line, such as a bound on the curve. With
+    `square`, both axes are [-square, square] with equal scales.
     """
 
     title: str
@@ -29,6 +30,7 @@ class Panel(NamedTuple):
     log_x: bool = False
     marks: Mapping[str, Sequence[float]] = {}
     points: Mapping[str, Any] = {}
+    levels: Mapping[str, Any] = {}
     ylim: tuple[float, float] | None = None
     square: float | None = None
 
@@ -74,6 +76,9 @@ def _draw(ax: Any, panel: Panel, looks: Mapping[str, Mapping[str, Any]]) -> None
     for label, places in panel.marks.items():
         for place in places:
             ax.axvline(place, color=looks[label]["color"], linestyle=":", linewidth=0.9)
+    for label, (x, y) in panel.levels.items():
+        steps = {"drawstyle": "steps-post", "linestyle": "--", "linewidth": 0.9}
+        ax.plot(x, y, color=looks[label]["color"], **steps)
     for label, (x, y) in panel.points.items():
         ax.plot(x, y, **looks[label], zorder=3)
     if panel.ylim:

@@ -47,7 +47,10 @@ QUANTITIES = {
     "sparsity_1": Quantity("feature sparsity, layer 1", ".1%", "active entries (%)"),
     "sparsity_2": Quantity("feature sparsity, layer 2", ".1%", "active entries (%)"),
     "flips_1": Quantity("ReLUs flipped, layer 1", ".3f", "share (%)"),
+    "sharpness": Quantity("sharpness", ".3g", "λ_max", log=True),
+    "batch_sharpness": Quantity("batch sharpness", ".3g", "E[gᵀHg / |g|²]", log=True),
 }
+CURVATURE = ("sharpness", "batch_sharpness")  # shown wherever they were recorded
 
 
 class Finding(NamedTuple):
@@ -103,6 +106,7 @@ def rows(
     out = []
     # Diverged runs are excluded even if their other values are finite.
     diverged = ~np.isfinite(dataset["train_loss"].isel(step=-1).values)
+    names = [*names, *(name for name in CURVATURE if name in dataset)]
     for j, schedule in enumerate(dataset["schedule"].values):
         for name in names:
             last = dataset[name].isel({dataset[name].dims[-1]: -1}).values[:, j]
@@ -139,7 +143,8 @@ def draw(
 ) -> list[Path]:
     """Draws a panel per variable [seed, schedule, record], with a label per schedule.
 
-    If runs diverged, a last panel shows their share.
+    Sharpness, if it was recorded, has panels with the edge. If runs diverged, a last panel shows
+    their share.
     """
 
     def panel(array: "xarray.DataArray", title: str, unit: str, **look) -> plots.Panel:
@@ -148,9 +153,15 @@ def draw(
         return plots.Panel(title, unit, lines, marks=marks, **look)
 
     panels = []
-    for name in names:
-        look = QUANTITIES[name]
-        panels.append(panel(look.scale * dataset[name], look.title, look.unit, log_y=look.log))
+    for name in [*names, *(name for name in CURVATURE if name in dataset)]:
+        look, more = QUANTITIES[name], {}
+        title = look.title
+        if name in CURVATURE:
+            title = f"{title} (dashed: 2 / η)"
+            records = dataset["spectra_step"].values
+            edges = zip(dataset["schedule"].values, dataset["edge"].values, strict=True)
+            more["levels"] = {str(label): (records, edge) for label, edge in edges}
+        panels.append(panel(look.scale * dataset[name], title, look.unit, log_y=look.log, **more))
     # A single seed has no band.
     diverged = 100 * dataset["train_loss"].isnull().mean("seed").expand_dims(seed=1)
     if bool((diverged > 0).any()):

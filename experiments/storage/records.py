@@ -46,7 +46,8 @@ def check_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) ->
     """Compares `config`, a dataclass, with config.json in the folder, which is created if missing.
 
     Removes temporary files and a torn last line of metrics.jsonl, left by a killed process. Raises
-    ValueError if the folder has a run with other settings, except those in `may_change`.
+    ValueError if the folder has a run with other settings, except those in `may_change`. A flag
+    that config.json doesn't have, because an earlier version wrote it, had its default.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for place in (folder, folder / "chunks", folder / "figures"):
@@ -54,8 +55,8 @@ def check_run(folder: Path, config: Any, *, may_change: Collection[str] = ()) ->
             unfinished.unlink()
     drop_records_after(folder, math.inf)  # rewrites the file only if its last line is torn
     path = folder / "config.json"
-    requested = json.loads(_to_json(dataclasses.asdict(config)))  # tuples become lists
-    found = read_json(path) if path.exists() else requested
+    requested = _flags(config)
+    found = _defaults(config) | read_json(path) if path.exists() else requested
     shown = lambda flags, name: json.dumps(flags[name])[:60] if name in flags else "absent"
     changed = [
         f"{name} {shown(found, name)} -> {shown(requested, name)}"
@@ -154,6 +155,16 @@ def git_revision() -> str | None:
     except (OSError, subprocess.SubprocessError):  # there is no git
         return None
     return found.stdout.strip() or None
+
+
+def _flags(config: Any) -> dict[str, Any]:
+    return json.loads(_to_json(dataclasses.asdict(config)))  # tuples become lists
+
+
+def _defaults(config: Any) -> dict[str, Any]:
+    default = {field.name: field.default for field in dataclasses.fields(config)}
+    known = {name: value for name, value in default.items() if value is not dataclasses.MISSING}
+    return _flags(dataclasses.replace(config, **known))
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:

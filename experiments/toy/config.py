@@ -17,7 +17,10 @@ from experiments.toy.problems import Toy
 from experiments.toy.run import Descent, Schedule
 
 PLACE = ("exp_name", "runs_dir", "hosts")  # flags that results don't depend on
-DENSITY = ("seeds", "seed", "spectra_records", "gd_jitter", "grid", "low", "high", "frames")
+DENSITY = (
+    *("seeds", "seed", "spectra_records", "curvature", "gd_jitter", "grid", "low", "high"),
+    "frames",
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class Config:
     spectra_records: ranges.Count = 40
     """Number of records, including the last, with singular values for every seed (one seed has all
     records)."""
+    curvature: bool = False
+    """Add sharpness, trace and batch sharpness of the training loss to the records with singular
+    values, and the edge 2 / step size; with momentum m, GD's edge is 2 (1 + m) / step size. At the
+    edge, GD jumps across the valley at every step: records, at odd and even steps, see both sides.
+    """
     runs_dir: str = "runs"
     """Folder that contains the run folders."""
     hosts: Hosts = ALONE

@@ -19,9 +19,11 @@ from experiments.launch import hosts, lock
 from experiments.launch.signals import Stopped, deferred
 from experiments.storage import arrays, records
 from experiments.toy.config import PLACE, Plan, Published
+from experiments.toy.curvature import make_curvature
 from experiments.toy.problems import Toy
-from experiments.toy.run import make_run, parameters, seed_keys, snapshot
+from experiments.toy.run import make_run, parameters, seed_keys, snapshot, step_size
 from sgd_sparse_jax import train
+from sgd_sparse_jax.types import Params
 
 if TYPE_CHECKING:
     import xarray
@@ -126,8 +128,9 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
 
     Reads finished chunks from `store`, adds others to it, and calls `on_chunk()` after each.
     """
-    config, at, spectra, parts = plan.config, plan.record_steps, make_spectra(plan.toy), []
+    config, at, parts = plan.config, plan.record_steps, []
     seeds, keys = config.seeds, seed_keys(config.seed, config.seeds)
+    spectra = of_snapshots(plan.toy, plan.toy.spectra)
     with progress.of_runs(seeds * len(plan.labels)) as advance:
         for batch_size, members in plan.groups.items():
             run = make_run(
@@ -139,6 +142,9 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                 descent=plan.descent,
             )
             sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
+            metrics = [spectra]
+            if config.curvature:  # programs of their own: runs and ranks are the same without them
+                metrics.append(of_snapshots(plan.toy, make_curvature(plan.toy, batch_size)))
             points = jax.tree.map(itemgetter(members), plan.schedules)
             done, width = [], max(1, RUNS_AT_A_TIME * jax.device_count() // len(members))
             width = min(seeds, width)
@@ -149,7 +155,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                     # The last chunk is padded with early seeds: another width would be another
                     # program, whose rounding changes chaotic runs.
                     places = np.arange(first, first + width) % seeds
-                    chunk = _reduced(plan, first, spectra, *sweep(keys[places], points))
+                    chunk = _reduced(plan, first, metrics, *sweep(keys[places], points))
                     store[name] = chunk
                 done.append(chunk)
                 advance(len(chunk["end/theta"]) * len(members))
@@ -163,14 +169,15 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
 
 
 def _reduced(
-    plan: Plan, first: int, spectra: Callable, measured: Chunk, snapshots: np.ndarray
+    plan: Plan, first: int, metrics: Sequence, measured: Chunk, snapshots: np.ndarray
 ) -> Chunk:
     """A chunk of seeds from `first` on, without most of the snapshots, which are large.
 
     Arrays [seeds, schedules, ...] are named AXIS/NAME by their third axis: "step", "spectra_step"
     or "end" (both ends of the run); "shown" are all records of one seed, in the first chunk.
     """
-    sampled = spectra(snapshots[:, :, np.isin(plan.record_steps, plan.spectra_steps)])
+    of = lambda some: {name: x for metric in metrics for name, x in metric(some).items()}
+    sampled = of(snapshots[:, :, np.isin(plan.record_steps, plan.spectra_steps)])
     chunk = {f"step/{name}": values for name, values in measured.items()}
     chunk |= {f"spectra_step/{name}": values for name, values in sampled.items()}
     chunk |= {"end/theta": snapshots[:, :, [0, -1]]}
@@ -178,22 +185,24 @@ def _reduced(
     if first == 0:
         finite = np.isfinite(measured["train_loss"]).all((1, 2))
         seed = int(np.argmax(finite))  # the first that diverged in no schedule, else seed 0
-        shown = {"theta": snapshots[[seed]], **spectra(snapshots[[seed]])}
+        shown = {"theta": snapshots[[seed]], **of(snapshots[[seed]])}
         shown["seed"] = np.full((1, snapshots.shape[1]), seed)
         chunk |= {f"shown/{name}": values for name, values in shown.items()}
     return chunk
 
 
-def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
-    """Snapshots [seeds, schedules, records, p] -> `toy.spectra` of each; NaN if not finite.
+def of_snapshots(
+    toy: Toy, metrics: Callable[[Params], dict[str, jax.Array]]
+) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
+    """Snapshots [seeds, schedules, records, p] -> `metrics(params)` of each; NaN if not finite.
 
     Compiled once, for `SNAPSHOTS_AT_A_TIME` snapshots.
     """
     chunk = -(-SNAPSHOTS_AT_A_TIME // jax.device_count())
-    sweep = train.make_sweep(lambda _, theta: toy.spectra(parameters(toy, theta)), chunk=chunk)
+    sweep = train.make_sweep(lambda _, theta: metrics(parameters(toy, theta)), chunk=chunk)
     no_key = seed_keys(0, 1)
 
-    def spectra(snapshots: np.ndarray) -> dict[str, np.ndarray]:
+    def measured(snapshots: np.ndarray) -> dict[str, np.ndarray]:
         flat = snapshots.reshape(-1, snapshots.shape[-1])
         finite = np.isfinite(flat).all(1)
         todo, shape = flat[finite], (SNAPSHOTS_AT_A_TIME, flat.shape[1])
@@ -205,7 +214,7 @@ def make_spectra(toy: Toy) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
             values[finite] = np.concatenate([r[name][0] for r in results])[: len(todo)]
         return {name: values.reshape(snapshots.shape[:-1]) for name, values in out.items()}
 
-    return spectra
+    return measured
 
 
 def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
@@ -231,6 +240,10 @@ def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
         elif axis in missing_at:
             array = np.where(missing_at[axis], np.nan, array)
         variables[name] = (axes[axis][: array.ndim], array)
+    if plan.config.curvature:
+        of = lambda schedule: step_size(schedule, plan.toy, plan.config.num_steps)
+        sizes = jax.vmap(lambda schedule: jax.vmap(of(schedule))(plan.spectra_steps))
+        variables["edge"] = (("schedule", "spectra_step"), 2 / np.asarray(sizes(plan.schedules)))
     coords = {
         "seed": np.arange(plan.config.seeds),
         "schedule": plan.labels,
