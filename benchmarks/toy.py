@@ -120,7 +120,8 @@ def jax_side(toy: problems.Toy, steps: int, runs: int, step_size: float):
 def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array):
     """Seeds x step sizes, final parameters."""
     run = make_run(toy, steps, [Probe(lambda state: state.step, [0])])
-    sweep = make_sweep(lambda key, step_size: run(key, step_size)[0].params)
+    of_run = lambda key, step_size: run(key, step_size)[0].params
+    sweep = make_sweep(of_run, vectorized=toy.vectorized)
     keys = jr.split(jr.key(0), seeds)
     return lambda: sweep(keys, step_sizes)
 

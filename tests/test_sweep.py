@@ -72,6 +72,12 @@ def test_chunks_devices_and_the_number_of_seeds_change_nothing(whole):
     assert done == [4, 8, 9]
 
 
+@pytest.mark.parametrize("vectorized", [1, 2])
+def test_runs_in_turn_are_vmapped_runs(whole, vectorized):
+    in_turn = train.sweep(run, KEYS[:3], POINTS, chunk=3, vectorized=vectorized)
+    assert_equal(in_turn, jax.tree.map(lambda leaf: leaf[:3], whole))
+
+
 def test_records_do_not_change_the_run_and_each_probe_has_its_own_steps(whole):
     called = []
 

@@ -141,7 +141,8 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                 gd_jitter=config.gd_jitter,
                 descent=plan.descent,
             )
-            sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME)
+            chunks = {"chunk": RUNS_AT_A_TIME, "vectorized": plan.toy.vectorized}
+            sweep = train.make_sweep(run, **chunks)
             metrics = [spectra]
             if config.curvature:  # programs of their own: runs and ranks are the same without them
                 metrics.append(of_snapshots(plan.toy, make_curvature(plan.toy, batch_size)))

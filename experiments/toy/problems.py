@@ -32,6 +32,12 @@ class Toy(NamedTuple):
     # In the original, the step size decays after the boundary step for diagonal nets, before it for
     # fully connected nets.
     decay_after_step: bool
+    alone_on_cpus: bool = False  # whether runs are faster there one by one than vmapped
+
+    @property
+    def vectorized(self) -> int | None:
+        """The number of runs to vmap, for `train.make_sweep`."""
+        return 1 if self.alone_on_cpus and jax.default_backend() == "cpu" else None
 
     def predict(self, params: Params, x: ArrayLike) -> jax.Array:
         """f(x) for each row of x."""
@@ -68,7 +74,8 @@ def diagonal(*, n: int, d: int, support: int, data_seed: int = 0, alpha: float =
         return {"rank": measure.numerical_rank(jacobian, DIAGONAL_RANK_TOL)}
 
     network = lambda scale: from_linen(DiagonalNet(alpha * scale))
-    return Toy(*_batches(drawn), network, half_squared, watch, spectra, decay_after_step=True)
+    how = {"decay_after_step": True, "alone_on_cpus": True}
+    return Toy(*_batches(drawn), network, half_squared, watch, spectra, **how)
 
 
 def regression_1d() -> Toy:
