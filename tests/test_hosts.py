@@ -1,4 +1,4 @@
-"""Two processes with two devices each act as one run on four devices."""
+"""Two processes act as one run on the devices of both."""
 
 import os
 import re
@@ -52,14 +52,14 @@ def alone(command, devices, folder):
 
 @pytest.fixture
 def pair(tmp_path):
-    """Starts a command as two processes of two devices, which end with the test."""
+    """Starts a command as two processes, which end with the test."""
     started = []
 
-    def of(command):
+    def of(command, devices=2):
         flags = ["--distributed", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
         logs = [tmp_path / f"process{i}.log" for i in range(2)]
         processes = [
-            start(command, log, 2, *flags, f"--process_id={i}") for i, log in enumerate(logs)
+            start(command, log, devices, *flags, f"--process_id={i}") for i, log in enumerate(logs)
         ]
         started.extend(processes)
         return processes, logs
@@ -139,10 +139,10 @@ def test_if_one_process_is_killed_the_other_stops(training, pair, victim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_one_process_stops_both_at_the_same_step(training, pair, number):
+@pytest.mark.parametrize(("number", "devices"), [(signal.SIGTERM, 2), (signal.SIGUSR1, 1)])
+def test_a_signal_to_one_process_stops_both_at_the_same_step(training, pair, number, devices):
     command, folder = training("signalled", 0)
-    processes, logs = pair(command)
+    processes, logs = pair(command, devices)
     wait_for(folder / "checkpoints" / "3")
     processes[1].send_signal(number)
     assert_end(processes, logs, [75, 75])
