@@ -3,6 +3,7 @@
 tests/golden/curvature.npz: see tests/test_curvature.py.
 """
 
+import inspect
 import itertools
 from pathlib import Path
 
@@ -148,6 +149,48 @@ def test_zero_gradients_are_flagged_and_infinite_ones_named():
     np.testing.assert_allclose(found["ratio_of_means"].value, 2.0)
     with pytest.raises(FloatingPointError, match="gradient of a batch"):
         batch_gauges(valley, jnp.array([np.inf]), {}, batches)
+    flat = lambda params, stats, batch: (jnp.sign(params).sum() + batch.x.mean(), stats)
+    tiny = lambda params, stats, batch: valley(1e-25 * params, stats, batch)
+    for objective, start in ((valley, jnp.zeros(3)), (flat, jnp.ones(3)), (tiny, jnp.ones(3))):
+        start, ones = start.astype(jnp.float32), Batch(*(jnp.ones((20, 1), jnp.float32),) * 2)
+        tx = {"tx": optax.sgd(0.1), "opt_state": optax.sgd(0.1).init(start)}
+        found = batch_gauges(objective, start, {}, ones, tol=1.0, **tx)
+        for name in set(found) - {"gradient_norm2"}:
+            assert np.isnan(found[name].value) and not found[name].converged, name
+
+
+BY_X = Batch(jnp.linspace(1.0, 2.0, 12).reshape(4, 3), jnp.zeros((4, 3)))
+
+
+def test_losses_with_reverse_rules_of_their_own_have_gauges():
+    @jax.custom_vjp
+    def cubes(x):
+        return (x**3).sum()
+
+    cubes.defvjp(lambda x: ((x**3).sum(), x), lambda x, g: (3 * g * x**2,))
+    plain, own = (
+        batch_gauges(lambda p, s, batch, f=f: (f(p * batch.x), s), jnp.arange(1.0, 4.0), {}, BY_X)
+        for f in (lambda x: (x**3).sum(), cubes)
+    )
+    for name in plain:
+        np.testing.assert_allclose(own[name][:2], plain[name][:2], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "options", "error", "words"),
+    [
+        ([BY_X], {}, TypeError, "Stack the batches"),
+        (Batch(BY_X.x[:0], BY_X.y[:0]), {}, ValueError, "1 or more"),
+        (Batch(BY_X.x, BY_X.y[:2]), {}, ValueError, "one m"),
+        (BY_X, {"chunk": 0}, ValueError, "chunk"),
+        (BY_X, {"direction": jnp.ones(3)}, ValueError, "`gradient`"),
+        (BY_X, {"tx": optax.adam(0.1)}, ValueError, "`opt_state`"),
+    ],
+)
+def test_bad_input_is_named_before_anything_is_computed(batches, options, error, words):
+    never = lambda params, stats, batch: pytest.fail("computed")
+    with pytest.raises(error, match=words):
+        inspect.unwrap(batch_gauges)(never, jnp.ones(3), {}, batches, **options)
 
 
 def random_quadratic(seed):
@@ -189,6 +232,8 @@ def test_a_search_without_a_descent_or_a_rise_is_flagged():
     loss, start = lambda p: (p**2).sum(), jnp.ones(2)
     assert not measure.critical_sharpness(loss, start, start).converged  # ascends
     assert not measure.critical_sharpness(lambda p: p.sum(), start, -start).converged  # never rises
+    with pytest.raises(ValueError, match="positive"):
+        measure.critical_sharpness(loss, start, -start, guess=0.0)
     with pytest.raises(FloatingPointError, match="parameters is nan"):
         measure.critical_sharpness(loss, start * np.nan, -start)
     steep = lambda p: jnp.where(p[0] < -1, jnp.inf, (p**2).sum())

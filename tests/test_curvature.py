@@ -6,6 +6,7 @@ where a number differs, the code is wrong.
 """
 
 import functools
+import inspect
 import itertools
 from pathlib import Path
 
@@ -152,6 +153,8 @@ def test_the_modes_of_batch_norm_are_three_hessians():
     with pytest.raises(ValueError, match="give mode='train'"):
         operators("cnn_bn_train", mode=None)
     operators("cnn", mode=None)  # a network without statistics has one mode
+    with pytest.raises(ValueError, match="'training'"):  # unwrapped: without checks of types
+        inspect.unwrap(measure.in_mode)(Network(lambda key, x: ((), {}), apply), "training")
 
 
 def test_a_mean_over_chunks_is_the_whole_and_uses_one_program():
@@ -173,6 +176,10 @@ def test_a_mean_over_chunks_is_the_whole_and_uses_one_program():
     assert sorted(traced) == [8, 8, 10, 10, 16, 16, 40]
     with pytest.raises(TypeError, match="give a list"):
         measure.mean_over(part, iter(cut(0, 40)))
+    with pytest.raises(ValueError, match="0 chunks"):
+        measure.mean_over(part, [])
+    ragged = measure.mean_over(lambda pair: part(Batch(*pair)), [*map(tuple, cut(0, 16, 32, 40))])
+    np.testing.assert_allclose(flat(ragged.matvec(v)), GOLDEN["mlp_tanh/hvp"], atol=1e-12)
 
 
 def test_coupled_examples_are_no_mean_over_chunks():
@@ -310,6 +317,21 @@ def test_repeated_eigenvalues_and_whole_spectra_are_found():
         assert pairs.converged.all()
 
 
+def test_scalars_are_parameters():
+    loss = lambda params: params[0] ** 2 * 3 + params[1] ** 2 / 2
+    found = top_eigenpairs(measure.hessian(loss, [jnp.array(1.0), jnp.array(2.0)]), 2, KEY)
+    np.testing.assert_allclose(found.values, [6.0, 1.0])
+
+
+def test_where_the_loss_has_no_curvature_nothing_is_converged():
+    collapsed = lambda p: ((jax.nn.relu(jnp.ones((5, 3)) @ p[0]) @ p[1] - 1.0) ** 2).mean()
+    dead = [-jnp.ones((3, 4)), jnp.ones((4, 1))]  # no unit is active
+    for loss, at in ((collapsed, dead), (lambda p: jnp.abs(p).sum(), jnp.zeros(4))):
+        assert not top_eigenpairs(measure.hessian(loss, at), 1, KEY).converged.any()
+    with pytest.raises(FloatingPointError, match="twice differentiable"):
+        top_eigenpairs(measure.hessian(lambda p: jnp.linalg.norm(p), jnp.zeros(4)), 1, KEY)
+
+
 def test_bad_input_is_named_and_a_zero_operator_flagged():
     operator = matrix_operator(np.diag(np.arange(1.0, 31.0)))
     for k, options, words in (
@@ -324,12 +346,21 @@ def test_bad_input_is_named_and_a_zero_operator_flagged():
     for probe in (lambda: top_eigenpairs(nan, 1, KEY), lambda: trace(nan, KEY)):
         with pytest.raises(FloatingPointError, match="isn't finite"):
             probe()
-    with pytest.raises(ValueError, match="1 to 30"):
-        density(operator, KEY, probes=31)
-    with pytest.raises(ValueError, match="of 1 or more"):
-        trace(operator, KEY, probes=0)
+    for start, words in ((jnp.ones(30), "any"), (jnp.zeros((2, 30)), "zero"), (nan.like, "any")):
+        with pytest.raises(ValueError, match=words):
+            top_eigenpairs(operator, 1, KEY, start=start)
+    with pytest.raises(ValueError, match="largest, smallest"):
+        inspect.unwrap(top_eigenpairs)(operator, 1, KEY, which="LA")
+    for leaves in ({}, {"w": jnp.arange(3)}, {"w": jnp.ones(2), "z": jnp.ones(2, complex)}):
+        with pytest.raises(TypeError, match="real floating-point"):
+            top_eigenpairs(Operator(lambda v: v, leaves), 1, KEY)
+    for wrong in ({"probes": 31}, {"steps": 0}):
+        with pytest.raises(ValueError, match="1 to 30"):
+            density(operator, KEY, **wrong)
+    with pytest.raises(ValueError, match="sketch = -1"):
+        trace(operator, KEY, sketch=-1)
     zero = top_eigenpairs(matrix_operator(np.zeros((4, 4))), 2, KEY)
-    assert not zero.converged.any() and np.isinf(zero.residuals).all() and not zero.values.any()
+    assert not zero.converged.any() and np.isinf(zero.residuals).all()
 
 
 def test_lanczos_inside_a_program_finds_the_largest_eigenvalue_of_each_of_many():
@@ -349,6 +380,7 @@ def test_lanczos_inside_a_program_finds_the_largest_eigenvalue_of_each_of_many()
     [
         (optax.rmsprop(0.1, decay=0.9), {"eps": 0.0, "eps_root": 1e-8}),
         (optax.adam(0.1, b1=0.0), {"decay": 0.999}),
+        (optax.adam(optax.constant_schedule(0.1), b1=0.0), {"decay": 0.999}),
         (optax.adam(0.1, b1=0.0, eps_root=1e-3), {"decay": 0.999, "eps_root": 1e-3}),
     ],
 )
@@ -364,3 +396,5 @@ def test_an_adaptive_step_is_the_scale_squared_times_the_gradient(tx, options):
     np.testing.assert_allclose(top_eigenpairs(ours, 1, KEY).values, expected)
     with pytest.raises(ValueError, match="nu"):
         measure.adaptive_scale(optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match="count"):
+        measure.adaptive_scale(optax.rmsprop(0.1).init(params), decay=0.9)

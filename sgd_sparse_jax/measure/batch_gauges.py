@@ -105,6 +105,9 @@ def batch_gauges(
             convolutions on CPUs.
 
     Raises:
+        ValueError: If there are no batches, `chunk` is below 1, or an argument lacks the one that
+            it needs.
+        TypeError: If `batches` isn't one `Batch`.
         FloatingPointError: If the gradient of a batch isn't finite. (Where it is zero, the mean of
             ratios is NaN and not converged.)
 
@@ -115,9 +118,15 @@ def batch_gauges(
         >>> gauges["batch_sharpness"].value, gauges["ratio_of_means"].value
         (2.0, 2.8)
     """
+    if chunk < 1 or lanczos_steps < 0:
+        raise ValueError(f"chunk is {chunk}, of 1 or more; lanczos_steps {lanczos_steps}, of 0.")
+    if gradient is None and (hessian is not None or direction is not None):
+        raise ValueError("`hessian` and `direction` need the full batch's `gradient`.")
+    if (tx is None) != (opt_state is None):
+        raise ValueError("Give both `tx` and its `opt_state`, or none.")
     update = as_tree(tx.update) if tx is not None else None
     compiled_steps = lanczos_steps if chunk > 1 else 0
-    total, seen, gauges, random = len(batches.x), [], {}, None
+    total, seen, gauges, random = _count(batches), [], {}, None
     key = jax.random.key(0) if key is None else key
     if compiled_steps:  # one start for all batches; `top_eigenpairs` draws the same
         random = unflatten(generator(key).normal(size=len(flatten(params))), params)
@@ -181,7 +190,7 @@ def second_moment_contraction(
         >>> second_moment_contraction(objective, jnp.ones(1), {}, batches, 1.0, key).value
         2.0
     """
-    count, of = len(batches.x), as_tree(objective)
+    count, of = _count(batches), as_tree(objective)
     each = [jax.tree.map(lambda leaf, i=i: leaf[i], batches) for i in range(count)]
     contract = lambda batch, v: _contract(of, params, stats, batch, step_size, v)
 
@@ -196,14 +205,30 @@ def second_moment_contraction(
     return Estimate(float(top.values[0]), error, count, bool(top.converged[0]))
 
 
+def _count(batches: Any) -> int:
+    if not isinstance(batches, Batch):
+        raise TypeError("Stack the batches: `batches` is one Batch with leaves [m, b, ...].")
+    sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
+    if len(sizes) != 1 or not all(map(any, sizes)):
+        raise ValueError(
+            f"Leaves of `batches` are [m, b, ...] with one m of 1 or more; m: {sizes}."
+        )
+    return len(batches.x)
+
+
 def _along(loss: Callable[[Any], Any], params: Any, direction: Any) -> tuple[Any, Any]:
-    """(d^T H d / |d|^2, |d|^2) for a direction d, by two forward derivatives."""
-    squared = optax.tree.vdot(direction, direction)
+    """(d^T H d / |d|^2, |d|^2) for a direction d, by two forward derivatives; NaN for d = 0."""
+    squared: Any = optax.tree.vdot(direction, direction)
     unit = optax.tree.scale(jnp.sqrt(squared) ** -1, direction)  # squares of small d would vanish
     slope = lambda params: jax.jvp(loss, (params,), (unit,))[1]
-    return jax.jvp(slope, (params,), (unit,))[1], squared
+    try:
+        curvature = jax.jvp(slope, (params,), (unit,))[1]
+    except (NotImplementedError, TypeError):  # functions with a jax.custom_vjp: reverse mode only
+        curvature = optax.tree.vdot(unit, jax.jvp(jax.grad(loss), (params,), (unit,))[1])
+    return jnp.where((squared > 0) & jnp.isfinite(squared), curvature, jnp.nan), squared
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # where gradients are zero
 def _gauges(seen: dict[str, np.ndarray], tol: float) -> dict[str, Estimate]:
     rayleigh, g2 = seen["rayleigh"], seen["g2"]
     gauges = {
@@ -224,7 +249,7 @@ def _gauges(seen: dict[str, np.ndarray], tol: float) -> dict[str, Estimate]:
     if "gHg" in seen and "full2" in seen:
         gauges["gni"] = mean_estimate(seen["gHg"] / seen["full2"], tol)
     if "fall" in seen:
-        bend = seen["s_rayleigh"] * seen["s2"]
+        bend = np.where(seen["s2"] > 0, seen["s_rayleigh"], 0.0) * seen["s2"]
         gauges["generalized_sharpness"] = ratio_estimate(bend, seen["fall"], tol)
         gauges["generalized_mean_of_ratios"] = mean_estimate(bend / seen["fall"], tol)
     return gauges

@@ -52,6 +52,7 @@ def critical_sharpness(
         passes: Budget of evaluations of the loss.
 
     Raises:
+        ValueError: If `guess` isn't a positive number.
         FloatingPointError: If the loss isn't finite at `params`.
 
     Example:
@@ -59,6 +60,8 @@ def critical_sharpness(
         >>> round(critical_sharpness(loss, jnp.array(1.0), jnp.array(-6.0)).sharpness, 4)
         6.0
     """
+    if not 0 < guess < np.inf:
+        raise ValueError(f"guess = {guess}; give a positive step size.")
     at = lambda eta: float(_value_at(as_tree(loss), params, direction, args, eta))
     base = at(0.0)
     if not np.isfinite(base):

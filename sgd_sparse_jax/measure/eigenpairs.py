@@ -71,7 +71,9 @@ def top_eigenpairs(
         basis: Vectors kept between restarts, float64 (default: 2 k + 10, 20 or more).
 
     Raises:
-        ValueError: k, `basis` or `max_matvecs` out of range.
+        ValueError: k, `basis` or `max_matvecs` out of range, `which` unknown, or a `start` that is
+            zero or of other shapes.
+        TypeError: If the parameters aren't real numbers.
         FloatingPointError: If a product isn't finite.
 
     Example:
@@ -84,6 +86,8 @@ def top_eigenpairs(
     rows = min(basis or max(2 * k + 10, 20), size)
     if not 1 <= k <= size:
         raise ValueError(f"k = {k} eigenpairs of an operator of dimension {size}.")
+    if which not in ORDERS:
+        raise ValueError(f"Unknown which={which!r}; choose one of {', '.join(ORDERS)}.")
     if max_matvecs < k or (rows < k + 2 and rows < size):
         raise ValueError(
             f"{k} eigenpairs need {k} products and a basis of {k + 2} or more; max_matvecs is "
@@ -93,7 +97,7 @@ def top_eigenpairs(
     # Columns of M are the products with the basis V in coordinates: A V^T = V^T M, with one row
     # more for the vector that comes next. Its asymmetry is that of the rounding in A.
     V, M = np.zeros((rows + 1, size)), np.zeros((rows + 1, rows))
-    V[0] = _first(rng, size, start)
+    V[0] = _first(rng, operator, start)
     used = matvecs = 0
     while True:
         w = product(V[used])
@@ -150,13 +154,17 @@ def project_out(
     return along + again, w - again @ rows
 
 
-def _first(rng: np.random.Generator, size: int, start: Any) -> Float[np.ndarray, " p"]:
-    fresh = rng.normal(size=size)
+def _first(rng: np.random.Generator, operator: Operator, start: Any) -> Float[np.ndarray, " p"]:
+    fresh = rng.normal(size=dimension(operator))
     fresh /= np.linalg.norm(fresh)
     if start is None:
         return fresh
-    count = len(jax.tree.leaves(start)[0])
-    known = sum(flatten(jax.tree.map(lambda leaf, i=i: leaf[i], start)) for i in range(count))
+    shapes, mine = ([np.shape(leaf) for leaf in jax.tree.leaves(t)] for t in (operator.like, start))
+    if [shape[1:] for shape in mine] != shapes:
+        raise ValueError(f"start has shapes {mine}; give [any, ...] of {shapes}, as in `vectors`.")
+    known = flatten(jax.tree.map(lambda leaf: np.asarray(leaf, np.float64).sum(0), start))
+    if not 0 < np.linalg.norm(known) < np.inf:
+        raise ValueError("The sum of the vectors in start is zero or not finite: leave it out.")
     first = known / np.linalg.norm(known) + FRESH * fresh
     return first / np.linalg.norm(first)
 
@@ -182,6 +190,8 @@ def lanczos_sharpness(
         4.0
     """
     flat, unravel = ravel_pytree(start)
+    if steps < 1:
+        raise ValueError(f"steps = {steps} of the Lanczos method; give 1 or more.")
     steps = min(steps, flat.size)
 
     def project(w, V):

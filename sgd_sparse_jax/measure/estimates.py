@@ -37,6 +37,7 @@ def mean_estimate(samples: Float[np.ndarray, " m"], tol: float = 0.0) -> Estimat
     return _estimate(samples.mean(), error, len(samples), tol)
 
 
+@np.errstate(divide="ignore", invalid="ignore")  # 0 / 0 is NaN
 def ratio_estimate(
     above: Float[np.ndarray, " m"], below: Float[np.ndarray, " m"], tol: float = 0.0
 ) -> Estimate:

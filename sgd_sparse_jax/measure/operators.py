@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial
 from jaxtyping import Array, Float
 
-from sgd_sparse_jax.types import Batch, LossFn, Network, Outputs, Params, PRNGKey
+from sgd_sparse_jax.types import LossFn, Network, Outputs, Params, PRNGKey
 
 
 class Operator(NamedTuple):
@@ -71,6 +71,7 @@ def gauss_newton(predict: Callable[..., Any], loss: LossFn, params: Params, *arg
         args: (batch,) or (stats, batch), with inputs x and targets y in the `Batch`.
 
     Example:
+        >>> from sgd_sparse_jax.types import Batch
         >>> predict, loss = lambda params, x: x * params, lambda out, y: (out - y) ** 2 / 2
         >>> batch = Batch(jnp.array([1.0, 3.0]), jnp.zeros(2))
         >>> float(gauss_newton(predict, loss, jnp.array(2.0), batch).matvec(jnp.array(1.0)))
@@ -96,14 +97,17 @@ def mean_over(
         operator: chunk -> its `Operator`; called for every chunk in every product.
         chunks: A sequence, or any other iterable that can be read many times: one that loads each
             chunk when it is asked for holds a data set larger than the memory.
-        weights: One for each chunk; default: the number of examples of a `Batch`, else 1.
+        weights: One for each chunk; default: its number of examples, the length of its first array
+            (1 without arrays).
 
     Raises:
-        ValueError: If examples are coupled, as by BatchNorm in training mode: the mean over chunks
-            would be the Hessian of another loss. One chunk is the whole, and is allowed.
+        ValueError: If there are no chunks or weights, or if examples are coupled, as by BatchNorm
+            in training mode: the mean over chunks would be the Hessian of another loss. One chunk
+            is the whole, and is allowed.
         TypeError: If `chunks` can be read only once.
 
     Example:
+        >>> from sgd_sparse_jax.types import Batch
         >>> loss = lambda params, batch: (batch.x * params**2).mean() / 2
         >>> chunks = [Batch(jnp.array(x), jnp.array(x)) for x in ([1.0, 2.0], [6.0])]
         >>> mean = mean_over(lambda chunk: hessian(loss, jnp.array(1.0), chunk), chunks)
@@ -112,8 +116,12 @@ def mean_over(
     """
     if iter(chunks) is chunks:
         raise TypeError("Each product reads the chunks again: give a list, not an iterator.")
-    size = lambda chunk: len(chunk.x) if isinstance(chunk, Batch) else 1
+    size = lambda chunk: next((len(each) for each in jax.tree.leaves(chunk) if np.ndim(each)), 1)
     shares = np.array([size(chunk) for chunk in chunks] if weights is None else [*weights], float)
+    if not 0 < shares.sum() < np.inf:
+        raise ValueError(
+            f"The {len(shares)} chunks have weights {shares}; their sum must be positive."
+        )
     shares /= shares.sum()
     first = operator(next(iter(chunks)))
     if first.coupled and len(shares) > 1:
@@ -173,7 +181,8 @@ def in_mode(network: Network, mode: Literal["train", "eval"] | None = None) -> N
         mode: The mode; may be missing only for networks without statistics.
 
     Raises:
-        ValueError: When a network with statistics is applied, and `mode` is missing.
+        ValueError: If the mode is unknown; when a network with statistics is applied, if it is
+            missing.
 
     Example:
         >>> apply = lambda params, stats, x, train: Outputs(x - x.mean() * train, {}, stats)
@@ -181,6 +190,9 @@ def in_mode(network: Network, mode: Literal["train", "eval"] | None = None) -> N
         >>> network.apply((), {"mean": 0.0}, jnp.array([1.0, 3.0])).out.tolist()
         [-1.0, 1.0]
     """
+
+    if mode not in ("train", "eval", None):
+        raise ValueError(f"Unknown mode {mode!r}; choose 'train' or 'eval'.")
 
     def apply(params: Any, stats: Any, x: jax.Array, *, train: bool = False) -> Outputs:
         if jax.tree.leaves(stats) and mode is None:
@@ -201,9 +213,9 @@ def flatten(tree: Any) -> Float[np.ndarray, " p"]:
 def unflatten(vectors: Float[np.ndarray, "*k p"], like: Any) -> Any:
     """Vectors [..., p] as one pytree of the shapes [..., *shape] and dtypes of `like`."""
     leaves, structure = jax.tree.flatten(like)
-    parts = np.split(vectors, np.cumsum([leaf.size for leaf in leaves])[:-1], axis=-1)
+    parts = np.split(vectors, np.cumsum([np.size(leaf) for leaf in leaves])[:-1], axis=-1)
     shaped = [
-        part.reshape(*vectors.shape[:-1], *leaf.shape).astype(leaf.dtype)
+        part.reshape((*vectors.shape[:-1], *np.shape(leaf))).astype(jnp.result_type(leaf))
         for part, leaf in zip(parts, leaves, strict=True)
     ]
     return structure.unflatten(shaped)
@@ -211,16 +223,28 @@ def unflatten(vectors: Float[np.ndarray, "*k p"], like: Any) -> Any:
 
 def dimension(operator: Operator) -> int:
     """The number p of entries of a vector."""
-    return sum(leaf.size for leaf in jax.tree.leaves(operator.like))
+    return sum(np.size(leaf) for leaf in jax.tree.leaves(operator.like))
 
 
 def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
-    """v -> A v for float64 vectors [p] on the host; FloatingPointError if A v isn't finite."""
+    """v -> A v for float64 vectors [p] on the host; FloatingPointError if A v isn't finite.
+
+    TypeError if the parameters aren't real numbers.
+    """
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(operator.like)]
+    if not dtypes or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        found = ", ".join(sorted({dtype.name for dtype in dtypes})) or "no arrays"
+        raise TypeError(
+            f"The parameters are {found}; curvature needs real floating-point numbers. Make the "
+            "others an argument of the loss."
+        )
 
     def product(v: np.ndarray) -> np.ndarray:
         w = flatten(operator.matvec(unflatten(v, operator.like)))
         if not np.isfinite(w).all():
-            raise FloatingPointError("A product isn't finite: are the loss and parameters?")
+            raise FloatingPointError(
+                "A product isn't finite: is the loss, and twice differentiable at the parameters?"
+            )
         return w
 
     return product

@@ -43,14 +43,22 @@ def adaptive_scale(
         decay: That of `nu`, where the optimizer corrects its bias, as Adam does (.999); default: no
             correction.
 
+    Raises:
+        ValueError: If the state has no `nu` or several.
+
     Example:
         >>> state = optax.adam(0.1).init(jnp.zeros(2))
         >>> state = optax.tree.set(state, nu=jnp.array([1.0, 16.0]))
         >>> adaptive_scale(state, eps=0.0).tolist()
         [1.0, 0.5]
     """
-    nu: Any = optax.tree.get(opt_state, "nu")
-    if nu is None:
-        raise ValueError("The optimizer's state has no running mean of squared gradients, `nu`.")
-    step: Any = optax.tree.get(opt_state, "count") if decay else 1.0
-    return jax.tree.map(lambda v: (jnp.sqrt(v / (1.0 - decay**step) + eps_root) + eps) ** -0.5, nu)
+    has_nu = lambda state: hasattr(state, "nu")  # schedules have a `count`, too
+    found: Any = [state for state in jax.tree.leaves(opt_state, is_leaf=has_nu) if has_nu(state)]
+    step: Any = optax.tree.get(found[0], "count") if decay and len(found) == 1 else 1.0
+    if len(found) != 1 or step is None:
+        raise ValueError(
+            f"The optimizer's state has {len(found)} running means of squared gradients, `nu`; it "
+            "must have one, with a `count` if `decay` isn't 0."
+        )
+    scale = lambda v: (jnp.sqrt(v / (1.0 - decay**step) + eps_root) + eps) ** -0.5
+    return jax.tree.map(scale, found[0].nu)

@@ -35,7 +35,7 @@ def trace(
         6.0
     """
     rng, product, size = generator(key), on_host(operator), dimension(operator)
-    if sketch > size or probes < 1:
+    if not 0 <= sketch <= size or probes < 1:
         raise ValueError(f"sketch = {sketch} of dimension {size}, probes = {probes} of 1 or more.")
     rows = np.zeros((0, size))
     if sketch:
@@ -105,8 +105,11 @@ def spectral_density(
         (1.5, 0.0)
     """
     product, size = on_host(operator), dimension(operator)
-    if not 1 <= probes <= size:
-        raise ValueError(f"probes = {probes}; give 1 to {size}, the number of parameters.")
+    if not 1 <= probes <= size or steps < 1:
+        raise ValueError(
+            f"probes = {probes}; give 1 to {size}, the number of parameters. steps = {steps}; give "
+            "1 or more."
+        )
     starts = np.linalg.qr(generator(key).normal(size=(size, probes)))[0].T
     nodes, weights = np.zeros((2, probes, min(steps, size)))
     for probe, v in enumerate(starts):
