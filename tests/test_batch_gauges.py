@@ -18,6 +18,7 @@ from sgd_sparse_jax import measure
 from sgd_sparse_jax.measure import batch_gauges, mean_estimate, ratio_estimate
 from sgd_sparse_jax.types import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = {
     name.removeprefix("mlp_tanh/"): value
     for name, value in np.load(
@@ -111,8 +112,8 @@ def test_the_second_moment_contraction_is_the_recorded_one():
 
 
 @pytest.mark.parametrize("size", [1, 2])
-def test_intervals_cover_exact_expectations_as_often_as_they_say(size):
-    """95 % of them, of 500 repetitions, for the mean of ratios and for the ratio of means."""
+def test_95_percent_intervals_cover_exact_expectations_in_92_to_98_percent(size):
+    """Of 500 repetitions, for the mean of ratios and for the ratio of means."""
     every = np.array(list(itertools.combinations(range(40), size)))
     of_batch = lambda batch: measure.step_sharpness(objective, PARAMS, {}, batch)
     ratio, g2 = map(np.asarray, jax.jit(jax.vmap(of_batch))(take(every)))
@@ -129,7 +130,7 @@ def test_intervals_cover_exact_expectations_as_often_as_they_say(size):
     assert ((share >= 0.92) & (share <= 0.98)).all(), share
 
 
-def test_batches_end_at_the_tolerance_or_the_budget_and_it_is_said_which():
+def test_sampling_stops_at_the_tolerance_or_after_all_batches_and_reports_which():
     idx = np.random.default_rng(0).integers(40, size=(200, 8))
     early = batch_gauges(objective, PARAMS, {}, take(idx), tol=0.1)
     samples = early["batch_sharpness"].samples
@@ -181,7 +182,7 @@ def test_losses_with_reverse_rules_of_their_own_have_gauges():
     [
         ([BY_X], {}, TypeError, "Stack the batches"),
         (Batch(BY_X.x[:0], BY_X.y[:0]), {}, ValueError, "1 or more"),
-        (Batch(BY_X.x, BY_X.y[:2]), {}, ValueError, "one m"),
+        (Batch(BY_X.x, BY_X.y[:2]), {}, ValueError, "same m"),
         (BY_X, {"chunk": 0}, ValueError, "chunk"),
         (BY_X, {"direction": jnp.ones(3)}, ValueError, "`gradient`"),
         (BY_X, {"tx": optax.adam(0.1)}, ValueError, "`opt_state`"),
@@ -214,7 +215,7 @@ def test_critical_sharpness_is_exact_on_quadratics(guess):
         assert found.converged
 
 
-def test_critical_sharpness_of_other_losses_is_where_the_loss_is_back():
+def test_at_the_critical_step_size_the_loss_returns_to_its_value():
     calls = []
 
     def loss(p):
@@ -275,7 +276,7 @@ def test_plateaus_are_found_whatever_comes_before_and_after():
     assert nothing.onset == nothing.end == 0 and np.isnan(nothing.level)
 
 
-def test_bouncing_is_seen_apart_from_the_drift_beside_it():
+def test_a_displacement_splits_into_bouncing_and_orthogonal_drift():
     """Gradient descent in a valley with curvature 10 across it, slope 1 along; step size .199."""
     loss = lambda p: 5.0 * p[0] ** 2 + p[1]
     path = [jnp.array([1.0, 0.0])]

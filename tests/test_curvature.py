@@ -1,8 +1,8 @@
 """Hessians, eigenpairs, traces and densities against dense matrices, recorded by another program.
 
 tests/golden/curvature.npz holds inputs, weights, products and spectra of three small networks, made
-by PyTorch's dense Hessians in float64; curvlinops agrees. They depend on nothing in this project:
-where a number differs, the code is wrong.
+by PyTorch's dense Hessians in float64, with which curvlinops agrees. They don't depend on this
+project: if a number differs, the code is wrong.
 """
 
 import functools
@@ -22,6 +22,7 @@ from sgd_sparse_jax import measure, train
 from sgd_sparse_jax.measure import Operator, top_eigenpairs
 from sgd_sparse_jax.types import Batch, Network, Outputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = dict(np.load(Path(__file__).parent / "golden" / "curvature.npz", allow_pickle=False))
 KEY = jr.key(0)
 trace, density = measure.trace, measure.spectral_density
@@ -172,7 +173,7 @@ def test_a_mean_over_chunks_is_the_whole_and_uses_one_program():
         mean = measure.mean_over(part, cut(*ends))
         for _ in range(2):
             np.testing.assert_allclose(flat(mean.matvec(v)), GOLDEN["mlp_tanh/hvp"], atol=1e-12)
-    # Twice for each shape: to see what becomes of statistics, and for the product.
+    # Twice for each shape: to detect changed statistics, and for the product.
     assert sorted(traced) == [8, 8, 10, 10, 16, 16, 40]
     with pytest.raises(TypeError, match="give a list"):
         measure.mean_over(part, iter(cut(0, 40)))
@@ -182,7 +183,7 @@ def test_a_mean_over_chunks_is_the_whole_and_uses_one_program():
     np.testing.assert_allclose(flat(ragged.matvec(v)), GOLDEN["mlp_tanh/hvp"], atol=1e-12)
 
 
-def test_coupled_examples_are_no_mean_over_chunks():
+def test_a_mean_over_chunks_of_coupled_examples_is_refused():
     apply, params, stats, loss, data, _ = NETS["cnn_bn_train"]
     network, objective = objective_of(apply, loss, "train")
     chunks = [data, data]
@@ -295,7 +296,7 @@ def test_a_short_budget_is_flagged():
     assert (pairs.residuals[~pairs.converged] > 1e-3).all()
 
 
-def test_a_warm_start_saves_products_and_does_not_miss_what_overtook_it():
+def test_a_warm_start_saves_products_and_finds_a_new_largest_eigenvalue():
     matrix = np.diag(np.r_[40.0, 38.0, np.linspace(-1, 30, 400)])
     cold = top_eigenpairs(matrix_operator(matrix), 1, KEY)
     moved = matrix_operator(matrix + 0.05 * random_symmetric(3, 402, 40))
@@ -328,7 +329,7 @@ def test_where_the_loss_has_no_curvature_nothing_is_converged():
     dead = [-jnp.ones((3, 4)), jnp.ones((4, 1))]  # no unit is active
     for loss, at in ((collapsed, dead), (lambda p: jnp.abs(p).sum(), jnp.zeros(4))):
         assert not top_eigenpairs(measure.hessian(loss, at), 1, KEY).converged.any()
-    with pytest.raises(FloatingPointError, match="twice differentiable"):
+    with pytest.raises(FloatingPointError, match="second derivatives"):
         top_eigenpairs(measure.hessian(lambda p: jnp.linalg.norm(p), jnp.zeros(4)), 1, KEY)
 
 
@@ -357,7 +358,7 @@ def test_bad_input_is_named_and_a_zero_operator_flagged():
     for wrong in ({"probes": 31}, {"steps": 0}):
         with pytest.raises(ValueError, match="1 to 30"):
             density(operator, KEY, **wrong)
-    with pytest.raises(ValueError, match="sketch = -1"):
+    with pytest.raises(ValueError, match="sketch is -1"):
         trace(operator, KEY, sketch=-1)
     zero = top_eigenpairs(matrix_operator(np.zeros((4, 4))), 2, KEY)
     assert not zero.converged.any() and np.isinf(zero.residuals).all()

@@ -1,10 +1,10 @@
 """Curvature and noise of mini-batch gradients: the gauges of the edge of stochastic stability.
 
-Gradients g_B and Hessians H_B are those of the mean loss of a batch B. All gauges of one call are
-taken on the same batches; each has the standard error of the number itself. A fixed set of batches
-has an error that doesn't average out along a run: give fresh ones for means over records. Sources:
-Andreyev & Beneventano, arXiv 2412.20553 (v5; its v1 claimed another quantity at 2 / eta); for
-updates with momentum arXiv 2604.14108.
+Gradients g_B and Hessians H_B are those of the mean loss of a batch B. All gauges of a call use the
+same batches, and each has its own standard error. The error of a fixed set of batches doesn't
+average out along a run: draw new batches for each record before averaging over records. Sources:
+Andreyev & Beneventano, arXiv 2412.20553 (v5; v1 has a different quantity at 2 / eta); for updates
+with momentum arXiv 2604.14108.
 """
 
 from collections.abc import Callable
@@ -34,10 +34,10 @@ from .operators import (
 def step_sharpness(
     objective: Objective, params: Params, stats: Stats, batch: Batch
 ) -> tuple[Scalar, Scalar]:
-    """(g^T H g / |g|^2, |g|^2) of the loss of one batch; jits and vmaps.
+    """(g^T H g / |g|^2, |g|^2) of the loss of one batch; compatible with jit and vmap.
 
-    The curvature along the step that SGD would take. Its mean over batches is batch sharpness; NaN
-    for a zero gradient. A second directional derivative, of forward passes only.
+    The curvature along the step of SGD, whose mean over batches is batch sharpness; NaN for a zero
+    gradient. Computed as a second directional derivative, by forward-mode differentiation.
 
     Args:
         objective: (params, stats, batch) -> (loss, stats).
@@ -76,19 +76,19 @@ def batch_gauges(
     | name | | needs |
     |---|---|---|
     | batch_sharpness | E[g^T H_B g / |g|^2], at 2 / eta at SGD's edge | |
-    | ratio_of_means | E[g^T H_B g] / E|g|^2, another number | |
+    | ratio_of_means | E[g^T H_B g] / E|g|^2, a different quantity | |
     | gradient_norm2 | E|g|^2 | |
     | gradient_noise_trace | E|g - dL|^2 | `gradient` |
     | gradient_noise_along | E(v, g - dL)^2, v the unit `direction` | `gradient`, `direction` |
-    | gni | E[g^T H g] / |dL|^2, with H of the full batch; no edge test | `gradient`, `hessian` |
-    | minibatch_sharpness | E lambda_max(H_B), from below | `lanczos_steps` |
+    | gni | E[g^T H g] / |dL|^2, H of the full batch; no test of an edge | `gradient`, `hessian` |
+    | minibatch_sharpness | E lambda_max(H_B), a lower bound | `lanczos_steps` |
     | minibatch_residual | E of the relative residual of these eigenvalues | the same |
     | generalized_sharpness | E[s^T H_B s] / -E[s^T g], s the update; edge at 2 | `tx`, its state |
     | generalized_mean_of_ratios | E[s^T H_B s / -s^T g] | the same |
 
     Args:
         objective: (params, stats, batch) -> (loss, stats), for the batch's own loss.
-        params: Where all is measured.
+        params: The parameters at which all gauges are measured.
         stats: Statistics of the network; {} for none.
         batches: Independent batches, leaves [m, b, ...]; may be in host memory.
         gradient: dL, of the full batch.
@@ -96,13 +96,14 @@ def batch_gauges(
         hessian: H, of the full batch; one product with it per batch.
         tx: The optimizer, any of optax.
         opt_state: Its state before the update that is measured.
-        lanczos_steps: Products with H_B per batch (default: none). 20-50 times as dear as the rest.
+        lanczos_steps: Products with H_B per batch (default: none), which cost 20-50 times as much
+            as all other gauges.
         key: Of the start vector for `lanczos_steps` (default: a fixed one).
-        tol: Relative standard error of every gauge at which no more batches are taken; default:
-            all are. `converged` tells for each which came first.
-        chunk: Batches in one program, vectorized; 8 to 16 are fastest for MLPs on CPUs, where all
-            at once leave the cache. At 1, loops run on the host, also those over Lanczos steps: for
-            convolutions on CPUs.
+        tol: Relative standard error at which sampling stops, once all gauges have reached it
+            (default: all batches are used); each gauge's `converged` says whether it has.
+        chunk: Batches per compiled call, vectorized; 8 to 16 are fastest for MLPs on CPUs, since
+            more exceed the cache. With 1, the loops over batches and Lanczos steps run on the host,
+            which is faster for convolutions on CPUs.
 
     Raises:
         ValueError: If there are no batches, `chunk` is below 1, or an argument lacks the one that
@@ -119,7 +120,9 @@ def batch_gauges(
         (2.0, 2.8)
     """
     if chunk < 1 or lanczos_steps < 0:
-        raise ValueError(f"chunk is {chunk}, of 1 or more; lanczos_steps {lanczos_steps}, of 0.")
+        raise ValueError(
+            f"chunk is {chunk}, lanczos_steps {lanczos_steps}; give at least 1 and at least 0."
+        )
     if gradient is None and (hessian is not None or direction is not None):
         raise ValueError("`hessian` and `direction` need the full batch's `gradient`.")
     if (tx is None) != (opt_state is None):
@@ -169,19 +172,19 @@ def second_moment_contraction(
 ) -> Estimate:
     """lambda_max(E_B[(I - eta H_B)^2]): above 1, SGD expands E|theta|^2 in a quadratic valley.
 
-    Negative eigenvalues of H_B expand too: far from a minimum it is no test of an edge. Not
-    `converged` if the residual is above `tol`. The standard error is that of the mean over batches
-    along the eigenvector, of first order; the value is biased upwards with few batches.
+    Negative eigenvalues of H_B expand too, so that far from a minimum this isn't a test of an edge.
+    Not `converged` if the residual is above `tol`. The standard error is that of the mean over
+    batches along the eigenvector, to first order; with few batches the value is biased upwards.
 
     Args:
         objective: (params, stats, batch) -> (loss, stats).
         params: Where it is measured.
         stats: Statistics of the network; {} for none.
-        batches: Independent batches, leaves [m, b, ...]; each product takes 2 m of Hessians.
+        batches: Independent batches, leaves [m, b, ...]; a product takes 2 m of Hessians.
         step_size: eta.
         key: Of the start vector.
         tol: Relative residual of the eigenvalue.
-        max_matvecs: Budget of products with the mean.
+        max_matvecs: Largest number of products with the mean.
 
     Example:
         >>> objective = lambda params, stats, batch: (batch.x.sum() * (params**2).sum() / 2, stats)
@@ -211,7 +214,7 @@ def _count(batches: Any) -> int:
     sizes = {np.shape(leaf)[:1] for leaf in jax.tree.leaves(batches)}
     if len(sizes) != 1 or not all(map(any, sizes)):
         raise ValueError(
-            f"Leaves of `batches` are [m, b, ...] with one m of 1 or more; m: {sizes}."
+            f"Leaves of `batches` are [m, b, ...] with the same m of 1 or more; found {sizes}."
         )
     return len(batches.x)
 
@@ -219,7 +222,7 @@ def _count(batches: Any) -> int:
 def _along(loss: Callable[[Any], Any], params: Any, direction: Any) -> tuple[Any, Any]:
     """(d^T H d / |d|^2, |d|^2) for a direction d, by two forward derivatives; NaN for d = 0."""
     squared: Any = optax.tree.vdot(direction, direction)
-    unit = optax.tree.scale(jnp.sqrt(squared) ** -1, direction)  # squares of small d would vanish
+    unit = optax.tree.scale(jnp.sqrt(squared) ** -1, direction)  # squares of a small d underflow
     slope = lambda params: jax.jvp(loss, (params,), (unit,))[1]
     try:
         curvature = jax.jvp(slope, (params,), (unit,))[1]
@@ -293,7 +296,7 @@ def _observe(
             found["top"], found["top_residual"] = lanczos_sharpness(product, random, steps=steps)
         return found, grad if whole else ()
 
-    if len(batches.x) == 1:  # a convolution that is vectorized over one batch is a slower one
+    if len(batches.x) == 1:  # vmap over a single batch makes convolutions slower
         alone = one(jax.tree.map(lambda leaf: leaf[0], batches))
         return jax.tree.map(lambda leaf: leaf[None], alone)
     return jax.vmap(one)(batches)

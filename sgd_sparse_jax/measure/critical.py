@@ -1,4 +1,4 @@
-"""Critical step sizes: where descent along a direction, or on a quadratic, begins to rise."""
+"""Critical step sizes, above which a step along a direction, or SGD on a quadratic, ascends."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ class Critical(NamedTuple):
 
     sharpness: float  # 2 / step_size
     step_size: float
-    converged: bool  # by less than `tol`, in the last step of the search
+    converged: bool  # the last step of the search changed it by less than `tol`
 
 
 def critical_sharpness(
@@ -39,17 +39,17 @@ def critical_sharpness(
 
     For the direction -g of gradient descent it is g^T H g / |g|^2 on quadratics, found exactly in
     four passes: the mean slope (L(eta) - L(0)) / eta is linear in eta there, and the search is a
-    secant method for its zero, kept between steps that lower and raise the loss. Source: Kalra et
-    al., 2026 (arXiv 2601.16979).
+    secant method for its zero, bracketed between steps that lower and steps that raise the loss.
+    Source: Kalra et al., 2026 (arXiv 2601.16979).
 
     Args:
         loss: `loss(params, *args)`, or an objective, whose first output is taken.
-        params: Where the steps begin.
+        params: The parameters at which the steps begin.
         direction: Of descent: -gradient, or a whole update of an optimizer.
         args: Data, arguments of the compiled program.
-        guess: First step size; an earlier eta_c is best.
+        guess: First step size to try, such as an earlier eta_c.
         tol: Relative change of eta_c below which it is `converged`.
-        passes: Budget of evaluations of the loss.
+        passes: Largest number of evaluations of the loss.
 
     Raises:
         ValueError: If `guess` isn't a positive number.
@@ -93,9 +93,9 @@ def critical_step_size(
 ) -> Float[Array, "..."]:
     """eta_max of SGD with momentum beta on h x^2 / 2, with h random of mean a and variance s^2.
 
-    1 / eta_max = a / (2 (1 + beta)) + s^2 / (2 a (1 - beta)): E x^2 stays bounded below it. Of full
-    batches it is 2 (1 + beta) / a. Checked against the operator of the second moments of (x_t,
-    x_(t-1)); the two regimes are those of arXiv 2604.14108.
+    1 / eta_max = a / (2 (1 + beta)) + s^2 / (2 a (1 - beta)); E x^2 stays bounded for smaller
+    steps. For full batches it is 2 (1 + beta) / a. Derived from the operator of the second moments
+    of (x_t, x_(t-1)); the two regimes are those of arXiv 2604.14108.
 
     Args:
         curvature: a, positive.

@@ -19,13 +19,13 @@ ORDERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "smallest": lambda values: values,
     "magnitude": lambda values: -np.abs(values),
 }
-# A warm start also has a random part of this length, and at least these products besides one per
-# pair: old vectors are blind to an eigenvalue that has overtaken theirs, and converge without it.
+# A warm start has a random part of relative length FRESH and takes k + FEWEST products or more: its
+# vectors may be orthogonal to an eigenvector whose eigenvalue has become the largest.
 FRESH, FEWEST = 0.1, 7
 
 
 class Eigenpairs(NamedTuple):
-    """k eigenvalues and eigenvectors, in the order that was asked for, and how good they are.
+    """k eigenvalues and eigenvectors in the requested order, with their residuals.
 
     Example:
         >>> A = Operator(lambda v: jnp.arange(5.0) * v, jnp.zeros(5))
@@ -53,26 +53,26 @@ def top_eigenpairs(
 ) -> Eigenpairs:
     """The k extreme eigenpairs of A, by the Lanczos method with thick restarts.
 
-    The loop runs on the host, in float64, over products in the dtype of the parameters, until all
-    residuals are below `tol` or the budget ends: see `converged`. As of any Krylov method, a
-    residual says that a pair is an eigenpair, not that none lies beyond it. Source: Wu & Simon,
-    2000.
+    The loop runs on the host in float64, over products in the dtype of the parameters, until all
+    residuals are at most `tol` or `max_matvecs` is reached (see `converged`). As with any Krylov
+    method, a small residual shows that a pair is an eigenpair, not that no more extreme one exists.
+    Source: Wu & Simon, 2000.
 
     Args:
         operator: A, symmetric.
         k: Number of pairs, at most the dimension.
         key: Of the random start vector.
-        tol: Relative residual |A v - lambda v| / |lambda|. An eigenvalue is then exact to about
-            tol^2 |lambda| / gap to its neighbours, and to tol at worst.
-        max_matvecs: Budget of products, k or more.
+        tol: Relative residual |A v - lambda v| / |lambda|. The relative error of an eigenvalue is
+            then at most `tol`, and about tol^2 |lambda| / gap if its neighbours are farther away.
+        max_matvecs: Largest number of products, at least k.
         which: "largest" or "smallest" values, or those of largest "magnitude".
-        start: Vectors to start from, leaves [any, ...], as of an earlier call: along a run they
-            save a third of the products. Default: random.
-        basis: Vectors kept between restarts, float64 (default: 2 k + 10, 20 or more).
+        start: Start vectors, leaves [any, ...], such as those of an earlier step of a run, which
+            save a third of the products (default: random).
+        basis: Number of Lanczos vectors, in float64 (default: 2 k + 10, at least 20).
 
     Raises:
-        ValueError: k, `basis` or `max_matvecs` out of range, `which` unknown, or a `start` that is
-            zero or of other shapes.
+        ValueError: If k, `basis` or `max_matvecs` is out of range, `which` is unknown, or `start`
+            is zero or has other shapes.
         TypeError: If the parameters aren't real numbers.
         FloatingPointError: If a product isn't finite.
 
@@ -94,8 +94,8 @@ def top_eigenpairs(
             f"{max_matvecs}, basis {rows}."
         )
     rng = generator(key)
-    # Columns of M are the products with the basis V in coordinates: A V^T = V^T M, with one row
-    # more for the vector that comes next. Its asymmetry is that of the rounding in A.
+    # Columns of M are the products with the basis V in coordinates: A V^T = V^T M, with one row for
+    # the next vector added. M is symmetric up to rounding errors of A.
     V, M = np.zeros((rows + 1, size)), np.zeros((rows + 1, rows))
     V[0] = _first(rng, operator, start)
     used = matvecs = 0
@@ -106,7 +106,7 @@ def top_eigenpairs(
         used += 1
         length = np.linalg.norm(w)
         if used < size:
-            # Nothing new: an invariant subspace. Other eigenvectors lie in its complement.
+            # The basis spans an invariant subspace; other eigenvectors are in its complement.
             exhausted = length <= 1e-14 * np.linalg.norm(M[:used, used - 1])
             w = project_out(rng.normal(size=size), V[:used])[1] if exhausted else w
             V[used], M[used, used - 1] = w / np.linalg.norm(w), 0.0 if exhausted else length
@@ -150,7 +150,7 @@ def project_out(
     """
     along = rows @ w
     w = w - along @ rows
-    again = rows @ w  # what rounding has left of it
+    again = rows @ w  # left by rounding errors
     return along + again, w - again @ rows
 
 
@@ -172,16 +172,16 @@ def _first(rng: np.random.Generator, operator: Operator, start: Any) -> Float[np
 def lanczos_sharpness(
     matvec: Callable[[Params], Params], start: Params, *, steps: int = 16
 ) -> tuple[Scalar, Scalar]:
-    """(lambda_max, relative residual) from a fixed number of Lanczos steps; jits and vmaps.
+    """(lambda_max, relative residual) from a fixed number of Lanczos steps, for jit and vmap.
 
-    A lower bound of the largest eigenvalue, up to rounding: for sweeps of small networks, and for
-    many batches, inside one program. It holds `steps` vectors, reorthogonalized in their dtype. On
-    CPUs, convolutions are slow inside its loop: `top_eigenpairs`.
+    A lower bound of the largest eigenvalue, up to rounding, for sweeps of small networks or many
+    batches in one program. It stores `steps` vectors, reorthogonalized in their dtype. On CPUs,
+    convolutions in its loop are slow; use `top_eigenpairs`.
 
     Args:
         matvec: v -> A v, symmetric.
         start: Any vector that isn't orthogonal to the eigenvector; random, or an earlier one.
-        steps: Products, at most the dimension are taken.
+        steps: Number of products; at most the dimension.
 
     Example:
         >>> A = lambda v: jnp.array([1.0, 4.0, 2.0]) * v
@@ -206,7 +206,7 @@ def lanczos_sharpness(
         v = jnp.where(length > tiny, w / jnp.where(length > tiny, length, 1.0), 0.0)
         V = V.at[i].set(v)
         along, w = project(ravel_pytree(matvec(unravel(v)))[0], V)
-        # After an invariant subspace, rows repeat a value inside the spectrum, uncoupled.
+        # Rows after an invariant subspace are uncoupled, with a value inside the spectrum.
         along = along.at[i].set(jnp.where(length > tiny, along[i], M[0, 0]))
         return V, M.at[:, i].set(along), w, jnp.linalg.norm(w)
 

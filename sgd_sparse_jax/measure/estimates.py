@@ -1,11 +1,11 @@
-"""Means and ratios of means over samples, each with the standard error of the number itself."""
+"""Means and ratios of means over samples, with their standard errors."""
 
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
-FEWEST = 16  # samples before a standard error is believed
+FEWEST = 16  # samples for a reliable standard error
 
 
 class Estimate(NamedTuple):
@@ -19,7 +19,7 @@ class Estimate(NamedTuple):
     value: float
     standard_error: float  # NaN from one sample
     samples: int
-    converged: bool = False  # whether a requested tolerance was reached, before the samples ended
+    converged: bool = False  # whether the requested tolerance was reached
 
 
 def mean_estimate(samples: Float[np.ndarray, " m"], tol: float = 0.0) -> Estimate:
@@ -43,8 +43,8 @@ def ratio_estimate(
 ) -> Estimate:
     """mean(a) / mean(b) with its jackknife standard error, for independent pairs (a_i, b_i).
 
-    The error is of the ratio of means itself, not of the mean of ratios, which is another number.
-    Source: Efron & Stein, 1981.
+    The error is that of the ratio of means, not of the mean of ratios, which is a different
+    quantity. Source: Efron & Stein, 1981.
 
     Args:
         above: a, [m].

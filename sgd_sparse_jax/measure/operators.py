@@ -1,9 +1,8 @@
-"""Curvature as linear maps: Hessians, Gauss-Newton matrices, their means over chunks, their blocks.
+"""Curvature as linear maps: Hessians, Gauss-Newton matrices, means over chunks, diagonal blocks.
 
-Programs are compiled once per function `loss` or `predict`; parameters and data are their
-arguments, so that other values of the same shapes, as along a run, or in the next chunk of a data
-set, use the same program. Arrays keep their shardings: a product over a batch that is split over
-devices runs on all of them.
+A program is compiled once per function `loss` or `predict` and shapes of its arguments. Parameters
+and data are arguments, so that all steps of a run and all chunks of a data set use one program.
+Arrays keep their shardings: a product over a batch that is split over devices runs on all of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -21,7 +20,7 @@ from sgd_sparse_jax.types import LossFn, Network, Outputs, Params, PRNGKey
 class Operator(NamedTuple):
     """v -> A v, a symmetric linear map between pytrees of the shapes and dtypes of `like`.
 
-    Any function with these properties will do as `matvec`; under `jax.jit` it is fast.
+    `matvec` may be any function with these properties; compile it with `jax.jit`.
 
     Example:
         >>> double = Operator(lambda v: 2 * v, like=jnp.zeros(3))
@@ -31,21 +30,21 @@ class Operator(NamedTuple):
 
     matvec: Callable[[Params], Params]
     like: Params
-    coupled: bool = False  # examples share batch moments: A is no mean over chunks of the data
+    coupled: bool = False  # examples share batch moments: A isn't a mean over chunks
 
 
 def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
     """v -> H v, the Hessian of `loss(params, *args)` with respect to `params`.
 
-    Forward-mode over reverse-mode differentiation: about the cost of two gradients, and of their
-    memory. Source: Pearlmutter, 1994.
+    Forward-mode over reverse-mode differentiation, at about the cost and memory of two gradients.
+    Source: Pearlmutter, 1994.
 
     Args:
-        loss: Returns the loss, or a tuple that begins with it, as objectives of training do. The
-            returned operator is `coupled` if the tuple's second entry, the statistics, is changed.
-        params: Where the Hessian is taken.
-        args: Data, arguments of the compiled program. In a closure they would be constants of it:
-            slow to compile, and compiled anew for each.
+        loss: Returns the loss, or a tuple (loss, statistics), as objectives of training do. The
+            operator is `coupled` if the statistics differ from those in `args`.
+        params: The parameters at which the Hessian is taken.
+        args: Data, passed to the compiled program as arguments. In a closure they would be
+            constants, which are slow to compile and need a new program each.
 
     Example:
         >>> loss = lambda params, x: (x * params**2).sum() / 2
@@ -60,14 +59,14 @@ def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
 def gauss_newton(predict: Callable[..., Any], loss: LossFn, params: Params, *args: Any) -> Operator:
     """v -> (1/n) sum_i J_i^T l_i'' J_i v, with J_i the Jacobian of the outputs for example i.
 
-    The part of the Hessian that stays when the outputs are linearized in the parameters. Source:
-    Schraudolph, 2002.
+    The Hessian of the loss of outputs that are linearized in the parameters. Source: Schraudolph,
+    2002.
 
     Args:
         predict: `predict(params, x)` or `predict(params, stats, x)`, as of `Network.apply`; returns
             outputs [n, ...], or `Outputs`.
         loss: (outputs, targets) -> losses per example [n], convex in the outputs.
-        params: Where the matrix is taken.
+        params: The parameters at which the matrix is taken.
         args: (batch,) or (stats, batch), with inputs x and targets y in the `Batch`.
 
     Example:
@@ -95,16 +94,16 @@ def mean_over(
 
     Args:
         operator: chunk -> its `Operator`; called for every chunk in every product.
-        chunks: A sequence, or any other iterable that can be read many times: one that loads each
-            chunk when it is asked for holds a data set larger than the memory.
+        chunks: A sequence, or another iterable that can be iterated repeatedly. One that loads its
+            chunks on demand allows data sets larger than the memory.
         weights: One for each chunk; default: its number of examples, the length of its first array
             (1 without arrays).
 
     Raises:
         ValueError: If there are no chunks or weights, or if examples are coupled, as by BatchNorm
-            in training mode: the mean over chunks would be the Hessian of another loss. One chunk
-            is the whole, and is allowed.
-        TypeError: If `chunks` can be read only once.
+            in training mode: the mean over chunks would be the Hessian of another loss. A single
+            chunk is allowed.
+        TypeError: If `chunks` can be iterated only once.
 
     Example:
         >>> from sgd_sparse_jax.types import Batch
@@ -126,8 +125,8 @@ def mean_over(
     first = operator(next(iter(chunks)))
     if first.coupled and len(shares) > 1:
         raise ValueError(
-            "BatchNorm in training mode couples the examples: the Hessian is no mean over chunks. "
-            "Take one batch, or in_mode(network, 'eval') with running moments or given ones."
+            "BatchNorm in training mode couples the examples: the Hessian isn't a mean over "
+            "chunks. Use a single batch, or in_mode(network, 'eval')."
         )
 
     def matvec(v: Any) -> Any:
@@ -158,7 +157,7 @@ def restrict(operator: Operator, keep: Callable[[str], bool]) -> Operator:
     named = [(path(keys), leaf) for keys, leaf in leaves]
     like = {name: leaf for name, leaf in named if keep(name)}
     if not like:
-        raise ValueError(f"No parameter is kept; there are {', '.join(n for n, _ in named)}.")
+        raise ValueError(f"No parameter is selected; there are {', '.join(n for n, _ in named)}.")
     zeros = {name: jnp.zeros_like(leaf) for name, leaf in named if name not in like}
 
     def matvec(v: Any) -> Any:
@@ -170,19 +169,19 @@ def restrict(operator: Operator, keep: Callable[[str], bool]) -> Operator:
 
 
 def in_mode(network: Network, mode: Literal["train", "eval"] | None = None) -> Network:
-    """`network` with BatchNorm in one mode, whatever a caller asks for.
+    """`network` with BatchNorm in a fixed mode, whatever the argument `train` of `apply`.
 
-    The Hessians of a network with BatchNorm are different matrices in its modes: differentiated
-    through the moments of the batch ("train"); or at the moments in `stats`, held constant
-    ("eval"): the running ones, or frozen at any others, such as those of `make_moments`.
+    The Hessian of a network with BatchNorm depends on the mode: "train" differentiates through the
+    moments of the batch; "eval" takes the moments in `stats` as constants, either running moments
+    or others, such as those of `make_moments`.
 
     Args:
         network: Pure functions (init, apply).
-        mode: The mode; may be missing only for networks without statistics.
+        mode: The mode; None is allowed only for networks without statistics.
 
     Raises:
-        ValueError: If the mode is unknown; when a network with statistics is applied, if it is
-            missing.
+        ValueError: If the mode is unknown, or if it is None when a network with statistics is
+            applied.
 
     Example:
         >>> apply = lambda params, stats, x, train: Outputs(x - x.mean() * train, {}, stats)
@@ -243,7 +242,7 @@ def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
         w = flatten(operator.matvec(unflatten(v, operator.like)))
         if not np.isfinite(w).all():
             raise FloatingPointError(
-                "A product isn't finite: is the loss, and twice differentiable at the parameters?"
+                "A product isn't finite; check that the loss is, and has second derivatives there."
             )
         return w
 
@@ -251,7 +250,7 @@ def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def generator(key: PRNGKey) -> np.random.Generator:
-    """Random numbers on the host, a function of `key`: XLA compiles a normal draw for seconds."""
+    """A NumPy generator seeded with `key`: XLA takes seconds to compile a normal draw."""
     return np.random.default_rng(np.asarray(jax.random.key_data(key)))
 
 
@@ -290,7 +289,7 @@ def _add_scaled(total, share, v):
 
 @jax.jit
 def _changed_stats(function, params, args):
-    """() where statistics come back as they went in, else one number: read off the structure."""
+    """() if statistics are returned unchanged, else (0,): traced for its structure only."""
     result = function(params, *args)
     stats = result.stats if isinstance(result, Outputs) else ()
     stats = result[1:] if type(result) is tuple else stats

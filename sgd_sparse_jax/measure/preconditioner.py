@@ -12,7 +12,7 @@ from .operators import Operator
 
 
 def preconditioned(operator: Operator, scale: Params) -> Operator:
-    """v -> D A D v with D = diag(scale): the curvature that an adaptive optimizer sees.
+    """v -> D A D v with D = diag(scale): curvature in the metric of an adaptive optimizer.
 
     With scale = P^(-1/2) it has the eigenvalues of P^(-1) A; RMSProp with step size eta is at its
     edge where eta lambda_max reaches 2. Source: Cohen et al., 2022 (arXiv 2207.14484).
@@ -38,9 +38,9 @@ def adaptive_scale(
     Args:
         opt_state: Of optax.adam, optax.rmsprop or another state with one `nu`: the running mean of
             squared gradients up to the last step.
-        eps: Added to the root. optax.rmsprop adds its own below it: eps=0, eps_root=1e-8.
-        eps_root: Added below the root.
-        decay: That of `nu`, where the optimizer corrects its bias, as Adam does (.999); default: no
+        eps: Added to the root. For optax.rmsprop, which adds it inside: eps=0, eps_root=1e-8.
+        eps_root: Added inside the root.
+        decay: Decay of `nu` in optimizers that correct its bias, such as Adam (0.999); default: no
             correction.
 
     Raises:

@@ -88,12 +88,12 @@ def plateau(
 ) -> Plateau:
     """The longest window in which a positive series stays within +-`width` of its mid-range.
 
-    For sharpness under large steps: its level beside 2 / step size, when it is reached and left.
-    Catapults and values that aren't finite end a window. Record odd and even steps: at the edge the
-    iterate jumps across the valley every step, and even steps alone see one side.
+    For the sharpness of a run with large steps, whose level is compared with 2 / step size.
+    Catapults and values that aren't finite end a window. Record odd and even steps: at the edge of
+    stability iterates cross the valley at every step, and even steps are all on one side.
 
     Args:
-        series: Positive records at even distances, [t]; takes memory for [t, t].
+        series: Positive values at equal distances, [t]; memory is quadratic in t.
         width: Largest relative deviation from (max + min) / 2 of the window.
         shortest: Share of the series that a plateau must cover.
 
@@ -121,9 +121,9 @@ def sign_autocorrelation(series: Float[Array, " t"], lag: int = 1) -> Scalar:
     """mean_t sign(x_t) sign(x_(t + lag)): -1 for an iterate that switches sides at every step.
 
     Args:
-        series: The coordinate across a valley at consecutive steps, 0 at its floor: that of the
-            gradient or of the displacement along the top eigenvector, [t].
-        lag: In steps; 2 for the return to the same side.
+        series: The coordinate across a valley at consecutive steps, 0 at its floor, [t]: the
+            component of the gradient, or of the displacement, along the top eigenvector.
+        lag: In steps; with 2, +1 for an iterate that switches sides at every step.
 
     Example:
         >>> float(sign_autocorrelation(jnp.array([0.3, -0.1, 0.2, -0.4])))
@@ -134,7 +134,7 @@ def sign_autocorrelation(series: Float[Array, " t"], lag: int = 1) -> Scalar:
 
 
 def split_displacement(displacement: Params, directions: Params) -> tuple[Params, Params]:
-    """(V V^T d, d - V V^T d): bouncing within the span of sharp directions, and drift beside it.
+    """(V V^T d, d - V V^T d): bouncing in the span of sharp directions, and drift orthogonal to it.
 
     Args:
         displacement: d, such as the difference of two iterates.
@@ -158,13 +158,13 @@ def floor_across(
     """(theta - sum_i v_i (v_i, g) / lambda_i, its loss): the valley floor below an iterate.
 
     One Newton step within the sharp directions, exact in a quadratic valley: the loss without the
-    part that large steps hold up by bouncing. `valley_floor` descends in all directions.
+    excess caused by bouncing. `valley_floor` descends in all directions.
 
     Args:
         loss: Of the full batch.
         params: theta.
-        values: Eigenvalues lambda of the Hessian, [k]; directions where one isn't positive have no
-            floor, and are left out.
+        values: Eigenvalues lambda of the Hessian, [k]; directions with values that aren't positive
+            have no floor and are ignored.
         directions: Their unit eigenvectors v, leaves [k, ...].
 
     Example:

@@ -17,26 +17,30 @@ def trace(
 ) -> Estimate:
     """tr A = E z^T A z over vectors z of random signs, with its standard error.
 
-    The variance of one sample is 2 (|A|_F^2 - sum_i A_ii^2). With a `sketch`, A's trace on the
-    range of A Omega, Omega random, is computed exactly and only the rest is sampled: fewer products
-    where few eigenvalues dominate. Sources: Hutchinson, 1990; Hutch++, Meyer et al., 2021.
+    The variance of one sample is 2 (|A|_F^2 - sum_i A_ii^2). With `sketch`, the trace on the range
+    of A Omega, for a random Omega, is computed exactly and only the remainder is sampled, which
+    takes fewer products if few eigenvalues dominate. Sources: Hutchinson, 1990; Hutch++, Meyer et
+    al., 2021.
 
     Args:
         operator: A, symmetric.
         key: Of the random vectors.
-        probes: Largest number of samples, each a product.
-        sketch: Columns of Omega, each two products (default: none).
-        tol: Relative standard error at which sampling stops (default: takes all probes).
+        probes: Largest number of samples, one product each.
+        sketch: Columns of Omega, two products each (default: none).
+        tol: Relative standard error at which sampling stops (default: after all probes).
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
-        >>> trace(A, jax.random.key(0), probes=2).value  # without an error: A is diagonal
+        >>> trace(A, jax.random.key(0), probes=2).value  # exact, because A is diagonal
         6.0
     """
     rng, product, size = generator(key), on_host(operator), dimension(operator)
     if not 0 <= sketch <= size or probes < 1:
-        raise ValueError(f"sketch = {sketch} of dimension {size}, probes = {probes} of 1 or more.")
+        raise ValueError(
+            f"sketch is {sketch}, probes {probes}; give a sketch from 0 to {size}, the number of "
+            "parameters, and at least 1 probe."
+        )
     rows = np.zeros((0, size))
     if sketch:
         rows = np.linalg.qr(np.stack([product(v) for v in rng.normal(size=(sketch, size))]).T)[0].T
@@ -54,7 +58,7 @@ class Density(NamedTuple):
 
     `moment(n)` is tr A^n / p. `smoothed(grid, width)` is the density convolved with a Gaussian:
     values and standard errors on the grid. Errors are those of a sample of `probes` out of p
-    orthogonal directions: zero when there are as many.
+    orthogonal directions, hence zero for p probes.
 
     Example:
         >>> density = Density(np.array([[1.0, 3.0]]), np.array([[0.5, 0.5]]), size=9)
@@ -94,8 +98,8 @@ def spectral_density(
     Args:
         operator: A, symmetric.
         key: Of the random vectors.
-        probes: Number of start vectors, at most p; two or more for an error.
-        steps: Lanczos steps from each.
+        probes: Number of start vectors, at most p; standard errors need two or more.
+        steps: Lanczos steps from each start vector.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,7 +119,7 @@ def spectral_density(
     for probe, v in enumerate(starts):
         V, M = np.zeros((nodes.shape[1], size)), np.zeros(2 * nodes.shape[1:])
         used, length = 0, 1.0
-        # An invariant subspace ends the steps: the rule is exact.
+        # At an invariant subspace the quadrature rule is exact.
         while used < len(V) and length > 1e-14 * np.abs(M).max():
             V[used] = v / length
             M[: used + 1, used], v = project_out(product(V[used]), V[: used + 1])
