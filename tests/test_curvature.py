@@ -1,8 +1,7 @@
 """Hessians, eigenpairs, traces and densities against dense matrices, recorded by another program.
 
-tests/golden/curvature.npz holds inputs, weights, products and spectra of three small networks, made
-by PyTorch's dense Hessians in float64, with which curvlinops agrees. They don't depend on this
-project: if a number differs, the code is wrong.
+tests/golden/curvature.npz has inputs, weights, products and spectra of three small networks, from
+PyTorch's dense Hessians in float64 (curvlinops agrees). If a number differs, the code is wrong.
 """
 
 import functools

@@ -14,6 +14,7 @@ from sgd_sparse_jax import train
 from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.types import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 N, D, STEPS, ETA, ALPHA = 12, 8, 40, 0.1, 0.5
 RNG = np.random.default_rng(4)
 X = RNG.normal(size=(N, D))

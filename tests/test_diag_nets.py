@@ -15,6 +15,7 @@ from experiments.toy import config as toys, ensemble, problems
 from experiments.toy.run import Descent, Schedule, make_run, seed_keys
 from sgd_sparse_jax import data
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SIZES = {"n": 20, "d": 30, "support": 3}
 TOY = problems.diagonal(**SIZES)
 X, Y = data.sparse_regression(0, **SIZES).train

@@ -10,6 +10,7 @@ import pytest
 
 import sgd_sparse_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 MODULES = [
     module.name
     for module in pkgutil.walk_packages(sgd_sparse_jax.__path__, "sgd_sparse_jax.")

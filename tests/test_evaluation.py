@@ -11,6 +11,7 @@ from sgd_sparse_jax import measure, train
 from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.types import Batch, Network, Outputs
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 RNG = np.random.default_rng(0)
 X, Y = RNG.normal(size=(45, 6, 6, 3)), RNG.integers(0, 3, 45)
 FETCH = lambda key, idx: Batch(jnp.asarray(X)[idx], jnp.asarray(Y)[idx])

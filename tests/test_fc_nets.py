@@ -12,7 +12,7 @@ from experiments.fc_nets import SETTINGS
 from experiments.storage import records
 from experiments.toy import config as toys, problems, run as toy_runs
 
-pytestmark = pytest.mark.usefixtures("unrendered")
+pytestmark = pytest.mark.usefixtures("unrendered", "quick_compilation")
 
 
 @pytest.mark.parametrize(

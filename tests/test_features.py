@@ -8,6 +8,8 @@ import pytest
 
 from sgd_sparse_jax import measure
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def greedy(phi: np.ndarray, threshold: float) -> tuple[float, float]:
     """The definition, one deletion at a time: (all, distinct) shares of positive entries."""

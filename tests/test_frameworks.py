@@ -18,6 +18,7 @@ from flax import nnx
 from sgd_sparse_jax import measure, models, train
 from sgd_sparse_jax.types import Batch, Network
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PAGE = (Path(__file__).parents[1] / "docs" / "frameworks.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^#+ ([^\n]+)\n(.*?)(?=^#+ |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 FRAMEWORKS = ("Flax linen", "Flax NNX", "Equinox", "Haiku")

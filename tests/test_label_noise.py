@@ -12,6 +12,7 @@ from sgd_sparse_jax import data
 from sgd_sparse_jax.train import make_segment, piecewise_decay
 from sgd_sparse_jax.types import Batch, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 B, STEPS, KEY = 3, 12, jr.key(7)
 CONSTANT = optax.constant_schedule(0.4)
 ROUNDING = 1e-14  # of a Gaussian's inverse error function, compiled inside a loop and outside

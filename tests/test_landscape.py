@@ -8,6 +8,8 @@ import pytest
 from sgd_sparse_jax import measure
 from sgd_sparse_jax.data import sparse_regression
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 def some_params(seed: int, scale: float = 1.0):
     rng = np.random.default_rng(seed)

@@ -9,6 +9,7 @@ from experiments import loss_surface
 from experiments.loss_surface import SETTINGS
 from experiments.toy import problems
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 D3 = SETTINGS["d3"]
 SMALL = replace(D3, seeds=2, num_steps=300, spectra_records=2, grid=10, frames=2)
 

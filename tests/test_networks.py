@@ -15,6 +15,7 @@ from sgd_sparse_jax import models
 from sgd_sparse_jax.models import from_linen
 from sgd_sparse_jax.train import cross_entropy
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "deep_nets.json").read_text())
 MOVED = (
     "The network no longer computes what the reference's PyTorch code does. If that was meant, "

@@ -13,6 +13,7 @@ from experiments.storage import records
 from experiments.toy import problems, run as toy_runs
 from sgd_sparse_jax import measure
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 SMALL = Config(
     problem="diagonal-small",
     axis="batch_size",

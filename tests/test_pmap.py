@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import pytest
 
 from sgd_sparse_jax import models, train
 from sgd_sparse_jax.types import Batch, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 DEVICES, PER_DEVICE, CLASSES, STEPS = 4, 2, 3, 3
 BATCH, TAU, AXIS = DEVICES * PER_DEVICE, 0.9, "devices"
 # A few hundred float64 additions per number, in two orders, accumulated by momentum.

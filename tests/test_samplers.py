@@ -7,6 +7,7 @@ import pytest
 
 from sgd_sparse_jax import train
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 N, B, EPOCH, STEPS = 13, 3, 4, 200  # an epoch leaves one example out
 NAMES = ["with_replacement", "without_replacement", "reshuffled_epochs", "shuffled_once", "cyclic"]
 MAKERS = {name: getattr(train, name) for name in NAMES}

@@ -13,6 +13,7 @@ from sgd_sparse_jax.data import sparse_regression
 from sgd_sparse_jax.models import DiagonalNet, from_linen
 from sgd_sparse_jax.types import Batch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 PROBLEM = jax.tree.map(jnp.asarray, sparse_regression(3, n=10, d=12, support=2, n_test=4))
 MODEL = DiagonalNet(0.3)
 NUM_STEPS = 150

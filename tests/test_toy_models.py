@@ -9,6 +9,7 @@ from scipy import stats
 
 from sgd_sparse_jax.models import MLP, DiagonalNet, gaussian, rademacher
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = jnp.asarray(np.random.default_rng(0).normal(size=(9, 4)))
 
 

@@ -13,6 +13,7 @@ from sgd_sparse_jax import train
 from sgd_sparse_jax.train.windows import IN_FLIGHT
 from sgd_sparse_jax.types import Batch, TrainState
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 X = jr.normal(jr.key(3), (64, 5))
 Y = jr.normal(jr.key(4), (64,))
 KEY = jr.key(1)
