@@ -22,11 +22,11 @@ def make_curvature(toy: Toy, batch_size: int) -> Callable[[Params], dict[str, ja
 
     - sharpness, sharpness_residual: lambda_max(H) and |H v - lambda v| / lambda, by Lanczos.
     - trace: tr H, exact.
-    - batch_sharpness: E[g_B^T H_B g_B / |g_B|^2] over batches with a gradient: at others SGD stays.
-    - ratio_of_means: E[g_B^T H_B g_B] / E|g_B|^2, another number.
+    - batch_sharpness: E[g_B^T H_B g_B / |g_B|^2] over batches whose gradient isn't zero.
+    - ratio_of_means: E[g_B^T H_B g_B] / E|g_B|^2, a different quantity.
     - batch_sharpness_error, ratio_of_means_error: their standard errors, 0 for batches of one or of
-      all examples, where the means are exact. Else they are over `BATCHES` batches of a fixed seed:
-      all records share them, and their error doesn't average out along a run.
+      all examples, whose means are exact. Other means are over `BATCHES` batches of a fixed seed,
+      shared by all records, so that their error doesn't average out along a run.
     """
     n = len(toy.train.y)
     loss = lambda params: toy.mean_loss(params, toy.train)

@@ -118,7 +118,7 @@ def make_sweep(
     One program, compiled at the first call, executes `chunk` runs per device of `mesh` at a time
     (default: all devices of all hosts); results are gathered in host memory. Run (i, j) is
     `run(keys[i], points[j])`, independent of the numbers of seeds, points and devices, and `chunk`.
-    Of a chunk, `vectorized` runs are vmapped, and others follow in a compiled loop (default: all).
+    `vectorized` runs of a chunk are vmapped at a time, in a compiled loop (default: all at once).
     For diagonal networks on CPUs, 1 is three times faster, with the flag of docs/fast.md.
 
     Leaves of the pytree `points` have one entry per point; ValueError otherwise. Options of sweep:
