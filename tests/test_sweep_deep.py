@@ -100,13 +100,15 @@ def test_parts_run_a_share_each_and_the_last_one_compares(swept, tmp_path, capsy
 
 def test_runs_that_differ_in_numbers_are_compiled_once(swept, tmp_path, caplog):
     (config,), _ = sweep_deep.expand(replace(swept[0], runs_dir=str(tmp_path))).values()
-    config = replace(config, sgd_p_label_noise=0.2, l2_reg=1e-3)
+    curvature = {"curvature_every": 20, "curvature_examples": 16}
+    config = replace(config, sgd_p_label_noise=0.2, l2_reg=1e-3, **curvature)
     training.run(config)
     other = {"lr_init": 0.01, "lr_schedule": "cosine", "momentum": 0.5, "l2_reg": 1e-4, "seed": 3}
     with jax.log_compiles(), caplog.at_level("WARNING"):
         training.run(replace(config, sgd_p_label_noise=0.1, **other))
     compiled = [text for text in caplog.messages if "Finished XLA compilation" in text]
     slow = ("_advance", "initial_state", "totals", "observe", "of_batch", "norms", "sampler")
+    slow += ("_hessian_product", "_observe", "add_gradient")
     assert not [text for text in compiled if any(name in text for name in slow)], compiled
 
 

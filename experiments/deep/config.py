@@ -83,6 +83,16 @@ class Config:
     """Training images for the rank of the Jacobian, in float64 (0: off; slow above 50)."""
     jacobian_tol: ranges.Positive = 1e-4
     """Singular values above this multiple of the largest count for the rank."""
+    curvature_every: ranges.CountOrNone = 0
+    """Steps between records of curvature, a multiple of the steps between evaluations, whose rows
+    they join; also at the first and last evaluation (0: never)."""
+    curvature_examples: ranges.Count = 512
+    """Training images whose Hessian is measured: of the cross-entropy, without augmentation."""
+    curvature_mode: Literal["train", "eval"] = "train"
+    """BatchNorm in records of curvature: train (moments of the batch, all images at once in memory)
+    or eval (running moments, images in parts)."""
+    curvature_eigenvalues: Annotated[int, ranges.Range(1, 20, "[]")] = 1
+    """Number of largest eigenvalues of the Hessian."""
     save_model_each_k_epochs: ranges.CountOrNone = 0
     """Keep the state of every k-th epoch under models/ (0: the newest checkpoints only)."""
     max_steps: ranges.CountOrNone = 0
@@ -129,7 +139,8 @@ def check(config: Config) -> None:
     """Raises ValueError for flags that are out of range or contradict each other or the devices."""
     ranges.check(config)
     devices = jax.device_count()
-    for name in ("batch_size", "batch_size_eval"):
+    curvature = ("curvature_examples",) if config.curvature_every else ()
+    for name in ("batch_size", "batch_size_eval", *curvature):
         if getattr(config, name) % devices:
             raise ValueError(
                 f"--{name} is {getattr(config, name)}; choose a multiple of {devices}, the number "

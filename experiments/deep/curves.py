@@ -10,6 +10,8 @@ from experiments.figures import plots
 from experiments.storage import records
 
 Records = list[dict[str, Any]]
+SHARPNESS = "curvature of the loss"
+LOGARITHMIC = ("nats", "Euclidean norm", SHARPNESS)
 
 
 def records_of(folder: Path) -> Records:
@@ -27,7 +29,7 @@ def blocks(record: Mapping[str, Any]) -> list[str]:
 
 
 def one_run(folder: Path, title: str) -> list[Path]:
-    """Draws loss, error, sparsity of every block, noise level and norms along a run."""
+    """Draws loss, error, sparsity of every block, noise level, norms and curvature along a run."""
     runs = [records_of(folder)]
     of_blocks = lambda kind: {block: f"train/{kind}/{block}" for block in blocks(runs[0][0])}
     losses = {"training images": "train/loss", "test images": "test/loss"}
@@ -42,6 +44,15 @@ def one_run(folder: Path, title: str) -> list[Path]:
         ("Dead units", "share", of_blocks("dead")),
         ("Norms", "Euclidean norm", norms),
     ]
+    if curved := [record for record in runs[0] if "curvature/edge" in record]:
+        edges = {"2/η": "edge"}
+        if curved[0]["curvature/edge"] != curved[0]["curvature/batch_edge"]:
+            edges = {"2(1 + β)/η": "edge", "2(1 − β)/η": "batch_edge"}
+        of = {"largest eigenvalue": "eigenvalue_1", "batch sharpness": "batch_sharpness"} | edges
+        table += [
+            ("Sharpness", SHARPNESS, {label: f"curvature/{name}" for label, name in of.items()}),
+            ("Trace of the Hessian", "sum of eigenvalues", {"trace": "curvature/trace"}),
+        ]
     panels = [
         _panel(heading, unit, {label: (runs, name) for label, name in names.items()})
         for heading, unit, names in table
@@ -50,7 +61,7 @@ def one_run(folder: Path, title: str) -> list[Path]:
 
 
 def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str) -> list[Path]:
-    """Draws training loss, test error and sparsity of every block, a curve per setting.
+    """Draws training loss, test error, sparsity of every block and curvature, a curve per setting.
 
     `settings[label]` are the folders of its seeds; curves are their medians, bands 5-95 %.
     """
@@ -62,6 +73,9 @@ def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str)
     ]
     for block in blocks(first):
         table.append((f"Active units, {block}", "share, no duplicates", f"train/distinct/{block}"))
+    if "curvature/edge" in first:
+        table.append(("Largest eigenvalue", SHARPNESS, "curvature/eigenvalue_1"))
+        table.append(("Batch sharpness", SHARPNESS, "curvature/batch_sharpness"))
     panels = [
         _panel(heading, unit, {label: (runs, name) for label, runs in read.items()})
         for heading, unit, name in table
@@ -70,14 +84,13 @@ def several_runs(stem: Path, settings: Mapping[str, Sequence[Path]], title: str)
 
 
 def _panel(title: str, unit: str, curves: Mapping[str, tuple[list[Records], str]]) -> plots.Panel:
-    """A metric over the epoch, for each label (runs, name); losses and norms are logarithmic."""
+    """A metric over the epoch, for each label (runs, name); shares and sums are linear."""
     lines = {}
     for label, (runs, name) in curves.items():
-        longest = max(runs, key=len)  # a run that diverged has fewer records
-        epochs = np.array([record["epoch"] for record in longest], float)
-        values = np.full((len(runs), len(longest)), np.nan)
-        for i, run in enumerate(runs):
-            # jacobian_rank and window_loss are missing from some records.
-            values[i, : len(run)] = [record.get(name, np.nan) for record in run]
-        lines[label] = epochs, values
-    return plots.Panel(title, unit, lines, "epoch", log_y=unit in ("nats", "Euclidean norm"))
+        # Losses of windows and curvature are missing from some records, and a run that diverged
+        # has fewer records.
+        found = [{r["epoch"]: r[name] for r in run if name in r} for run in runs]
+        if epochs := sorted(set().union(*found)):
+            values = [[values.get(epoch, np.nan) for epoch in epochs] for values in found]
+            lines[label] = np.array(epochs, float), np.array(values, float)
+    return plots.Panel(title, unit, lines, "epoch", log_y=unit in LOGARITHMIC)

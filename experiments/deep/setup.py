@@ -55,6 +55,7 @@ class Plan:
     total_steps: int  # of all epochs
     num_steps: int  # where this command stops
     evaluations: frozenset[int]  # steps
+    curvature: frozenset[int]  # those of them with curvature
     kept: frozenset[int]  # steps whose states are saved under models/
     steps_per_call: int
 
@@ -104,6 +105,7 @@ def resolve(config: Config) -> Plan:
     init_key, train_key, _ = jr.split(jr.key(config.seed), 3)
     eval_every = 5 * steps_per_epoch if config.eval_iter_freq == -1 else config.eval_iter_freq
     keep_every = config.save_model_each_k_epochs * steps_per_epoch
+    curved = curvature_steps(config, n, eval_every, num_steps)
     n_test = None if config.n_final_eval == -1 else config.n_final_eval
     is_new = train.latest_step(folder / "checkpoints") is None  # else a saved state is restored
     return Plan(
@@ -128,6 +130,7 @@ def resolve(config: Config) -> Plan:
         total_steps=total_steps,
         num_steps=num_steps,
         evaluations=frozenset({*range(0, num_steps, eval_every), num_steps}),  # first and last
+        curvature=curved,
         kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
         # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
         steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
@@ -154,6 +157,24 @@ def training_set(config: Config, whole: data.Images) -> data.Images:
         data.confusions(config.dataset) if config.noise_type == "asym" else None,
     )
     return whole._replace(images=whole.images[:n], labels=labels)
+
+
+def curvature_steps(config: Config, n: int, eval_every: int, num_steps: int) -> frozenset[int]:
+    """The evaluations with curvature, of a run on n images."""
+    every, examples = config.curvature_every, config.curvature_examples
+    if not every:
+        return frozenset()
+    if every % eval_every:
+        raise ValueError(
+            f"--curvature_every is {every}; choose a multiple of {eval_every}, the steps between "
+            f"evaluations (--eval_iter_freq)."
+        )
+    if examples > n:
+        raise ValueError(
+            f"--curvature_examples is {examples}, more than the {n} training images; choose "
+            f"{n - n % jax.device_count()} or less."
+        )
+    return frozenset({config.fork_step, *range(0, num_steps, every), num_steps})
 
 
 def fingerprints(images: data.Images, test_images: data.Images) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from experiments.storage import records
 from sgd_sparse_jax import train
 from sgd_sparse_jax.types import TrainState
 
-TIMES = ("step_seconds", "eval_seconds", "images_per_second")
+TIMES = ("step_seconds", "images_per_second", "eval_seconds", "curvature/seconds")
 CALLS = 8  # between agreements of several hosts on interruptions: each waits for the device
 
 
@@ -134,12 +134,14 @@ def train_on(
 ) -> None:
     """Trains to the end; evaluates, saves and stops between windows."""
     start, bench = int(state.step), workbench.of(plan)
-    evaluate = bench.evaluation()
+    evaluate, probe = bench.evaluation(), bench.curvature(plan)
     live = start_recording(plan, start) if hosts.is_first() else None  # one process writes
     progress = (live.on_evaluation,) if live else ()
 
     def record(step: int, since: Since, state: TrainState) -> dict[str, Any]:
-        row = complete(plan, step, since, evaluate(state, *progress))
+        values = evaluate(state, *progress)
+        values |= probe(state, *progress) if step in plan.curvature else {}
+        row = complete(plan, step, since, values)
         if live:
             records.append_record(plan.folder, row)
             live.on_record(row)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import Partial
 
-from experiments.deep import metrics, setup
+from experiments.deep import curvature, metrics, setup
 from experiments.deep.config import MAY_CHANGE, Config
 from experiments.deep.setup import Plan
 from sgd_sparse_jax import data, train, types
@@ -21,7 +21,7 @@ from sgd_sparse_jax import data, train, types
 FREE = (
     *("lr_init", "lr_schedule", "warmup_factor", "warmup_exp", "ln_schedule", "swa_tau", "seed"),
     *("eval_iter_freq", "save_model_each_k_epochs", "steps_per_call", "model_path", "fork_from"),
-    *("fork_step", "exp_name", *MAY_CHANGE),
+    *("fork_step", "exp_name", "curvature_every", *MAY_CHANGE),
 )
 ON_OR_OFF = ("momentum", "l2_reg", "sgd_p_label_noise")  # only whether they are 0 is compiled
 
@@ -43,18 +43,28 @@ class Workbench(NamedTuple):
     images: Callable[[], list[types.Batch]]  # both splits, on the devices from the first call on
     step: Callable  # (pixels, numbers, key, state, indices) -> (state, losses), see `segment`
     evaluation: Callable[[], Callable[..., dict[str, Any]]]
+    probe: Callable[[], Callable[..., dict[str, Any]]]  # see `curvature`
 
     def segment(self, plan: Plan) -> Partial:
         """The segment of a run, as `train.windows` compiles it: once for all runs."""
-        steps, config = jnp.arange(plan.total_steps), plan.config
-        table = lambda schedule: jnp.broadcast_to(schedule(steps), steps.shape).astype(jnp.float32)
-        numbers = Numbers(
-            table(plan.step_size),
-            table(plan.label_noise),
-            *map(jnp.float32, (config.momentum, config.l2_reg, config.swa_tau)),
-        )
         # Arguments, pixels too: JAX keeps compiled functions, and what is part of them, for long.
-        return Partial(self.step, self.images()[0], train.replicate(numbers, train.data_mesh()))
+        return Partial(self.step, self.images()[0], numbers_of(plan))
+
+    def curvature(self, plan: Plan) -> Callable[..., dict[str, Any]]:
+        """(state, progress) -> the curvature at a state of a run."""
+        return functools.partial(self.probe(), numbers_of(plan))
+
+
+def numbers_of(plan: Plan) -> Numbers:
+    """The numbers of a run, on all devices."""
+    steps, config = jnp.arange(plan.total_steps), plan.config
+    table = lambda schedule: jnp.broadcast_to(schedule(steps), steps.shape).astype(jnp.float32)
+    numbers = Numbers(
+        table(plan.step_size),
+        table(plan.label_noise),
+        *map(jnp.float32, (config.momentum, config.l2_reg, config.swa_tau)),
+    )
+    return train.replicate(numbers, train.data_mesh())
 
 
 _latest: dict[tuple, Workbench] = {}  # one: a data set fills a part of a device's memory
@@ -107,6 +117,10 @@ def _make(plan: Plan) -> Workbench:
         fetches = [setup.make_fetch(pixels, shape) for pixels in images()]
         return metrics.make_evaluation(plan, mesh, *fetches)
 
+    @functools.cache
+    def probe():
+        return curvature.make_curvature(plan, mesh, setup.make_fetch(images()[0], shape), optimizer)
+
     # Runs once: at XLA's highest level it takes three times as long to compile, for the same bits.
     once = jax.jit(initial_state, compiler_options={"xla_backend_optimization_level": 1})
-    return Workbench(once, images, step, evaluation)
+    return Workbench(once, images, step, evaluation, probe)
