@@ -128,6 +128,15 @@ ENTRIES = (
         "phase_diagram/two-layer-init_scale/figures/phase_diagram.png",
         "The step size at which runs diverge depends on the scale of the initial weights.",
     ),
+    Entry(
+        "Sparsity and the edge",
+        "python -m experiments.sparsity_meets_sharpness",
+        "sparsity_meets_sharpness/toys/figures/sparsity_meets_sharpness.png",
+        "A point per run: 12 seeds of step sizes, batch sizes and decays of three problems. "
+        "Diagonal nets are sparse only with single examples at the largest steps, below the "
+        "edge; batches of four come nearer to it, and gradient descent reaches it, with full "
+        "support. On 1-D regression, runs further below the edge are the sparser ones.",
+    ),
 )
 
 

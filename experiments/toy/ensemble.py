@@ -145,7 +145,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
             sweep = train.make_sweep(run, **chunks)
             metrics = [spectra]
             if config.curvature:  # programs of their own: runs and ranks are the same without them
-                metrics.append(of_snapshots(plan.toy, make_curvature(plan.toy, batch_size)))
+                metrics.append(curvature_of_snapshots(plan.toy, batch_size))
             points = jax.tree.map(itemgetter(members), plan.schedules)
             done, width = [], max(1, RUNS_AT_A_TIME * jax.device_count() // len(members))
             width = min(seeds, width)
@@ -193,14 +193,15 @@ def _reduced(
 
 
 def of_snapshots(
-    toy: Toy, metrics: Callable[[Params], dict[str, jax.Array]]
+    toy: Toy, metrics: Callable[[Params], dict[str, jax.Array]], *, vectorized: int | None = None
 ) -> Callable[[np.ndarray], dict[str, np.ndarray]]:
     """Snapshots [seeds, schedules, records, p] -> `metrics(params)` of each; NaN if not finite.
 
-    Compiled once, for `SNAPSHOTS_AT_A_TIME` snapshots.
+    Compiled once, for `SNAPSHOTS_AT_A_TIME` snapshots; for `vectorized`, see `train.make_sweep`.
     """
     chunk = -(-SNAPSHOTS_AT_A_TIME // jax.device_count())
-    sweep = train.make_sweep(lambda _, theta: metrics(parameters(toy, theta)), chunk=chunk)
+    run = lambda _, theta: metrics(parameters(toy, theta))
+    sweep = train.make_sweep(run, chunk=chunk, vectorized=vectorized)
     no_key = seed_keys(0, 1)
 
     def measured(snapshots: np.ndarray) -> dict[str, np.ndarray]:
@@ -216,6 +217,12 @@ def of_snapshots(
         return {name: values.reshape(snapshots.shape[:-1]) for name, values in out.items()}
 
     return measured
+
+
+def curvature_of_snapshots(toy: Toy, batch_size: int) -> Callable[..., dict[str, np.ndarray]]:
+    """`of_snapshots` with the metrics of `make_curvature`."""
+    # The gradients of more snapshots leave the cache of CPUs: twice as slow.
+    return of_snapshots(toy, make_curvature(toy, batch_size), vectorized=8)
 
 
 def _dataset(plan: Plan, whole: Chunk) -> "xarray.Dataset":
