@@ -138,6 +138,25 @@ def test_both_sides_of_a_network_run_from_the_command_line(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch's own
+def test_all_sides_find_one_curvature(tmp_path, small_cifar):
+    pytest.importorskip("torch")
+    from benchmarks import curvature
+
+    sizes = {"images": 16, "steps": 20, "batches": 2, "resnet_images": 8, "resnet_width": 2}
+    sizes |= {"rounds": 1, "resnet_steps": 20, "oracle": False}
+    out = tmp_path / "curvature.json"
+    curvature.run(curvature.Config(**sizes, data_dir=small_cifar, out=out))
+    cases = json.loads(out.read_text())["cases"]
+    assert list(cases) == ["toy", "mlp", "gauges, toy", "gauges, mlp", "resnet"]
+    for name, case in cases.items():
+        assert case["relative_difference"] < 1e-4, name  # float32; residuals of 1e-3
+    sides = cases["mlp"]["found"]
+    assert sides["this library, cold"]["products"] <= sides["PyTorch, cold"]["products"]
+    assert max(side["residual"] for side in sides.values()) <= curvature.TOL
+
+
+@pytest.mark.slow
 def test_the_cost_of_a_save_is_a_share_of_the_time_between_saves(tmp_path):
     out = tmp_path / "overheads.json"
     tiny = ("--net=resnet_tiny", "--width=2", "--batch_size=8", "--steps=8", "--rounds=2")

@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.flatten_util import ravel_pytree
+from jax.tree_util import tree_leaves_with_path as leaves
 
 from experiments.launch import cli
 
@@ -96,6 +98,25 @@ def test_the_library_examples_of_the_readme_print_what_they_say():
     top = np.linalg.eigvalsh(np.block([list(row) for row in blocks])).max()
     converged, largest_step = second.split("] ")
     assert converged == "[ True  True" and float(largest_step) == pytest.approx(2 / top)
+
+
+def test_the_examples_of_curvature_run_and_agree_with_dense_matrices():
+    text = (ROOT / "docs" / "curvature.md").read_text("utf-8")
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(example, "curvature.md", "exec"), names)
+    assert "generalized_sharpness" in screen.getvalue()
+    flat, unravel = ravel_pytree(names["params"])
+    loss = lambda flat: names["objective"](unravel(flat), names["stats"], names["data"])[0]
+    dense = jax.jit(jax.hessian(loss))(flat)
+    layer = [["layer2" in str(path)] * leaf.size for path, leaf in leaves(names["params"])]
+    block = dense[np.ix_(*[np.flatnonzero(np.concatenate(layer))] * 2)]
+    top = np.linalg.eigvalsh(block)[:-3:-1]
+    np.testing.assert_allclose(names["pairs"].values, top, rtol=1e-5)
+    assert abs(names["trace"].value - dense.trace()) < 4 * names["trace"].standard_error
+    whole = ravel_pytree(names["whole"].matvec(names["gradient"]))[0]
+    np.testing.assert_allclose(whole, dense @ ravel_pytree(names["gradient"])[0], rtol=1e-8)
 
 
 def test_the_gallery_shows_existing_files():
