@@ -105,14 +105,15 @@ def _trained(
     size = min(size or len(batch.x), len(batch.x))
 
     @jax.jit
-    def step(params: Params, batch: Batch) -> Params:
-        grads = jax.grad(lambda params: objective(params, stats, batch)[0])(params)
-        return jax.tree.map(lambda p, g: p - jnp.asarray(step_size, p.dtype) * g, params, grads)
+    def step(params: Params, stats: Stats, batch: Batch) -> tuple[Params, Stats]:
+        grads, stats = jax.grad(objective, has_aux=True)(params, stats, batch)
+        down = lambda p, g: p - jnp.asarray(step_size, p.dtype) * g
+        return jax.tree.map(down, params, grads), stats
 
     earlier = params
     for i in range(steps):
         earlier = params if i == steps - EARLIER else earlier
         rows = np.arange(i * size, (i + 1) * size) % len(batch.x)
-        params = step(params, Batch(batch.x[rows], batch.y[rows]))
+        params, stats = step(params, stats, Batch(batch.x[rows], batch.y[rows]))
     checkpoint = f"{name}, key 0, {steps} steps of {step_size} on batches of {size}"
     return Problem(checkpoint, objective, params, earlier, stats, batch, peer.load(net, params))
