@@ -20,13 +20,13 @@ DEFAULTS = {  # results don't depend on JAX_... variables in the environment
 }
 
 
-def set_up_toys(cpu_devices: int | None = None) -> None:
-    """Enables float64 and small loops; sets the number of CPU devices (default: one per core).
+def set_up_toys(cpu_devices: int | None = None, *, small: bool = True) -> None:
+    """Sets the number of CPU devices (default: one per core); for `small` nets float64 and loops.
 
     Devices chosen by the user, or of a JAX that has started, stay: only the speed depends on them.
     """
-    _update(jax_enable_x64=True, **DEFAULTS)
-    add_xla_flag(SMALL_LOOPS)
+    _update(jax_enable_x64=small, **DEFAULTS)
+    add_xla_flag(SMALL_LOOPS if small else KERNEL_GRADIENTS)
     named = jax.config.jax_num_cpu_devices > 0  # pyright: ignore[reportAttributeAccessIssue]
     # The older way is --xla_force_host_platform_device_count.
     if cpu_devices or not (named or "device_count" in os.environ.get("XLA_FLAGS", "")):

@@ -1,0 +1,1 @@
+"""Runs at the edge of stability: problems, trajectories, gauges, and studies of them."""

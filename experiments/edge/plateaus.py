@@ -1,0 +1,243 @@
+"""Where curvature settles under large steps, beside the predicted edges."""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.random as jr
+import numpy as np
+
+from experiments.edge import runs
+from experiments.edge.config import Config, Spec, last_third, record_steps
+from experiments.edge.runs import Point, Program
+from experiments.figures import plots, terminal
+from experiments.storage import records
+from experiments.toy import config as toys
+from experiments.toy.problems import Toy
+from experiments.toy.run import seed_keys
+from sgd_sparse_jax import measure, train
+
+if TYPE_CHECKING:
+    import xarray
+
+LANCZOS_RECORDS = 3  # with eigenvalues of mini-batches, which cost 20 times as much as the rest
+WITHIN = 0.06  # relative distance from the edge that counts as being there
+GAUGES = {
+    "sharpness": "λ_max(H)",
+    "midpoint": "λ_max(H) at midpoints",
+    "preconditioned": "λ_max(P^-½ H P^-½)",
+    "batch_sharpness": "batch sharpness",
+    "ratio_of_means": "its ratio of means",
+    "minibatch_sharpness": "E λ_max(H_B)",
+}
+
+
+def simulate(
+    config: Config, toy: Toy, specs: Sequence[Spec], store: Any, on_chunk: Callable[[], None]
+) -> "xarray.Dataset":
+    """Runs every spec for every seed; gauges have dims run, seed, record."""
+    import xarray
+
+    keys, found = seed_keys(config.seed, config.seeds), {}
+    shape = (len(specs), config.seeds, config.records)
+    for group in sorted({spec[2:] for spec in specs}, key=str):  # what a program is compiled for
+        members = [i for i, spec in enumerate(specs) if spec[2:] == group]
+        spec = specs[members[0]]
+        program, at = (
+            Program(toy, spec.optimizer, spec.batch_size, config.with_replacement),
+            record_steps(spec.num_steps, config.records),
+        )
+        points = Point(
+            *(
+                np.array([getattr(specs[i], name) for i in members])
+                for name in ("step_size", "momentum")
+            )
+        )
+        sweep = run_sweep(store, on_chunk, f"{toys.fingerprint(config)} {spec}")
+        ran = sweep(runs.make_run(program, spec.num_steps, at), keys, points, name="runs")
+        gauged = gauges(config, program, points, ran["snapshot"], sweep)
+        for name, values in ({"loss": ran["loss"]} | gauged).items():
+            whole = found.setdefault(name, np.full(shape, np.nan))
+            whole[members] = np.moveaxis(values, 1, 0)
+    dims = ("run", "seed", "record")
+    steps = [record_steps(spec.num_steps, config.records) for spec in specs]
+    return xarray.Dataset(
+        {name: (dims, values) for name, values in found.items()},
+        {"run": [spec.label for spec in specs], "step": (("run", "record"), np.array(steps))},
+    )
+
+
+def run_sweep(store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Callable:
+    """sweep(run, keys, points, name) with chunks in `store`; compiles each `run` once."""
+    small = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    compiled = functools.cache(lambda run: train.make_sweep(run, chunk=64 if small else 1))
+
+    def sweep(run: Callable, keys: jax.Array, points: Any, *, name: str) -> Any:
+        how = {"store": store, "fingerprint": f"{fingerprint} {name}"}
+        return compiled(run)(keys, points, on_chunk=lambda done: on_chunk(), **how)
+
+    return sweep
+
+
+def gauges(
+    config: Config, program: Program, points: Point, snapshots: np.ndarray, sweep: Callable
+) -> dict[str, np.ndarray]:
+    """Gauges of snapshots [seeds, points, records, q], each [seeds, points, records].
+
+    The batches of a record are drawn for it alone: means over records have independent errors.
+    """
+    shape = snapshots.shape[:3]
+
+    def flat(kept: slice):
+        """The point of each snapshot of the records `kept`, and a number for its key."""
+        some = np.arange(np.prod(shape)).reshape(shape)[:, :, kept]
+        _, point, _ = np.unravel_index(some.ravel(), shape)
+        start = snapshots[:, :, kept].reshape(-1, snapshots.shape[-1])
+        return some, (some.ravel(), Point(points.step_size[point], points.momentum[point], start))
+
+    def measured(function, kept: slice, name: str) -> dict[str, np.ndarray]:
+        some, items = flat(kept)
+        at = lambda key, item: function(jr.fold_in(key, item[0]), item[1])
+        results = sweep(at, seed_keys(config.seed, 1), items, name=name)
+        return {k: v[0].reshape(*some.shape, *v.shape[2:]) for k, v in results.items()}
+
+    everything = slice(0, shape[2])
+    found = measured(runs.make_sharpness(program, config.lanczos_steps), everything, "sharpness")
+    if not program.full:
+        take = lambda batches, steps, where, name: measured(
+            runs.make_batch_gauges(program, batches, steps), where, name
+        )
+        samples = take(config.gauge_batches, 0, everything, "batches")
+        found |= estimates(samples["rayleigh"], samples["g2"])
+        if config.lanczos_batches:
+            last, steps = slice(shape[2] - LANCZOS_RECORDS, shape[2]), config.lanczos_steps // 2
+            found["minibatch_sharpness"] = np.full(shape, np.nan)
+            tops = take(config.lanczos_batches, steps, last, "tops")["top"]
+            found["minibatch_sharpness"][:, :, last] = tops.mean(-1)
+    return found
+
+
+def estimates(rayleigh: np.ndarray, g2: np.ndarray) -> dict[str, np.ndarray]:
+    """Batch sharpness and its ratio of means, with standard errors, from samples [..., batches]."""
+    shape, found = rayleigh.shape[:-1], {}
+    for name, of in (
+        ("batch_sharpness", lambda r, g: measure.mean_estimate(r)),
+        ("ratio_of_means", lambda r, g: measure.ratio_estimate(r * g, g)),
+    ):
+        each = [
+            of(r, g)
+            for r, g in zip(*(a.reshape(-1, a.shape[-1]) for a in (rayleigh, g2)), strict=True)
+        ]
+        found[name] = np.reshape([e.value for e in each], shape)
+        found[f"{name}_error"] = np.reshape([e.standard_error for e in each], shape)
+    return found
+
+
+def levels(dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict[str, Any]]:
+    """Per run: the edge, and each gauge's median over the last third, [seeds], as shares of it."""
+    last, rows = last_third(dataset.sizes["record"]), []
+    for i, spec in enumerate(specs):
+        row: dict[str, Any] = {"run": spec.label, "edge": spec.edge, "gauge": spec.gauge}
+        for name in GAUGES:
+            values = dataset[name].values[i][:, last] if name in dataset else np.nan
+            if np.isfinite(values).any():  # midpoints of full batches only, for example
+                row[name] = [float(v) for v in np.nanmedian(values, axis=1) / spec.edge]
+        rows.append(row)
+    return rows
+
+
+def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict]:
+    """Writes summary.json; prints the levels, and the claims that they bear out or don't."""
+    from rich.table import Table
+
+    rows = levels(dataset, specs)
+    claims = verdicts(rows, specs)
+    records.write_json(folder / "summary.json", {"rows": rows, "claims": claims})
+    table = Table("run", "gauge", "level / edge", "edge", title=f"Levels, {seeds(dataset)}")
+    for row in rows:
+        for i, name in enumerate(name for name in GAUGES if np.isfinite(row.get(name, [])).any()):
+            start = (row["run"], f"{row['edge']:.4g}") if i == 0 else ("", "")
+            table.add_row(start[0], GAUGES[name], interval(row[name]), start[1])
+    note = (
+        "Medians over the last third of each run: mean over seeds ± standard error. Mini-batches "
+        "are drawn anew for each record."
+    )
+    terminal.show(
+        table, note, *(f"{claim}: {verdict}" for claim, verdict in claims.items()), folder
+    )
+    return rows
+
+
+def seeds(dataset: "xarray.Dataset") -> str:
+    """`3 seeds`, for titles."""
+    return f"{dataset.sizes['seed']} seeds"
+
+
+def interval(values: Sequence[float]) -> str:
+    """`mean ± standard error` over seeds; a dash without finite values."""
+    finite = np.array(values)[np.isfinite(values)]
+    if not len(finite):
+        return "–"
+    error = finite.std(ddof=1) / np.sqrt(len(finite)) if len(finite) > 1 else np.nan
+    lost = f" ({len(finite)} of {len(values)} seeds)" if len(finite) < len(values) else ""
+    return f"{finite.mean():.3f} ± {error:.3f}{lost}"
+
+
+def verdicts(rows: Sequence[dict[str, Any]], specs: Sequence[Spec]) -> dict[str, str]:
+    """Claim -> `yes` or `no`, with the numbers it rests on."""
+    found = {}
+    for row, spec in zip(rows, specs, strict=True):
+        mean = float(np.mean(row[spec.gauge]))
+        claim = f"{spec.label}: {GAUGES[spec.gauge]} within {WITHIN:.0%} of {spec.edge:.4g}"
+        found[claim] = f"{'yes' if abs(mean - 1) <= WITHIN else 'no'} ({mean - 1:+.1%})"
+        if not spec.full:
+            below = np.less(row["sharpness"], row["batch_sharpness"])
+            claim = f"{spec.label}: λ_max(H) below the batch sharpness for every seed"
+            found[claim] = f"{'yes' if below.all() else 'no'} ({below.sum()} of {len(below)} seeds)"
+    plain = [i for i, spec in enumerate(specs) if not spec.full and not spec.momentum]
+    for size in sorted({specs[i].step_size for i in plain}):
+        batches = sorted((specs[i].batch_size, i) for i in plain if specs[i].step_size == size)
+        if len(batches) > 1:
+            rises = np.diff([rows[i]["sharpness"] for _, i in batches], axis=0) > 0
+            names = ", ".join(str(b) for b, _ in batches)
+            claim = f"η = {size:g}: λ_max(H) rises with b = {names} for every seed"
+            found[claim] = f"{'yes' if rises.all() else 'no'}"
+    return found
+
+
+def draw(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec], title: str) -> list[Path]:
+    """Draws each gauge as a multiple of the edge, and the training loss, along all runs."""
+
+    def panel(heading: str, name: str, members: Sequence[int]) -> plots.Panel:
+        lines: dict[str, Any] = {}
+        for i in members:
+            y = dataset[name].values[i]
+            lines[specs[i].label] = (
+                dataset["step"].values[i] / specs[i].num_steps,
+                (y if name == "loss" else y / specs[i].edge),
+            )
+        if name != "loss":
+            lines["edge"] = np.array([0.0, 1.0]), np.ones(2)
+        unit = "loss" if name == "loss" else "multiple of the edge"
+        look: dict[str, Any] = {"log_y": True} if name == "loss" else {"ylim": (0, 2)}
+        return plots.Panel(heading, unit, lines, "share of the run", **look)
+
+    every = range(len(specs))
+    full = [i for i in every if specs[i].full and specs[i].optimizer == "sgd"]
+    batches = [i for i in every if not specs[i].full]
+    adaptive = [i for i in every if specs[i].optimizer != "sgd"]
+    panels = [
+        panel(f"{heading}: {GAUGES[name]}", name, members)
+        for heading, name, members in (
+            ("Full batches", "midpoint", full),
+            ("Adaptive, full batches", "preconditioned", adaptive),
+            ("Mini-batches", "batch_sharpness", batches),
+            ("Mini-batches", "sharpness", batches),
+        )
+        if members and name in dataset
+    ]
+    panels.append(panel("Training loss", "loss", every))
+    colours = {"edge": "#8c8c8c"}
+    return plots.figure(folder / "figures" / "plateaus", panels, title=title, colours=colours)
