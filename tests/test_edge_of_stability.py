@@ -162,6 +162,18 @@ def test_a_finished_study_is_shown_again_without_computing(tmp_path, capsys, mon
     assert first.strip().splitlines()[-6:-1] == capsys.readouterr().out.strip().splitlines()[-6:-1]
 
 
+def test_a_run_that_diverges_is_at_no_edge(tmp_path):
+    dataset, specs = study(plateaus, config_of(step_sizes=(9.0,), num_steps=(800,)))
+    plateaus.summarize(tmp_path, dataset, specs)
+    plateaus.draw(tmp_path, dataset, specs, "")
+    (verdict,) = plateaus.verdicts(plateaus.levels(dataset, specs), specs).values()
+    assert verdict.startswith("no")
+    critical, specs = study(edge_test, config_of(step_sizes=(9.0,), num_steps=(800,)))
+    assert np.isnan(critical["critical_step_size"]).all()
+    edge_test.summarize(tmp_path, critical, specs)
+    edge_test.draw(tmp_path, critical, specs, "")
+
+
 def test_records_alternate_between_even_and_odd_steps():
     at = flags.record_steps(1000, 30)
     assert (at % 2 == np.arange(30) % 2).all()

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.random as jr
 import numpy as np
 
 from experiments.edge import runs
@@ -45,16 +44,10 @@ def simulate(
     for group in sorted({spec[2:] for spec in specs}, key=str):  # what a program is compiled for
         members = [i for i, spec in enumerate(specs) if spec[2:] == group]
         spec = specs[members[0]]
-        program, at = (
-            Program(toy, spec.optimizer, spec.batch_size, config.with_replacement),
-            record_steps(spec.num_steps, config.records),
-        )
-        points = Point(
-            *(
-                np.array([getattr(specs[i], name) for i in members])
-                for name in ("step_size", "momentum")
-            )
-        )
+        program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
+        at = record_steps(spec.num_steps, config.records)
+        pairs = [specs[i][:2] for i in members]  # step sizes and momenta
+        points = Point(*(np.array(column) for column in zip(*pairs, strict=True)))
         sweep = run_sweep(store, on_chunk, f"{toys.fingerprint(config)} {spec}")
         ran = sweep(runs.make_run(program, spec.num_steps, at), keys, points, name="runs")
         gauged = gauges(config, program, points, ran["snapshot"], sweep)
@@ -72,6 +65,7 @@ def simulate(
 def run_sweep(store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Callable:
     """sweep(run, keys, points, name) with chunks in `store`; compiles each `run` once."""
     small = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
+    # One run of a larger network fills a core: vmapped, its weights would leave the cache.
     compiled = functools.cache(lambda run: train.make_sweep(run, chunk=64 if small else 1))
 
     def sweep(run: Callable, keys: jax.Array, points: Any, *, name: str) -> Any:
@@ -90,17 +84,14 @@ def gauges(
     """
     shape = snapshots.shape[:3]
 
-    def flat(kept: slice):
-        """The point of each snapshot of the records `kept`, and a number for its key."""
-        some = np.arange(np.prod(shape)).reshape(shape)[:, :, kept]
-        _, point, _ = np.unravel_index(some.ravel(), shape)
-        start = snapshots[:, :, kept].reshape(-1, snapshots.shape[-1])
-        return some, (some.ravel(), Point(points.step_size[point], points.momentum[point], start))
+    numbers = np.arange(np.prod(shape)).reshape(shape)  # one per snapshot, for its key
 
-    def measured(function, kept: slice, name: str) -> dict[str, np.ndarray]:
-        some, items = flat(kept)
-        at = lambda key, item: function(jr.fold_in(key, item[0]), item[1])
-        results = sweep(at, seed_keys(config.seed, 1), items, name=name)
+    def measured(function: Callable, where: slice, name: str) -> dict[str, np.ndarray]:
+        some = numbers[:, :, where]
+        _, point, _ = np.unravel_index(some.ravel(), shape)
+        start = snapshots[:, :, where].reshape(-1, snapshots.shape[-1])
+        items = some.ravel(), Point(points.step_size[point], points.momentum[point], start)
+        results = sweep(runs.continued(function), seed_keys(config.seed, 1), items, name=name)
         return {k: v[0].reshape(*some.shape, *v.shape[2:]) for k, v in results.items()}
 
     everything = slice(0, shape[2])
@@ -112,7 +103,8 @@ def gauges(
         samples = take(config.gauge_batches, 0, everything, "batches")
         found |= estimates(samples["rayleigh"], samples["g2"])
         if config.lanczos_batches:
-            last, steps = slice(shape[2] - LANCZOS_RECORDS, shape[2]), config.lanczos_steps // 2
+            last = slice(max(shape[2] - LANCZOS_RECORDS, 0), shape[2])
+            steps = config.lanczos_steps // 2  # of a lower bound, which lies above the edge
             found["minibatch_sharpness"] = np.full(shape, np.nan)
             tops = take(config.lanczos_batches, steps, last, "tops")["top"]
             found["minibatch_sharpness"][:, :, last] = tops.mean(-1)
@@ -142,8 +134,10 @@ def levels(dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict[str, A
         row: dict[str, Any] = {"run": spec.label, "edge": spec.edge, "gauge": spec.gauge}
         for name in GAUGES:
             values = dataset[name].values[i][:, last] if name in dataset else np.nan
-            if np.isfinite(values).any():  # midpoints of full batches only, for example
-                row[name] = [float(v) for v in np.nanmedian(values, axis=1) / spec.edge]
+            # Gauges of other kinds of runs are missing; that of the edge is NaN if all diverged.
+            if np.isfinite(values).any() or name == spec.gauge:
+                (middle,) = plots.percentiles(np.transpose(values), (50,)) / spec.edge
+                row[name] = [float(share) for share in middle]
         rows.append(row)
     return rows
 
@@ -157,9 +151,10 @@ def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) ->
     records.write_json(folder / "summary.json", {"rows": rows, "claims": claims})
     table = Table("run", "gauge", "level / edge", "edge", title=f"Levels, {seeds(dataset)}")
     for row in rows:
-        for i, name in enumerate(name for name in GAUGES if np.isfinite(row.get(name, [])).any()):
-            start = (row["run"], f"{row['edge']:.4g}") if i == 0 else ("", "")
-            table.add_row(start[0], GAUGES[name], interval(row[name]), start[1])
+        names = [name for name in GAUGES if name in row]
+        for name in names:
+            run, edge = (row["run"], f"{row['edge']:.4g}") if name == names[0] else ("", "")
+            table.add_row(run, GAUGES[name], interval(row[name]), edge)
     note = (
         "Medians over the last third of each run: mean over seeds ± standard error. Mini-batches "
         "are drawn anew for each record."
@@ -192,11 +187,12 @@ def verdicts(rows: Sequence[dict[str, Any]], specs: Sequence[Spec]) -> dict[str,
         mean = float(np.mean(row[spec.gauge]))
         claim = f"{spec.label}: {GAUGES[spec.gauge]} within {WITHIN:.0%} of {spec.edge:.4g}"
         found[claim] = f"{'yes' if abs(mean - 1) <= WITHIN else 'no'} ({mean - 1:+.1%})"
-        if not spec.full:
+        if not spec.full and "sharpness" in row:
             below = np.less(row["sharpness"], row["batch_sharpness"])
             claim = f"{spec.label}: λ_max(H) below the batch sharpness for every seed"
             found[claim] = f"{'yes' if below.all() else 'no'} ({below.sum()} of {len(below)} seeds)"
-    plain = [i for i, spec in enumerate(specs) if not spec.full and not spec.momentum]
+    finite = [i for i, row in enumerate(rows) if "sharpness" in row]
+    plain = [i for i in finite if not specs[i].full and not specs[i].momentum]
     for size in sorted({specs[i].step_size for i in plain}):
         batches = sorted((specs[i].batch_size, i) for i in plain if specs[i].step_size == size)
         if len(batches) > 1:
