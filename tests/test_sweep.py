@@ -104,7 +104,8 @@ def test_a_saved_state_continues_and_records_from_its_step_on():
         KEYS[0], sampler, segment, state, [train.Probe(loss_of, at)], 90
     )
     compiled = jax.jit(lambda state: probed(state, [70, 80]))
-    assert_equal(compiled(half), compiled(start))
+    # Two programs round differently, which 90 steps with momentum amplify.
+    assert_equal(compiled(half), compiled(start), rtol=1e-9)
     for wrong in ([69], [80, 70], [70, 70], [70, 91]):
         with pytest.raises(ValueError, match=r"probes\[0\]\.at"):
             probed(half, wrong)
