@@ -53,11 +53,9 @@ def branches(
     config: Config, toy: Toy, spec: Spec, sweep: Callable
 ) -> dict[tuple[str, str], np.ndarray]:
     """(name, last dimension) -> values [seeds, factors, records or 2] of one run's branches."""
-    program, factors = (
-        Program(toy, spec.optimizer, spec.batch_size, config.with_replacement),
-        np.array(config.factors),
-    )
-    starts, _ = checkpoint(config, program, spec, sweep)
+    program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
+    factors = np.array(config.factors)
+    _, snapshots = checkpoint(config, program, spec, sweep)
     shape = config.seeds, len(factors)
     seed, sizes = np.repeat(np.arange(shape[0]), shape[1]), np.tile(factors, shape[0])
     momenta = np.full(len(seed), spec.momentum)
@@ -69,7 +67,7 @@ def branches(
         return {key: leaf[0].reshape(*shape, *leaf.shape[2:]) for key, leaf in ran.items()}
 
     at, last = record_steps(config.horizon, config.records), np.array([config.horizon])
-    along = follow(sizes, starts[seed], np.concatenate([at, last]), "branches")
+    along = follow(sizes, snapshots[seed, 0, 0], np.concatenate([at, last]), "branches")
     ends = along["snapshot"][:, :, -1]
     smallest = np.full(len(seed), factors.min())
     annealed = follow(smallest, ends.reshape(len(seed), -1), last, "annealed")["snapshot"][:, :, 0]

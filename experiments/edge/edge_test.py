@@ -39,7 +39,9 @@ def simulate(
 def critical(config: Config, toy: Toy, spec: Spec, sweep: Callable) -> dict[str, np.ndarray]:
     """The critical step size of one run, and its gauges at the checkpoint, each [seeds]."""
     program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
-    starts, gauged = checkpoint(config, program, spec, sweep)
+    point, snapshots = checkpoint(config, program, spec, sweep)
+    gauged = plateaus.gauges(config, program, point, snapshots, sweep)
+    starts = snapshots[:, 0, 0]
     at = np.arange(0, config.horizon + 1, max(config.horizon // 100, 1))
     follow = runs.continued(runs.make_run(program, config.horizon, at, snapshots=False))
 
@@ -53,19 +55,18 @@ def critical(config: Config, toy: Toy, spec: Spec, sweep: Callable) -> dict[str,
     missing = np.full(config.seeds, np.nan)
     return {
         "critical_step_size": bisected(jumps, spec.step_size, config.seeds),
-        **{name: gauged.get(name, missing) for name in GAUGES},
+        **{name: gauged[name][:, 0, 0] if name in gauged else missing for name in GAUGES},
     }
 
 
 def checkpoint(
     config: Config, program: Program, spec: Spec, sweep: Callable
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The last snapshot of each seed, [seeds, q], and its gauges, each [seeds]."""
+) -> tuple[Point, np.ndarray]:
+    """The point of a run, and the last snapshot of each seed, [seeds, 1, 1, q]."""
     point = Point(np.array([spec.step_size]), np.array([spec.momentum]))
     run = runs.make_run(program, spec.num_steps, [spec.num_steps])
-    snapshots = sweep(run, seed_keys(config.seed, config.seeds), point, name="runs")["snapshot"]
-    gauged = plateaus.gauges(config, program, point, snapshots, sweep)
-    return snapshots[:, 0, 0], {name: values[:, 0, 0] for name, values in gauged.items()}
+    keys = seed_keys(config.seed, config.seeds)
+    return point, sweep(run, keys, point, name="runs")["snapshot"]
 
 
 def bisected(

@@ -83,7 +83,6 @@ def gauges(
     The batches of a record are drawn for it alone: means over records have independent errors.
     """
     shape = snapshots.shape[:3]
-
     numbers = np.arange(np.prod(shape)).reshape(shape)  # one per snapshot, for its key
 
     def measured(function: Callable, where: slice, name: str) -> dict[str, np.ndarray]:

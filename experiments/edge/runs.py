@@ -113,7 +113,7 @@ def make_sharpness(program: Program, steps: int) -> Callable[[PRNGKey, Point], d
 
     def sharpness(key, point):
         state = program.state(key, point)
-        start = start_vector(key, state.params)
+        start = optax.tree.random_like(key, state.params)
 
         def top(params, scale=None):
             operator = measure.hessian(program.full_loss, params)
@@ -151,7 +151,7 @@ def make_batch_gauges(
 
     def gauges(key, point):
         params, objective = program.state(key, point).params, program.objective
-        start = start_vector(key, params)
+        start = optax.tree.random_like(key, params)
         draw = jax.vmap(lambda key: jr.permutation(key, n)[:b])
         indices = draw(jr.split(key, batches))
 
@@ -170,11 +170,6 @@ def make_batch_gauges(
         return {"rayleigh": rayleigh, "g2": g2}
 
     return gauges
-
-
-def start_vector(key: PRNGKey, params: Params) -> Params:
-    """A random vector of the shapes of `params`, where Lanczos iterations start."""
-    return optax.tree.random_like(key, params)
 
 
 def continued(run: Callable[[PRNGKey, Point], Any]) -> Callable[[PRNGKey, Any], Any]:
