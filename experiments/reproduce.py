@@ -1,6 +1,8 @@
 """Compares every toy number that the paper's code printed with our runs.
 
 python -m experiments.reproduce                    # 32 seeds: report.md and report.html
+python -m experiments.reproduce --theory           # and the claims of theory, with verdicts
+python -m experiments.reproduce --only d2          # one setting, or one command of theory
 python -m experiments.reproduce --seeds 128 --exp_name more
 """
 
@@ -13,16 +15,17 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
 
 import jax
 
 from experiments import diag_nets, fc_nets, loss_surface
-from experiments.figures import report, terminal, verdicts
+from experiments.figures import claims, report, terminal, verdicts
 from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
 from experiments.launch.ranges import Count, CountOrNone, Seed, TwoOrMore
 from experiments.storage import records
-from experiments.toy import config as toys
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,10 @@ class Config:
     """Base seed."""
     spectra_records: Count = 40
     """Number of records with singular values for every seed (one seed has all records)."""
+    theory: bool = False
+    """Also run the commands that check claims of theory, with their own numbers of seeds."""
+    only: tuple[str, ...] = ()
+    """Names of settings, or of commands that check theory, to run instead of all."""
     frames: CountOrNone = 40
     """Frames of the animation; 0 for none."""
     workers: CountOrNone = 0
@@ -55,6 +62,8 @@ TITLES = {  # in the paper's order
     "two-layer": "T1 · teacher-student, two layers",
     "three-layer": "T3 · teacher-student, three layers",
 }
+
+THEORY: dict[str, tuple[ModuleType, str]] = {}  # name -> command that checks claims, title
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,16 +87,25 @@ def run(config: Config) -> list[Chapter]:
     return chapters
 
 
-def tasks(config: Config, runs_dir: str) -> list[toys.Config]:
-    """The paper's settings in its order."""
+def tasks(config: Config, runs_dir: str) -> list[Any]:
+    """The configs to run: of the paper's settings in its order, then of the claims of theory."""
+    names = config.only or (*TITLES, *(THEORY if config.theory else ()))
+    if unknown := [name for name in names if name not in (*TITLES, *THEORY)]:
+        known = ", ".join((*TITLES, *THEORY))
+        raise ValueError(f"--only is {unknown[0]}; it must be one of {known}.")
     common = {name: getattr(config, name) for name in ("seeds", "seed", "spectra_records")}
     common["runs_dir"] = runs_dir
     settings = {**diag_nets.SETTINGS, **loss_surface.SETTINGS, **fc_nets.SETTINGS}
     of = {"d3": {"frames": config.frames}, "two-layer": {"seeds": 8 * config.seeds}}
-    return [replace(settings[name], **(common | of.get(name, {}))) for name in TITLES]
+    return [
+        THEORY[name][0].Config(runs_dir=runs_dir)
+        if name in THEORY
+        else replace(settings[name], **(common | of.get(name, {})))
+        for name in names
+    ]
 
 
-def in_processes(todo: Sequence[toys.Config], workers: int) -> list[Chapter]:
+def in_processes(todo: Sequence[Any], workers: int) -> list[Chapter]:
     """The chapters in order, from `workers` parallel processes of one device each.
 
     Compilation uses a single core, so that two settings take little longer than one.
@@ -108,29 +126,32 @@ def in_processes(todo: Sequence[toys.Config], workers: int) -> list[Chapter]:
     return chapters
 
 
-def _quiet_chapter(settings: toys.Config) -> Chapter:
+def _quiet_chapter(settings: Any) -> Chapter:
     """`chapter_of` without output, which would mix with that of other workers."""
     with contextlib.redirect_stdout(io.StringIO()):
         return chapter_of(settings)
 
 
-def chapter_of(settings: toys.Config) -> Chapter:
-    """Runs one setting, and compares each of its published numbers with the runs."""
+def chapter_of(settings: Any) -> Chapter:
+    """Runs one setting, and compares its published numbers or its claims with the runs."""
     module = sys.modules[type(settings).__module__]
     finding = module.run(settings)
+    command = f"python -m {module.__name__}"
+    if isinstance(finding, claims.Finding):
+        title = next(title for of, title in THEORY.values() if of is module)
+        return Chapter(title, command, finding.claims, finding.figures, [])
     rows = finding.rows
     compared = [(row, verdicts.verdict(row, rows)) for row in rows if row.published is not None]
     evidence = [
-        verdicts.evidence(row, found, rows)
-        for row, found in compared
-        if found.word == verdicts.DIFFERS
+        verdicts.evidence(row, found, rows) for row, found in compared if found.word == claims.FAILS
     ]
     # D2's SGD diverges for nearly all seeds at the published step size: report smaller ones.
     unstable = any(row.share_diverged > 0.9 for row, _ in compared)
     if unstable and isinstance(settings, diag_nets.Config):
         evidence.append(survival(settings))
-    command = f"python -m {module.__name__} --setting {settings.setting} --seeds {settings.seeds}"
-    return Chapter(TITLES[settings.setting], command, compared, finding.figures, evidence)
+    command += f" --setting {settings.setting} --seeds {settings.seeds}"
+    shown = [verdicts.claim(row, found, finding.figures) for row, found in compared]
+    return Chapter(TITLES[settings.setting], command, shown, finding.figures, evidence)
 
 
 def survival(settings: diag_nets.Config) -> str:

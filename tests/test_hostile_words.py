@@ -8,7 +8,7 @@ from hypothesis import example, given, settings, strategies as st
 from matplotlib.figure import Figure
 
 from experiments import sweep_deep
-from experiments.figures import plots, report, tables, verdicts
+from experiments.figures import claims, plots, report, tables, verdicts
 from experiments.figures.tables import Row
 from experiments.launch import cli
 
@@ -29,8 +29,8 @@ def page(folder, word):
     figure = folder / f"f{word.replace('/', '')}.png"
     figure.write_bytes(b"png")
     row = Row(word, word, "loss", ".2g", 0.5, np.array([0.4, 0.6]), 0.0)
-    found = verdicts.Verdict(verdicts.DIFFERS, word, 0.5)
-    chapter = report.Chapter(word, "python -m x", [(row, found)], [figure], [word])
+    found = verdicts.claim(row, verdicts.Verdict(claims.FAILS, word, 0.5), [figure])
+    chapter = report.Chapter(word, "python -m x", [found], [figure], [word])
     return report.rendered("html", 2, [chapter], 1.0)
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import html
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -9,10 +10,10 @@ import pytest
 from markdown_it import MarkdownIt
 
 from experiments import diag_nets, fc_nets, loss_surface, reproduce
-from experiments.figures import report
+from experiments.figures import claims, report
+from experiments.figures.claims import FAILS, HOLDS
 from experiments.figures.tables import Row
-from experiments.figures.verdicts import AGREES, DIFFERS, ORDERED, evidence, verdict
-from experiments.storage import records
+from experiments.figures.verdicts import ORDERED, claim, evidence, verdict
 from experiments.toy import config as toys
 
 
@@ -26,13 +27,13 @@ SMALL = row(np.arange(1, 33), 16.0, "small")
 @pytest.mark.parametrize(
     ("values", "published", "word", "clear"),
     [
-        (np.arange(33, 65), 40.0, AGREES, True),
+        (np.arange(33, 65), 40.0, HOLDS, True),
         (np.arange(33, 65), 100.0, ORDERED, True),  # outside, and above the small one as published
-        (np.arange(33, 65), 0.5, DIFFERS, False),  # published below, our runs above
-        (np.arange(1, 33) + 0.5, 100.0, DIFFERS, False),  # the order is not clear
-        ([40.0, 41, 42], 41.0, DIFFERS, None),  # too few runs
+        (np.arange(33, 65), 0.5, FAILS, False),  # published below, our runs above
+        (np.arange(1, 33) + 0.5, 100.0, FAILS, False),  # the order is not clear
+        ([40.0, 41, 42], 41.0, FAILS, None),  # too few runs
         # A published number stands for all that round to it.
-        (np.full(32, 0.168241), 0.16824, AGREES, True),
+        (np.full(32, 0.168241), 0.16824, HOLDS, True),
         (np.full(32, 0.168241), 0.16823, ORDERED, True),
     ],
 )
@@ -68,28 +69,70 @@ def test_every_published_number_has_a_task_and_is_for_its_setting_only():
     assert settings == {}
 
 
-def test_the_reports_hold_all_rows_sentences_and_figures(tmp_path):
+def test_the_reports_hold_all_claims_sentences_and_figures(tmp_path):
     (tmp_path / "a.png").write_bytes(b"\x89PNG, more or less")
     rows = [SMALL, row(np.arange(33, 65), 0.5, "η = 1, /2 at 50%")]
-    compared = [(each, verdict(each, rows)) for each in rows]
     figures = [tmp_path / "a.png", tmp_path / "a.pdf"]
-    chapter = report.Chapter("D1", "python -m x", compared, figures, ["a; b", "c"])
-    report.write(tmp_path, 32, [chapter, chapter], 12.3)
-    cells = [
-        ["small", "test loss", "16", "16 [2.5, 30]", "0%", compared[0][1].word],
-        ["η = 1, /2 at 50%", "test loss", "0.5", "48 [35, 62]", "0%", DIFFERS],
+    compared = [claim(each, verdict(each, rows), figures) for each in rows]
+    theory = claims.judged(
+        "|ε| falls",
+        value=0.5,
+        expected=claims.at_most(1),
+        source="x",
+        setting="y",
+        statistic="z",
+        under="η < 1",
+    )
+    chapters = [
+        report.Chapter("D1", "python -m x", compared, figures, ["a; b", "c"]),
+        report.Chapter("Theory", "python -m x", [theory], figures, []),
     ]
-    assert [list(line) for line in report.table(chapter)] == cells
+    report.write(tmp_path, 32, chapters, 12.3)
     uri = "data:image/png;base64," + base64.b64encode(b"\x89PNG, more or less").decode()
     markdown = MarkdownIt().enable("table").render((tmp_path / "report.md").read_text("utf-8"))
+    cells = [cell for each in (*compared, theory) for cell in each.cells()]
+    assert "48 [33, 64]" in cells and {FAILS, "holds", "holds under η < 1"} < set(cells)
     for page in ((tmp_path / "report.html").read_text("utf-8"), markdown):
         assert page.count(f'src="{uri}"') == 2
-        for text in (*report.HEADINGS, *cells[1], "a; b", "python -m x"):
-            assert page.count(f">{html.escape(text)}<") >= 2, text
-    found = records.read_json(tmp_path / "verdicts.json")
-    assert found["score"] == report.score([chapter, chapter])
-    assert [each["word"] for each in found["rows"]] == 2 * [compared[0][1].word, DIFFERS]
-    assert found["rows"][1]["p50"] == 48.5 and found["rows"][1]["published"] == 0.5
+        for text in (*claims.HEADINGS, *cells, "a; b", "python -m x"):
+            assert page.count(f">{html.escape(text)}<") >= 1, text
+        assert "1 of 2 published numbers" in page and "Of 1 claims 0 hold, 1 hold under" in page
+    found = json.loads((tmp_path / "verdicts.json").read_text())
+    assert [each["verdict"] for each in found] == [HOLDS, FAILS, "holds under η < 1"]
+    assert found[1] == {
+        "claim": "test loss",
+        "source": "printed by the paper's code",
+        "setting": "η = 1, /2 at 50%",
+        "statistic": "median and 1-99 % range of 32 runs, 0% diverged",
+        "value": 48.5,
+        "interval": [pytest.approx(33.31), pytest.approx(63.69)],
+        "prediction": "0.5",
+        "verdict": FAILS,
+        "figure": "a",
+    }
+
+
+@pytest.mark.parametrize(
+    ("expected", "inside", "outside"),
+    [
+        (claims.near(-2, relative=0.1), (-2.19, -1.81), (-2.21, -1.79, 2)),
+        (claims.near(0, absolute=1e-3), (-9e-4, 9e-4), (-2e-3, 2e-3)),
+        (claims.at_least(1), (1, 9), (0.99,)),
+        (claims.at_most(1), (1, -9), (1.01,)),
+    ],
+)
+def test_a_claim_holds_within_its_tolerance_and_nan_never_does(expected, inside, outside):
+    words = {"source": "", "setting": "", "statistic": ""}
+    of = lambda value: claims.judged("", value=value, expected=expected, **words).verdict
+    assert {of(value) for value in inside} == {HOLDS}
+    assert {of(value) for value in (*outside, float("nan"))} == {FAILS}
+
+
+def test_only_chooses_settings_and_an_unknown_name_is_refused():
+    (task,) = reproduce.tasks(reproduce.Config(only=("d2",)), "runs")
+    assert task.setting == "d2"
+    with pytest.raises(ValueError, match="--only is d4"):
+        reproduce.tasks(reproduce.Config(only=("d4",)), "runs")
 
 
 @pytest.mark.slow

@@ -2,13 +2,16 @@
 
 from collections.abc import Sequence
 from decimal import Decimal
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from experiments.figures.claims import FAILS, HOLDS, UNDER, Claim
 from experiments.figures.tables import Row
 
-AGREES, ORDERED, DIFFERS = "agrees", "agrees in order", "differs"
+ORDERED = f"{UNDER} a comparison of order"
+SOURCE = "printed by the paper's code"
 ENOUGH = 8  # fewer finite runs give no useful 1-99 % range or bootstrap
 RESAMPLES = 4000
 
@@ -36,8 +39,27 @@ def verdict(row: Row, rows: Sequence[Row]) -> Verdict:
     same = [other for other in rows if other.name == row.name and other.published is not None]
     other = same[-1] if row is same[0] else same[0]
     confidence = order_confidence(row, other)
-    word = AGREES if inside else ORDERED if confidence >= 0.95 else DIFFERS
+    word = HOLDS if inside else ORDERED if confidence >= 0.95 else FAILS
     return Verdict(word, other.schedule if other is not row else "", confidence)
+
+
+def claim(row: Row, found: Verdict, figures: Sequence[Path]) -> Claim:
+    """The published number of `row` as a claim, whose interval is our 1-99 % range."""
+    share = f"{row.share_diverged:.0%} diverged"
+    statistic = f"median and 1-99 % range of {len(row.values)} runs, {share}"
+    confidence = f" ({found.confidence:.0%})" if found.word == ORDERED else ""
+    return Claim(
+        claim=row.quantity,
+        source=SOURCE,
+        setting=row.schedule,
+        statistic=statistic,
+        value=row.percentile(50),
+        interval=(row.percentile(1), row.percentile(99)),
+        prediction=row.show(row.published),
+        verdict=found.word + confidence,
+        figure=next((path.stem for path in figures), ""),
+        form=row.form,
+    )
 
 
 def order_confidence(row: Row, other: Row) -> float:

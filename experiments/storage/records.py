@@ -14,7 +14,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -83,8 +83,8 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); remove it and run again.") from error
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Writes a JSON object atomically."""
+def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:
+    """Writes a JSON object or array atomically."""
     files.write_bytes(path, f"{_to_json(value, indent=2)}\n".encode())
 
 
