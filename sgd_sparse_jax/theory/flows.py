@@ -1,0 +1,255 @@
+"""Gradient flow, and SGD and its surrogates as gradient descent on labels y + xi.
+
+The loss is L = scale / (2n) |r|^2 with residuals r = f(x) - y in R^n and J = df/dtheta: `scale` is
+1 for `train.half_squared`, 2 for `train.squared`. Every model is a step(z, params, t) -> params of
+random numbers z and step number t; models whose z have the same shape can share them:
+
+| step | z |
+|---|---|
+| `make_step` with `sampled`: SGD, exactly | indices of the batch [b] |
+| with `exact_gaussian`, `isotropic()`, `no_noise` (GD) | N(0, I) of R^n |
+| `make_parameter_noise_step` | N(0, I) of the parameters, flat [p] |
+
+Source: Andriushchenko, Varre, Pillaud-Vivien, Flammarion, arXiv 2210.05337, Section 3 and Eq. 8.
+"""
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.core import Tracer
+from jax.flatten_util import ravel_pytree
+from jaxtyping import Array, ArrayLike, Float, PyTree
+
+from sgd_sparse_jax.types import Batch, Params, Scalar
+
+Predict: TypeAlias = Callable[[Params, jax.Array], jax.Array]  # (params, x [n, ...]) -> [n]
+LabelNoise: TypeAlias = Callable[[Array, Array, ArrayLike], jax.Array]  # (z, r, t) -> xi [n]
+FlowStep: TypeAlias = Callable[[Array, Params, ArrayLike], Params]  # (z, params, t) -> params
+
+
+def gradient_flow(
+    loss: Callable[[Params], Scalar],
+    params: Params,
+    times: Float[Array, " t"],
+    *,
+    tol: float = 1e-8,
+) -> PyTree[Float[Array, "t ..."]]:
+    """d theta/dt = -grad L(theta) from t = 0: the parameters at `times`, leaves [t, ...].
+
+    Args:
+        loss: L, a pure function of the parameters.
+        params: theta at time 0.
+        times: Increasing and positive, [t].
+        tol: Relative and absolute tolerance of the adaptive solver (diffrax's Tsit5).
+
+    Raises:
+        ImportError: diffrax is not installed.
+        ValueError: There are no parameters.
+
+    Example:
+        >>> path = gradient_flow(lambda p: p**2 / 2, jnp.array(1.0), jnp.array([1.0, 2.0]))
+        >>> path.round(4).tolist()
+        [0.3679, 0.1353]
+    """
+    try:
+        import diffrax
+    except ImportError as error:
+        hint = "gradient_flow needs diffrax; pip install diffrax"
+        raise ImportError(hint) from error
+    _check_params(params)
+    descend = lambda t, params, args: optax.tree.scale(-1.0, jax.grad(loss)(params))
+    found = diffrax.diffeqsolve(
+        diffrax.ODETerm(descend),
+        diffrax.Tsit5(),
+        t0=0.0,
+        t1=times[-1],
+        dt0=None,
+        y0=params,
+        saveat=diffrax.SaveAt(ts=times),
+        stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
+        max_steps=None,
+        adjoint=diffrax.ForwardMode(),
+    )
+    return found.ys
+
+
+def make_step(
+    predict: Predict,
+    batch: Batch,
+    noise: LabelNoise,
+    *,
+    step_size: ArrayLike,
+    dt: ArrayLike | None = None,
+    scale: ArrayLike = 1.0,
+) -> FlowStep:
+    """theta <- theta - scale / n J^T (dt r - sqrt(dt step_size) xi), xi = noise(z, r, t).
+
+    One vector-Jacobian product a step. With dt = step_size this is gradient descent on labels
+    y + xi; with smaller dt and Gaussian xi, Euler-Maruyama for the SDE whose noise is that of SGD
+    with `step_size`.
+
+    Args:
+        predict: f(params, x), [n].
+        batch: All n examples.
+        noise: `sampled`, `exact_gaussian`, `isotropic(...)` or `no_noise`.
+        step_size: eta of the SGD that is modelled.
+        dt: Time of one step (default: step_size).
+        scale: Of the loss, see above.
+
+    Example:
+        >>> examples = Batch(jnp.array([[1.0], [2.0]]), jnp.array([0.0, 0.0]))
+        >>> step = make_step(lambda w, x: x[:, 0] * w, examples, sampled, step_size=0.1)
+        >>> round(float(step(jnp.array([1]), jnp.array(1.0), 0)), 6)  # SGD on the second example
+        0.6
+    """
+    time = step_size if dt is None else dt
+    n = len(batch.y)
+
+    def step(z: Array, params: Params, t: ArrayLike) -> Params:
+        _check_params(params)
+        out, pull = jax.vjp(lambda params: predict(params, batch.x), params)
+        residuals = out - batch.y
+        diffusion = jnp.sqrt(jnp.asarray(time * step_size, out.dtype)) * noise(z, residuals, t)
+        (decrease,) = pull(scale / n * (time * residuals - diffusion))
+        return optax.tree.sub(params, decrease)
+
+    return step
+
+
+def sampled(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
+    """xi_i = r_i (1 - n/b #{k: z_k = i}), the label noise of SGD on the examples z [b].
+
+    E xi = 0 and Cov xi = (n diag(r^2) - r r^T) / b, of trace (n - 1)|r|^2 / b.
+
+    Example:
+        >>> sampled(jnp.array([1]), jnp.array([3.0, 2.0]), 0).tolist()
+        [3.0, -2.0]
+    """
+    n = len(residuals)
+    counts = jnp.zeros(n, residuals.dtype).at[z].add(1.0)
+    return residuals * (1.0 - n / len(z) * counts)
+
+
+def exact_gaussian(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
+    """xi = sqrt(n) r * (z - mean z): Gaussian, with the covariance of SGD's label noise (b = 1).
+
+    Example:
+        >>> exact_gaussian(jnp.array([1.0, -1.0]), jnp.array([3.0, 2.0]), 0).round(3).tolist()
+        [4.243, -2.828]
+    """
+    return np.sqrt(len(residuals)) * residuals * (z - z.mean())
+
+
+def no_noise(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
+    """xi = 0: gradient descent.
+
+    Example:
+        >>> no_noise(jnp.array([1.0]), jnp.array([3.0]), 0).tolist()
+        [0.0]
+    """
+    return jnp.zeros_like(residuals)
+
+
+def isotropic(
+    level: ArrayLike | None = None, *, scale: ArrayLike = 1.0, num_steps: int | None = None
+) -> LabelNoise:
+    """xi = sqrt(2 (n - 1) delta(t) / scale) z: the noise of Eq. 8, of equal trace (b = 1).
+
+    Args:
+        level: delta: a constant, one value per step [num_steps], or None for the model's own loss
+            delta(t) = L(theta_t).
+        scale: Of the loss, as in `make_step`.
+        num_steps: Length of the run; required if `level` has one value per step.
+
+    Raises:
+        ValueError: A level is negative, or their number isn't num_steps.
+
+    Example:
+        >>> isotropic(0.5)(jnp.array([1.0, -2.0]), jnp.array([9.0, 9.0]), 0).tolist()
+        [1.0, -2.0]
+    """
+    if level is not None:
+        shape = jnp.shape(level)
+        if shape and shape != (num_steps,):
+            raise ValueError(
+                f"The noise level has shape {shape}; give a constant, or one value for each of the "
+                f"{num_steps} steps."
+            )
+        # Traced levels, of a sweep, can't be looked at.
+        if not isinstance(level, Tracer) and (low := np.min(np.asarray(level))) < 0:
+            raise ValueError(f"The noise level is {low}; it must not be negative.")
+
+    def noise(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
+        if level is None:
+            square = (residuals**2).mean()
+        else:
+            now = jnp.asarray(level)
+            square = 2 / scale * (now[t] if now.ndim else now)
+        return jnp.sqrt((len(residuals) - 1) * square).astype(residuals.dtype) * z
+
+    return noise
+
+
+def make_parameter_noise_step(
+    predict: Predict,
+    batch: Batch,
+    *,
+    step_size: ArrayLike,
+    dt: ArrayLike | None = None,
+    scale: ArrayLike = 1.0,
+) -> FlowStep:
+    """theta <- theta - dt grad L + sqrt(dt step_size trace / p) z, isotropic in the parameters.
+
+    `trace` is that of the covariance of SGD's gradients (b = 1), scale^2 mean_i r_i^2 |J_i|^2 -
+    |grad L|^2. Arguments as in `make_step`.
+
+    Example:
+        >>> examples = Batch(jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 1.0]))
+        >>> step = make_parameter_noise_step(lambda w, x: x[:, 0] * w, examples, step_size=0.1)
+        >>> round(float(step(jnp.ones(1), jnp.array(0.0), 0)), 6)
+        0.1
+    """
+    time = step_size if dt is None else dt
+
+    def step(z: Array, params: Params, t: ArrayLike) -> Params:
+        _check_params(params)
+        half_square = lambda params, x, y: scale * ((predict(params, x[None]) - y) ** 2).sum() / 2
+        grads = jax.vmap(jax.grad(half_square), (None, 0, 0))(params, batch.x, batch.y)
+        mean = jax.tree.map(lambda leaf: leaf.mean(0), grads)
+        square = optax.tree.norm(grads, squared=True) / len(batch.y)
+        # Rounding makes it negative where all gradients are equal.
+        trace = jnp.maximum(square - optax.tree.norm(mean, squared=True), 0.0)
+        shift = jnp.sqrt(time * step_size * trace / len(z)) * z
+        flat, unravel = ravel_pytree(params)
+        return optax.tree.add_scale(unravel(flat + shift), -jnp.asarray(time), mean)
+
+    return step
+
+
+def check_dt(
+    predict: Predict, params: Params, x: jax.Array, dt: float, *, scale: float = 1.0
+) -> None:
+    """Raises ValueError if dt > 2 / lambda_max(scale / n J J^T), the bound of Euler's method.
+
+    At a minimum with L = 0 that is the largest eigenvalue of the Hessian: larger steps leave it.
+
+    Example:
+        >>> check_dt(lambda w, x: x[:, 0] * w, jnp.array(1.0), jnp.array([[2.0]]), 0.4)
+    """
+    _check_params(params)
+    rows = jax.jacrev(predict)(params, x)
+    matrix = jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
+    top = float(jnp.linalg.eigvalsh(matrix @ matrix.T)[-1]) * scale / len(x)
+    if dt * top > 2:
+        raise ValueError(
+            f"dt is {dt:.3g}; Euler's method is stable up to 2 / lambda_max = {2 / top:.3g} here."
+        )
+
+
+def _check_params(params: Params) -> None:
+    if not sum(jnp.size(leaf) for leaf in jax.tree.leaves(params)):
+        raise ValueError("The network has no parameters; there is nothing to train.")
