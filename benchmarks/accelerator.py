@@ -4,26 +4,30 @@
 
 Deep networks: `benchmarks.deep` in bf16 and fp32, alternating with PyTorch if installed: step,
 epoch, evaluation, memory, and the share of the rate of matrix products. Toys: SGD steps per second
-of diagonal nets (D1, float64), from 1 to --most_runs runs in one program. Writes one JSON and, next
-to it, one figure. Also runs on a CPU, at small sizes.
+of diagonal nets (D1, float64), from 1 to --most_runs runs in one program, on GPUs also with the
+Pallas kernel of `pallas_diagonal`. Writes one JSON and, next to it, one figure. Also runs on a CPU,
+at small sizes.
 """
 
 import dataclasses
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from benchmarks import deep, deep_plan, timing
+from benchmarks import deep, deep_plan, pallas_diagonal, timing
 from benchmarks.toy_runs import make_run
 from experiments.figures import plots
 from experiments.launch import cli
 from experiments.toy import problems
+from sgd_sparse_jax import train
 
 STEP_SIZE = 0.25  # D1's, which is stable
 
@@ -76,30 +80,55 @@ def run(config: Config) -> dict[str, Any]:
     return results
 
 
-def toys(config: Config) -> dict[int, float]:
+def toys(config: Config) -> dict[str, dict[int, float]]:
     """Number of runs -> median seconds of a call, which leaves final parameters on the device."""
     counts = [4**k for k in range(32) if 4**k <= config.most_runs]
-    sides = {str(count): toy_side(count, config.toy_steps) for count in counts}
+    programs = {"XLA": toy_program}
+    if jax.default_backend() == "gpu":
+        programs["Pallas"] = pallas_program
+    sides = {
+        (name, count): toy_side(program, count, config.toy_steps)
+        for name, program in programs.items()
+        for count in counts
+    }
     seconds = timing.rounds(sides, config.rounds)
-    return {count: statistics.median(seconds[str(count)]) for count in counts}
+    medians = {key: statistics.median(values) for key, values in seconds.items()}
+    return {name: {count: medians[name, count] for count in counts} for name in programs}
 
 
-def toy_side(runs: int, steps: int):
-    """`runs` diagonal nets in one program, which also draws the order of examples."""
+def toy_side(program: Callable, runs: int, steps: int) -> Callable:
+    """`program` as a callable that waits for its results; compiled at the first call."""
+    compiled, keys = jax.jit(partial(program, steps)), jr.split(jr.key(0), runs)
+    return lambda: jax.block_until_ready(compiled(keys))
+
+
+def toy_program(steps: int, keys: jax.Array) -> Any:
+    """Final parameters of one diagonal net per key, as a user would write it."""
+    run = make_run(problems.PROBLEMS["diagonal"](), steps)
+    return jax.vmap(lambda key: run(key, STEP_SIZE)[0].params)(keys)
+
+
+def pallas_program(steps: int, keys: jax.Array, *, interpret: bool = False) -> Any:
+    """The same runs, with all steps in one kernel."""
     toy = problems.PROBLEMS["diagonal"]()
-    run, keys = make_run(toy, steps), jr.split(jr.key(0), runs)
-    program = jax.jit(jax.vmap(lambda key: run(key, STEP_SIZE)[0].params))
-    return lambda: jax.block_until_ready(program(keys))
+    x, y = toy.train
+    sampler = train.with_replacement(len(y), 1)
+    initial = jax.vmap(lambda key: toy.network(1.0).init(key, x)[0])(keys)
+    order = jax.vmap(lambda key: sampler(jr.split(key)[0], 0, steps)[:, 0])(keys)
+    sizes = jnp.full(len(keys), STEP_SIZE)
+    u, v = pallas_diagonal.segment(
+        x, y, initial["u"], initial["v"], order, sizes, interpret=interpret
+    )
+    return {"u": u, "v": v}
 
 
 def draw(config: Config, results: dict[str, Any]) -> None:
     """Draws images per second of every side of every net, and toy steps per second over runs."""
-    seconds = results["toy_seconds_by_runs"]
-    counts = np.array(list(seconds))
-    rate = counts * config.toy_steps / np.array(list(seconds.values()))
-    toy = plots.Panel(
-        "Diagonal nets, float64", "SGD steps per second", {"all runs": (counts, rate)}
-    )
+    rates = {}
+    for name, seconds in results["toy_seconds_by_runs"].items():
+        counts = np.array(list(seconds))
+        rates[name] = (counts, counts * config.toy_steps / np.array(list(seconds.values())))
+    toy = plots.Panel("Diagonal nets, float64", "SGD steps per second", rates)
     panels = [toy._replace(xlabel="runs in one program", log_x=True, log_y=True)]
     for precision, found in results["deep"].items():
         lines: dict[str, Any] = {}

@@ -28,9 +28,9 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks import timing
+from benchmarks import pallas_diagonal, timing
 from benchmarks.toy_runs import make_run
 from experiments.toy import problems
 from sgd_sparse_jax import Batch, data, models, train
@@ -57,6 +57,7 @@ SLICES = ("gather", "dynamic-slice", "slice")
 LARGE = 2**20  # bytes from which copies are counted
 NETS = {"resnet18_plain": 64, "wrn28": 10, "densenet100_12": 12}
 STEPS = 25  # of one compiled call
+PALLAS_STEPS = 1024  # of one kernel
 
 
 class Instruction(NamedTuple):
@@ -256,6 +257,21 @@ def sweep(problem: str, runs: int, steps: int, records: int = 4) -> dict[str, An
     }
 
 
+def pallas(runs: int, steps: int) -> dict[str, Any]:
+    """`steps` steps of `runs` diagonal nets (D1) in the kernel of `pallas_diagonal`."""
+    x, y = problems.PROBLEMS["diagonal"]().train
+    of = jax.ShapeDtypeStruct
+    weights, order = of((runs, x.shape[1]), x.dtype), of((runs, steps), jnp.int32)
+    sizes = of((runs,), x.dtype)
+    kind = AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = AbstractMesh((1,), ("data",), (AxisType.Auto,), abstract_device=kind)
+    with jax.sharding.use_abstract_mesh(mesh):  # Triton's lowering asks for the device
+        arguments = (x, y, weights, weights, order, sizes)
+        program = compiled(pallas_diagonal.segment, *arguments)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    return report(program.as_text(), steps) | {"temporary_bytes": temporary}
+
+
 def main() -> None:
     """Compiles all programs, prints a line for each and writes the JSON."""
     args = timing.arguments(__doc__, batch_size=256, runs=4096, steps=102_400)
@@ -279,6 +295,12 @@ def main() -> None:
             f"{found['loops_that_ask_the_host']} of {found['loops']} loops ask the host",
             flush=True,
         )
+    found = results["toys"]["diagonal, Pallas"] = pallas(args.runs, PALLAS_STEPS)
+    print(
+        f"Pallas kernel    {args.runs} runs: {found['bytes_per_step'] / args.runs:.1f} bytes per "
+        f"step and run, {PALLAS_STEPS} steps in a kernel",
+        flush=True,
+    )
     versions = ("jax-cuda12-plugin", "nvidia-cudnn-cu12")
     command = f"python -m benchmarks.compiled_gpu --batch_size {args.batch_size} --runs {args.runs}"
     timing.write(args.out, command, versions, device="described: one H100 80GB HBM3", **results)

@@ -6,16 +6,19 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 
+Side = TypeVar("Side", bound=Hashable)  # the name of one
 
-def rounds(sides: Mapping[str, Callable], repeats: int) -> dict[str, list[float]]:
+
+def rounds(sides: Mapping[Side, Callable], repeats: int) -> dict[Side, list[float]]:
     """Seconds of each side in each round; a first, uncounted round compiles."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    seconds: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, side in sides.items():
             start = time.perf_counter()

@@ -121,7 +121,7 @@ def sweep_side(toy: problems.Toy, steps: int, seeds: int, step_sizes: jax.Array)
     """Seeds x step sizes, final parameters."""
     run = make_run(toy, steps, [Probe(lambda state: state.step, [0])])
     of_run = lambda key, step_size: run(key, step_size)[0].params
-    sweep = make_sweep(of_run, vectorized=toy.vectorized)
+    sweep = make_sweep(of_run, **toy.sweep_options)
     keys = jr.split(jr.key(0), seeds)
     return lambda: sweep(keys, step_sizes)
 

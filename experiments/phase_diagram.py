@@ -165,7 +165,7 @@ def simulate(
             run,
             keys,
             toy_runs.Schedule(*(leaf[members] for leaf in points)),
-            vectorized=toy.vectorized,
+            **toy.sweep_options,
             on_chunk=lambda done: on_chunk(),
             store=store,
             fingerprint=f"{toys.fingerprint(config)} {batch_size}",

@@ -37,7 +37,7 @@ class Config:
     verdict needs eight that do not diverge."""
     seed: Seed = 0
     """Base seed."""
-    spectra_records: Count = 40
+    spectra_records: Count = 12
     """Number of records with singular values for every seed (one seed has all records)."""
     theory: bool = False
     """Also run the commands that check claims of theory, with their own numbers of seeds."""

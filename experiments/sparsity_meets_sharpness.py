@@ -165,7 +165,7 @@ def simulate_one(
         run,
         toy_runs.seed_keys(config.seed, config.seeds),
         points,
-        vectorized=toy.vectorized,
+        **toy.sweep_options,
         on_chunk=lambda done: on_chunk(),
     )
     diverged = ensemble.diverged(measured["train_loss"])[..., -1]

@@ -141,8 +141,7 @@ def simulate(plan: Plan, store: Store, on_chunk: Callable[[], None]) -> "xarray.
                 gd_jitter=config.gd_jitter,
                 descent=plan.descent,
             )
-            chunks = {"chunk": RUNS_AT_A_TIME, "vectorized": plan.toy.vectorized}
-            sweep = train.make_sweep(run, **chunks)
+            sweep = train.make_sweep(run, chunk=RUNS_AT_A_TIME, **plan.toy.sweep_options)
             metrics = [spectra]
             if config.curvature:  # programs of their own: runs and ranks are the same without them
                 metrics.append(curvature_of_snapshots(plan.toy, batch_size))
@@ -201,7 +200,8 @@ def of_snapshots(
     """
     chunk = -(-SNAPSHOTS_AT_A_TIME // jax.device_count())
     run = lambda _, theta: metrics(parameters(toy, theta))
-    sweep = train.make_sweep(run, chunk=chunk, vectorized=vectorized)
+    options: dict[str, Any] = toy.sweep_options | {"vectorized": vectorized}
+    sweep = train.make_sweep(run, chunk=chunk, **options)
     no_key = seed_keys(0, 1)
 
     def measured(snapshots: np.ndarray) -> dict[str, np.ndarray]:

@@ -111,7 +111,12 @@ def _record_if(scheduled, record: Record, state: TrainState):
 
 
 def make_sweep(
-    run: Run, *, chunk: int = 64, vectorized: int | None = None, mesh: Mesh | None = None
+    run: Run,
+    *,
+    chunk: int = 64,
+    vectorized: int | None = None,
+    mesh: Mesh | None = None,
+    compiler_options: dict[str, Any] | None = None,
 ) -> Callable[..., PyTree[np.ndarray]]:
     """sweep(keys, points): `run(key, point)` for all pairs, leaves [len(keys), points, ...].
 
@@ -120,6 +125,7 @@ def make_sweep(
     `run(keys[i], points[j])`, independent of the numbers of seeds, points and devices, and `chunk`.
     `vectorized` runs of a chunk are vmapped at a time, in a compiled loop (default: all at once).
     For diagonal networks on CPUs, 1 is three times faster, with the flag of docs/fast.md.
+    `compiler_options` are those of `jax.jit`.
 
     Leaves of the pytree `points` have one entry per point; ValueError otherwise. Options of sweep:
     `on_chunk(done)` is called after each chunk with the number of finished runs. `store`, a mapping
@@ -149,7 +155,8 @@ def make_sweep(
         return jax.lax.map(of_one, indices, batch_size=vectorized if vectorized > 1 else None)
 
     specs = {"in_specs": (split, whole, whole), "out_specs": split}
-    program = jax.jit(jax.shard_map(mapped, mesh=over, **specs, check_vma=False))
+    sharded = jax.shard_map(mapped, mesh=over, **specs, check_vma=False)
+    program = jax.jit(sharded, compiler_options=compiler_options)
 
     def sweep(keys, points, *, on_chunk=lambda done: None, store=None, fingerprint=""):
         points, store = jax.tree.map(jnp.asarray, points), {} if store is None else store
@@ -186,6 +193,7 @@ def sweep(
     chunk: int = 64,
     vectorized: int | None = None,
     mesh: Mesh | None = None,
+    compiler_options: dict[str, Any] | None = None,
     **options,
 ) -> PyTree[np.ndarray]:
     """`make_sweep(run, chunk=chunk, ...)(keys, points, **options)`, for a single sweep.
@@ -195,7 +203,10 @@ def sweep(
         >>> sweep(lambda key, point: 2 * point, keys, jnp.array([1.0, 2.0, 3.0])).tolist()
         [[2.0, 4.0, 6.0], [2.0, 4.0, 6.0]]
     """
-    return make_sweep(run, chunk=chunk, vectorized=vectorized, mesh=mesh)(keys, points, **options)
+    run_all = make_sweep(
+        run, chunk=chunk, vectorized=vectorized, mesh=mesh, compiler_options=compiler_options
+    )
+    return run_all(keys, points, **options)
 
 
 def _digest(*parts: PyTree) -> str:
