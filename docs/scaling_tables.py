@@ -19,8 +19,10 @@ COUNTED, FOR_TPU, AS_MAPS = (
     json.loads((RESULTS / f"scaling{suffix}.json").read_text())
     for suffix in ("", "_v5e", "_v5e_maps")
 )
+FOR_H100 = json.loads((RESULTS / "compiled_gpu.json").read_text())
 POD = "256 TPU v5e"
 PER_DEVICE = 256 // 8  # images of the compiled program
+FOR_H100_BATCH, H100_BYTES_PER_S = 256, 3.35e12
 SHARE = 0.75  # of the memory of a GPU, which JAX takes by default
 MEMORY = (16e9, 80e9)
 
@@ -117,6 +119,33 @@ def parts(estimate: dict[str, Any]) -> str:
     return f"{step}: {percents(estimate['efficiency'])}"
 
 
+def roofline() -> Iterator[Sequence[str]]:
+    """Kernels and bytes of a compiled training step, and the least time of both on an H100."""
+    yield (
+        *("net", "kernels", "GB", "least, GB", "temporaries, GB"),
+        *("moving, ms", "least moving, ms", "computing, ms"),
+    )
+    for name in FOR_H100["nets"]:
+        if name.endswith("bf16"):
+            found, net = FOR_H100["nets"][name], name.split(",")[0]
+            sizes = [found[f"{which}bytes_per_step"] for which in ("", "least_")]
+            flop = FOR_H100_BATCH * COUNTED["nets"][net]["step_flop_per_image"]
+            yield (
+                f"`{net}`",
+                f"{found['kernels_per_step']:,.0f}",
+                *(f"{size / 1e9:.1f}" for size in (*sizes, found["temporary_bytes"])),
+                *(f"{1e3 * size / H100_BYTES_PER_S:.1f}" for size in sizes),
+                f"{1e3 * flop / MACHINES['8 H100 or H200, NVLink'].flop_per_s:.1f}",
+            )
+
+
+def toys() -> Iterator[Sequence[str]]:
+    """Kernels and bytes per step and run of 4,096 runs in one program."""
+    yield "program", "kernels per step", "loops that ask the host"
+    for name, found in FOR_H100["toys"].items():
+        yield name, f"{found['kernels_per_step']:.2f}", str(found["loops_that_ask_the_host"])
+
+
 def weak() -> Iterator[Sequence[str]]:
     """Efficiency of 256 chips at larger batches."""
     shares = (1, 32, 128)
@@ -178,7 +207,8 @@ def percents(pair: Sequence[float]) -> str:
 
 
 TABLES: dict[str, Callable[[], Iterator[Sequence[str]]]] = {
-    each.__name__: each for each in (sent, per_device, held, strong, weak, sets, rows, compilation)
+    each.__name__: each
+    for each in (sent, per_device, held, strong, roofline, toys, weak, sets, rows, compilation)
 }
 
 
