@@ -92,9 +92,13 @@ def test_steps_have_the_mean_of_gradient_descent_and_sgds_covariance_or_its_trac
     np.testing.assert_allclose(shift[0], 0, atol=1e-14)
     np.testing.assert_allclose(shift.T @ shift, covariance, atol=1e-14)
     isotropic = flows.make_parameter_noise_step(predict, EXAMPLES, **options)
-    shift = moved(isotropic, jnp.concatenate([jnp.zeros((1, p)), jnp.eye(p)]), params) - still
-    equal = np.trace(covariance) / p * np.eye(p)
-    np.testing.assert_allclose(shift.T @ shift, equal, atol=1e-14)
+    # The mean of a quadratic form of z ~ N(0, I) is its sum over unit vectors.
+    for direction in np.eye(p)[:2]:
+        z = jnp.concatenate([jnp.eye(N), jnp.tile(direction, (N, 1))], axis=1)
+        shift = (moved(isotropic, jnp.concatenate([0 * z, z]), params) - still).reshape(2, N, p)
+        np.testing.assert_allclose(shift[0], 0, atol=1e-14)
+        equal = np.trace(covariance) / p * np.outer(direction, direction)
+        np.testing.assert_allclose(shift[1].T @ shift[1], equal, atol=1e-14)
 
 
 def test_strong_order_one_half_and_weak_order_one_on_geometric_brownian_motion():

@@ -8,7 +8,7 @@ random numbers z and step number t; models whose z have the same shape can share
 |---|---|
 | `make_step` with `sampled`: SGD, exactly | indices of the batch [b] |
 | with `exact_gaussian`, `isotropic()`, `no_noise` (GD) | N(0, I) of R^n |
-| `make_parameter_noise_step` | N(0, I) of the parameters, flat [p] |
+| `make_parameter_noise_step` | N(0, I) of R^(n + p) |
 
 Source: Andriushchenko, Varre, Pillaud-Vivien, Flammarion, arXiv 2210.05337, Section 3 and Eq. 8.
 """
@@ -202,30 +202,30 @@ def make_parameter_noise_step(
     dt: ArrayLike | None = None,
     scale: ArrayLike = 1.0,
 ) -> FlowStep:
-    """theta <- theta - dt grad L + sqrt(dt step_size trace / p) z, isotropic in the parameters.
+    """theta <- theta - dt grad L + sqrt(dt step_size / p) |scale/n J^T xi| z', isotropic.
 
-    `trace` is that of the covariance of SGD's gradients (b = 1), scale^2 mean_i r_i^2 |J_i|^2 -
-    |grad L|^2. Arguments as in `make_step`.
+    Of z [n + p], the first n give xi by `exact_gaussian`, and z' are the others. The mean square
+    of scale/n J^T xi is the trace of the covariance of SGD's gradients (b = 1), so that the noise
+    has covariance trace/p I: of the trace of SGD's, without its structure. Arguments as in
+    `make_step`.
 
     Example:
         >>> examples = Batch(jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 1.0]))
         >>> step = make_parameter_noise_step(lambda w, x: x[:, 0] * w, examples, step_size=0.1)
-        >>> round(float(step(jnp.ones(1), jnp.array(0.0), 0)), 6)
-        0.1
+        >>> round(float(step(jnp.array([1.0, -1.0, 2.0]), jnp.array(0.0), 0)), 6)
+        0.282843
     """
-    time = step_size if dt is None else dt
+    time, n = step_size if dt is None else dt, len(batch.y)
 
     def step(z: Array, params: Params, t: ArrayLike) -> Params:
         _check_params(params)
-        half_square = lambda params, x, y: scale * ((predict(params, x[None]) - y) ** 2).sum() / 2
-        grads = jax.vmap(jax.grad(half_square), (None, 0, 0))(params, batch.x, batch.y)
-        mean = jax.tree.map(lambda leaf: leaf.mean(0), grads)
-        square = optax.tree.norm(grads, squared=True) / len(batch.y)
-        # Rounding makes it negative where all gradients are equal.
-        trace = jnp.maximum(square - optax.tree.norm(mean, squared=True), 0.0)
-        shift = jnp.sqrt(time * step_size * trace / len(z)) * z
+        out, pull = jax.vjp(lambda params: predict(params, batch.x), params)
+        residuals = out - batch.y
+        (gradient,) = pull(scale / n * residuals)
+        (shift,) = pull(scale / n * exact_gaussian(z[:n], residuals, t))
         flat, unravel = ravel_pytree(params)
-        return optax.tree.add_scale(unravel(flat + shift), -jnp.asarray(time), mean)
+        each = jnp.sqrt(time * step_size / len(flat)) * optax.tree.norm(shift)
+        return optax.tree.add_scale(unravel(flat + each * z[n:]), -jnp.asarray(time), gradient)
 
     return step
 
