@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from experiments import diag_nets, fc_nets, loss_surface
+from experiments import diag_implicit_bias, diag_nets, fc_nets, loss_surface, noise_models
 from experiments.figures import claims, report, terminal, verdicts
 from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
@@ -63,7 +63,10 @@ TITLES = {  # in the paper's order
     "three-layer": "T3 · teacher-student, three layers",
 }
 
-THEORY: dict[str, tuple[ModuleType, str]] = {}  # name -> command that checks claims, title
+THEORY: dict[str, tuple[ModuleType, str]] = {  # name -> command that checks claims, title
+    "noise_models": (noise_models, "Noise models"),
+    "diag_implicit_bias": (diag_implicit_bias, "Large steps of (S)GD over diagonal nets"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
