@@ -1,6 +1,6 @@
 """The loss around paths of a diagonal net: gradient flow, GD and SGD (D3 of the paper).
 
-python -m experiments.loss_surface                 # maps, paths, losses along them, animation
+    python -m experiments.loss_surface                 # maps, paths, losses along them, animation
 
 The plane contains the initialization, the sparse solution (√θ*, √θ*) and the solution of gradient
 descent with small steps. Paths leave the plane, so that the losses along a path and along its

@@ -1,9 +1,9 @@
 """Phase diagrams: outcomes and metrics of a toy problem over step size x a second axis.
 
-python -m experiments.phase_diagram                                    # D1 over step size x decay
-python -m experiments.phase_diagram --problem two-layer --axis init_scale \\
-    --values 0.25 0.5 1 2 --step_sizes 0.05 0.1 0.2 0.3 0.4
-python -m experiments.phase_diagram --problem diagonal-small --axis batch_size --values 1 4 20 40
+    python -m experiments.phase_diagram  # D1 over step size x decay
+    python -m experiments.phase_diagram --problem two-layer --axis init_scale \\
+        --values 0.25 0.5 1 2 --step_sizes 0.05 0.1 0.2 0.3 0.4
+    python -m experiments.phase_diagram --problem diagonal-small --axis batch_size --values 1 4
 """
 
 from collections.abc import Callable, Sequence

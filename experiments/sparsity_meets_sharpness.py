@@ -1,6 +1,6 @@
 """Do runs that sit longer or higher at the edge of stability learn sparser features?
 
-python -m experiments.sparsity_meets_sharpness                 # 1,332 runs of three toy problems
+python -m experiments.sparsity_meets_sharpness  # 1,332 runs of three toy problems
 python -m experiments.sparsity_meets_sharpness --problems two-layer --seeds 64 --exp_name many
 """
 

@@ -153,3 +153,12 @@ def test_no_terminal_fails_a_run(shell, code):
     )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_the_list_of_commands_has_all_of_them():
+    root = Path(__file__).parents[1]
+    menu = [sys.executable, "-m", "experiments"]
+    shown = subprocess.run(menu, cwd=root, capture_output=True, text=True, check=True).stdout
+    found = {line.split()[2] for line in shown.splitlines() if line.startswith("python -m")}
+    paths = (root / "experiments").glob("[a-z]*.py")
+    assert found == {f"experiments.{path.stem}" for path in paths}

@@ -68,10 +68,12 @@ def parse(
         chooser.add_argument("--setting", nargs="?", default=first)
         chosen = chooser.parse_known_args(argv)[0].setting
         default = settings.get(chosen, settings[first])  # tyro reports an unknown name
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    command = sys.modules["__main__"]
+    spec = getattr(command, "__spec__", None)
     config = tyro.cli(
         config_type,
         prog=f"python -m {spec.name}" if spec else None,
+        description=command.__doc__ if spec else None,  # with an example
         args=argv,
         default=default,
         use_underscores=True,
