@@ -20,7 +20,14 @@ from typing import Any
 
 import jax
 
-from experiments import diag_implicit_bias, diag_nets, fc_nets, loss_surface, noise_models
+from experiments import (
+    diag_implicit_bias,
+    diag_nets,
+    fc_nets,
+    learn_support,
+    loss_surface,
+    noise_models,
+)
 from experiments.figures import claims, report, terminal, verdicts
 from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
@@ -65,6 +72,7 @@ TITLES = {  # in the paper's order
 
 THEORY: dict[str, tuple[ModuleType, str]] = {  # name -> command that checks claims, title
     "noise_models": (noise_models, "Noise models"),
+    "learn_support": (learn_support, "Learning the support"),
     "diag_implicit_bias": (diag_implicit_bias, "Large steps of (S)GD over diagonal nets"),
 }
 
