@@ -76,7 +76,7 @@ class Config:
 SETTINGS = {
     "d1": Config(),
     "d2": Config("d2", step_sizes=(0.1, 0.25), windows=157),
-    "student": Config("student", step_sizes=(0.25, 0.32), windows=125),
+    "student": Config("student", step_sizes=(0.32, 0.45), windows=125),
     "weak": Config("weak", step_sizes=(0.1, 0.05, 0.025), windows=2, seeds=200),
 }
 
