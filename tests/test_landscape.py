@@ -1,7 +1,8 @@
-"""Planes through three points, the loss on them, and the valley below a point."""
+"""Planes through points, along paths and at random, the loss on them, the valley below a point."""
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -50,6 +51,49 @@ def test_rows_of_a_loss_map_are_betas_and_its_columns_alphas(plane):
     ours = jax.jit(lambda: measure.loss_map(loss, plane, alphas, betas))()
     expected = [[loss(at(plane, jnp.stack([a, b]))) for a in alphas] for b in betas]
     np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    chunked = jax.jit(lambda: measure.loss_map(loss, plane, alphas, betas, chunk=3))()
+    np.testing.assert_allclose(chunked, ours, rtol=1e-13)
+
+
+def test_principal_planes_contain_planar_paths_and_explain_the_variance_of_others(plane):
+    rng = np.random.default_rng(0)
+    places = jnp.asarray(rng.normal(size=(9, 2)) * np.array([3.0, 1.0]))
+    path = jax.vmap(lambda place: measure.at(plane, place))(places)
+    found, shares = jax.jit(measure.principal_plane)(path)
+    np.testing.assert_allclose(shares.sum(), 1, rtol=1e-12)
+    back = jax.vmap(lambda params: measure.at(found, measure.coordinates(found, params)))(path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), back, path)
+    noisy = jax.tree.map(lambda leaf: leaf + 0.5 * rng.normal(size=leaf.shape), path)
+    found, shares = jax.jit(measure.principal_plane)(noisy)
+    rows = np.stack([flat(jax.tree.map(lambda leaf, i=i: leaf[i], noisy)) for i in range(9)])
+    away = rows - rows.mean(0)
+    values = np.linalg.svd(away, compute_uv=False) ** 2
+    np.testing.assert_allclose(shares, values[:2] / values.sum(), rtol=1e-10)
+    directions = np.stack([flat(found.first), flat(found.second)])
+    np.testing.assert_allclose(directions @ directions.T, np.eye(2), atol=1e-12)
+    np.testing.assert_allclose(
+        (away @ directions.T) ** 2 @ np.ones(2),
+        ((away @ np.linalg.svd(away)[2][:2].T) ** 2).sum(1),
+        rtol=1e-9,
+    )
+
+
+def test_random_directions_have_the_norms_of_the_filters_and_do_not_see_their_scale():
+    origin = {"conv": jnp.asarray(np.random.default_rng(0).normal(size=(3, 3, 2, 4)))}
+    origin |= {"scale": jnp.ones(4)}
+    draw = jax.jit(measure.random_plane)
+    found = draw(jr.key(0), origin)
+    norms = lambda kernel: np.sqrt((np.asarray(kernel) ** 2).sum((0, 1, 2)))
+    for direction in (found.first, found.second):
+        np.testing.assert_allclose(norms(direction["conv"]), norms(origin["conv"]), rtol=1e-12)
+        assert not direction["scale"].any()
+    assert (
+        abs(np.vdot(found.first["conv"], found.second["conv"]))
+        < 0.5 * (norms(origin["conv"]) ** 2).sum()
+    )
+    # A network with BatchNorm is the same if a filter is scaled: so is the map around it.
+    larger = draw(jr.key(0), origin | {"conv": 7 * origin["conv"]})
+    np.testing.assert_allclose(larger.first["conv"], 7 * found.first["conv"], rtol=1e-12)
 
 
 X, Y = map(np.asarray, sparse_regression(0, n=20, d=30, support=3).train)

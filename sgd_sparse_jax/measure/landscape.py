@@ -1,15 +1,16 @@
-"""Loss landscapes: the valley floor below an iterate, and planes through three points."""
+"""Loss landscapes: the valley floor below an iterate, and the loss over planes of parameters."""
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, ArrayLike, Float
 
-from sgd_sparse_jax.types import Params, Scalar
+from sgd_sparse_jax.types import Params, PRNGKey, Scalar
 
 
 def valley_floor(
@@ -33,7 +34,17 @@ def valley_floor(
 
 
 class Plane(NamedTuple):
-    """origin + alpha first + beta second, with orthonormal directions; pytrees of parameters."""
+    """origin + alpha first + beta second; pytrees of parameters.
+
+    Directions are orthonormal, except those of `random_plane`. The plane of the two largest
+    curvatures at theta has the first two `vectors` of `top_eigenpairs` as directions.
+
+    Example:
+        >>> vectors = {"w": jnp.array([[0.0, 1.0], [1.0, 0.0]])}  # leaves [k, ...]
+        >>> along = lambda k: jax.tree.map(lambda leaf: leaf[k], vectors)
+        >>> Plane({"w": jnp.zeros(2)}, along(0), along(1)).second["w"].tolist()
+        [1.0, 0.0]
+    """
 
     origin: Params
     first: Params
@@ -53,6 +64,63 @@ def plane_through(origin: Params, first: Params, second: Params) -> Plane:
     one = one / jnp.linalg.norm(one)
     other = other - (other @ one) * one  # Gram-Schmidt
     return Plane(origin, unravel(one), unravel(other / jnp.linalg.norm(other)))
+
+
+def principal_plane(path: Params) -> tuple[Plane, Float[Array, "2"]]:
+    """The plane nearest to a path theta_1 ... theta_t, and the shares of variance it explains.
+
+    Principal components of the iterates: the origin is their mean. Needs t x t numbers, whatever
+    the number of parameters. A small second share means that the path looks straight, and a small
+    sum that the plane hides most of it.
+
+    Args:
+        path: Iterates, leaves [t, ...] with t of 3 or more.
+
+    Example:
+        >>> path = jnp.array([[0.0, 0.0, 5.0], [4.0, 1.0, 5.0], [8.0, 0.0, 5.0]])
+        >>> plane, shares = principal_plane(path)
+        >>> abs(plane.first).round(3).tolist(), shares.round(3).tolist()
+        ([1.0, 0.0, 0.0], [0.98, 0.02])
+    """
+    mean = jax.tree.map(lambda leaf: leaf.mean(0), path)
+    away = jax.tree.map(lambda leaf, m: leaf - m[None], path, mean)
+    rows = [leaf.reshape(len(leaf), -1) for leaf in jax.tree.leaves(away)]
+    gram = jnp.asarray(sum(row @ row.T for row in rows))
+    values, vectors = jnp.linalg.eigh(gram)
+    along = lambda k: jax.tree.map(
+        lambda leaf: jnp.tensordot(vectors[:, k], leaf, 1) / jnp.sqrt(values[k]), away
+    )
+    return Plane(mean, along(-1), along(-2)), values[:-3:-1] / values.sum()
+
+
+def random_plane(key: PRNGKey, origin: Params) -> Plane:
+    """Two Gaussian directions, each filter scaled to the norm of the same filter of `origin`.
+
+    A filter is what belongs to one output: an entry of the last axis. Vectors, the biases and norms
+    of a network, don't move. The directions are nearly orthogonal, and not of unit length.
+    Source: Li, Xu, Taylor, Studer, Goldstein, arXiv 1712.09913.
+
+    Example:
+        >>> plane = random_plane(jr.key(0), {"kernel": 3 * jnp.eye(2), "bias": jnp.ones(2)})
+        >>> jnp.linalg.norm(plane.first["kernel"], axis=0).round(3).tolist()
+        [3.0, 3.0]
+        >>> plane.first["bias"].tolist()
+        [0.0, 0.0]
+    """
+
+    def direction(key: PRNGKey) -> Params:
+        leaves, structure = jax.tree.flatten(origin)
+        keys = jr.split(key, len(leaves))
+        return jax.tree.unflatten(structure, map(scaled, keys, leaves))
+
+    def scaled(key: PRNGKey, leaf: jax.Array) -> jax.Array:
+        if leaf.ndim < 2:
+            return jnp.zeros_like(leaf)
+        drawn = jr.normal(key, leaf.shape, leaf.dtype)
+        norm = lambda a: jnp.sqrt((a**2).sum(range(a.ndim - 1), keepdims=True))
+        return drawn * norm(leaf) / norm(drawn)
+
+    return Plane(origin, *map(direction, jr.split(key)))
 
 
 def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
@@ -83,14 +151,21 @@ def loss_map(
     plane: Plane,
     alphas: Float[Array, " a"],
     betas: Float[Array, " b"],
+    *,
+    chunk: int | None = None,
 ) -> Float[Array, "b a"]:
     """The loss at every (alpha, beta); rows are betas, as for `contour(alphas, betas, ...)`.
+
+    Evaluates `chunk` points at a time (default: a row), in a compiled loop; a vmap over all points
+    would hold the network's activations of each. On CPUs convolutions in such a loop are slow:
+    there, call a jitted `loss(at(plane, point))` for one point after the other.
 
     Example:
         >>> plane = Plane(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
         >>> loss_map(lambda p: p[0] + 10 * p[1], plane, jnp.arange(3.0), jnp.arange(2.0)).tolist()
         [[0.0, 1.0, 2.0], [10.0, 11.0, 12.0]]
     """
-    # Row by row: a vmap over all points would hold the network's activations of each.
-    row = jax.vmap(lambda alpha, beta: loss(at(plane, jnp.stack([alpha, beta]))), (0, None))
-    return jax.lax.map(lambda beta: row(alphas, beta), betas)
+    points = jnp.stack(jnp.meshgrid(alphas, betas), axis=-1).reshape(-1, 2)
+    chunk = len(alphas) if chunk is None else chunk
+    values = jax.lax.map(lambda point: loss(at(plane, point)), points, batch_size=chunk)
+    return values.reshape(len(betas), len(alphas))
