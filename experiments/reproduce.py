@@ -25,8 +25,10 @@ from experiments import (
     diag_nets,
     fc_nets,
     learn_support,
+    loss_stabilization,
     loss_surface,
     noise_models,
+    shallow_linear,
 )
 from experiments.figures import claims, report, terminal, verdicts
 from experiments.figures.report import Chapter
@@ -71,6 +73,8 @@ TITLES = {  # in the paper's order
 }
 
 THEORY: dict[str, tuple[ModuleType, str]] = {  # name -> command that checks claims, title
+    "loss_stabilization": (loss_stabilization, "Loss stabilization in one dimension"),
+    "shallow_linear": (shallow_linear, "Shallow linear nets"),
     "noise_models": (noise_models, "Noise models"),
     "learn_support": (learn_support, "Learning the support"),
     "diag_implicit_bias": (diag_implicit_bias, "Large steps of (S)GD over diagonal nets"),

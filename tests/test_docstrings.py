@@ -16,7 +16,8 @@ MODULES = [
     for module in pkgutil.walk_packages(sgd_sparse_jax.__path__, "sgd_sparse_jax.")
     if not module.ispkg
 ]
-SUBPACKAGES = ("models", "data", "train", "measure")
+THEORY = ("theory.stabilization", "theory.shallow", "theory.sampling")
+SUBPACKAGES = ("models", "data", "train", "measure", *THEORY)
 
 
 def public(name):

@@ -136,7 +136,8 @@ def report(folder: Path, claims: Sequence[Claim], *, title: str) -> None:
     from rich.table import Table
 
     write(folder, claims)
-    table = Table(*HEADINGS, title=title)
+    table = Table("claim", "prediction", "measured", "verdict", title=title)
     for each in claims:
-        table.add_row(*each.cells())
+        setting, claim, *numbers, _, verdict = each.cells()
+        table.add_row(f"{claim} ({setting})", *numbers, verdict)
     terminal.show(table, score(claims), folder)

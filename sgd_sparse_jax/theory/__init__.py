@@ -1,1 +1,3 @@
 """Theory as executable checks: gradient flow, surrogates of SGD and closed-form predictions."""
+
+from . import sampling as sampling, shallow as shallow, stabilization as stabilization
