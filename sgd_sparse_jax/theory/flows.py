@@ -246,7 +246,8 @@ def check_dt(
     top = float(jnp.linalg.eigvalsh(matrix @ matrix.T)[-1]) * scale / len(x)
     if dt * top > 2:
         raise ValueError(
-            f"dt is {dt:.3g}; Euler's method is stable up to 2 / lambda_max = {2 / top:.3g} here."
+            f"dt is {dt:.3g}; Euler's method is stable up to 2 / lambda_max = {2 / top:.3g} at "
+            "these parameters: choose a smaller step size or dt."
         )
 
 
