@@ -29,6 +29,7 @@ from experiments import (
     loss_surface,
     noise_models,
     shallow_linear,
+    without_replacement,
 )
 from experiments.figures import claims, report, terminal, verdicts
 from experiments.figures.report import Chapter
@@ -75,6 +76,7 @@ TITLES = {  # in the paper's order
 THEORY: dict[str, tuple[ModuleType, str]] = {  # name -> command that checks claims, title
     "loss_stabilization": (loss_stabilization, "Loss stabilization in one dimension"),
     "shallow_linear": (shallow_linear, "Shallow linear nets"),
+    "without_replacement": (without_replacement, "SGD without replacement"),
     "noise_models": (noise_models, "Noise models"),
     "learn_support": (learn_support, "Learning the support"),
     "diag_implicit_bias": (diag_implicit_bias, "Large steps of (S)GD over diagonal nets"),

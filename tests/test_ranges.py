@@ -26,6 +26,9 @@ phase_diagram --values 0.5 1.5
 phase_diagram --values 1 81 --axis=batch_size
 phase_diagram --num_steps=30
 reproduce     --seeds=1
+loss_stabilization --seeds=1
+shallow_linear --target=0
+without_replacement --batches=10
 resnet_cifar  --lr_init=nan
 resnet_cifar  --n_final_eval=0
 sweep_deep    --lr_init 0.1 inf
