@@ -1,0 +1,64 @@
+"""State dicts of PyTorch in files, and the network that they are of."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.deep import setup
+from experiments.deep.config import Config
+from experiments.launch import cli
+from experiments.storage import files
+from sgd_sparse_jax import data, models
+from sgd_sparse_jax.types import Network
+
+
+def network_of(config: Config) -> tuple[Network, tuple[int, ...]]:
+    """The network that the flags name, and the shape [h, w, c] of its images."""
+    if config.dataset not in data.IMAGE_SETS:
+        names = ", ".join(data.IMAGE_SETS)
+        raise ValueError(f"--dataset is {config.dataset}; choose one of {names}.")
+    kind = data.IMAGE_SETS[config.dataset]
+    return models.from_linen(setup.build(config, len(kind.class_names))), kind.shape
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a state dict by name; ValueError for other files, or a missing package."""
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file.")
+    if path.suffix == ".safetensors":
+        try:
+            from safetensors.numpy import load_file
+        except ImportError:
+            raise ValueError(f"{path} needs a package: pip install safetensors.") from None
+        return load_file(path)
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(f"{path} needs a package: pip install torch.") from None
+    try:
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types
+        raise ValueError(
+            f"{path} is not a file of weights ({cli.one_line(str(error))[:200]})"
+        ) from error
+    for name in ("state_dict", "model"):
+        found = found.get(name, found) if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping) or not all(torch.is_tensor(t) for t in found.values()):
+        raise ValueError(
+            f"{path} has no state dict; save one with torch.save(net.state_dict(), ...)."
+        )
+    return {str(name): tensor.numpy() for name, tensor in found.items()}
+
+
+def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes a state dict; the suffix decides its form, as in `read`."""
+    if path.suffix == ".safetensors":
+        from safetensors.numpy import save
+
+        files.write_bytes(path, save({n: np.ascontiguousarray(a) for n, a in arrays.items()}))
+        return
+    import torch
+
+    torch.save({name: torch.from_numpy(np.array(a)) for name, a in arrays.items()}, path)
