@@ -44,7 +44,7 @@ def from_state_dict(
         >>> from sgd_sparse_jax.models import from_linen
         >>> tensors = {"fc.weight": np.ones((2, 3)), "fc.bias": np.zeros(2)}
         >>> params, stats = from_state_dict(from_linen(nn.Dense(2)), (3,), tensors)
-        >>> params["Dense_0" if "Dense_0" in params else "kernel"].shape
+        >>> params["kernel"].shape
         (3, 2)
     """
     params, stats = jax.eval_shape(network.init, jr.key(0), _one(shape))
