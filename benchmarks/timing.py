@@ -16,26 +16,32 @@ import jax
 Side = TypeVar("Side", bound=Hashable)  # the name of one
 
 
-def rounds(sides: Mapping[Side, Callable], repeats: int) -> dict[Side, list[float]]:
+def rounds(
+    sides: Mapping[Side, Callable], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[Side, list[float]]:
     """Seconds of each side in each round; a first, uncounted round compiles."""
     seconds: dict[Side, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, side in sides.items():
-            start = time.perf_counter()
+            start = clock()
             side()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
 def compare(
-    counted: Mapping[str, tuple[Callable, int]], repeats: int, *, unit: str
+    counted: Mapping[str, tuple[Callable, int]],
+    repeats: int,
+    *,
+    unit: str,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict]:
     """Microseconds per `unit` of each side (callable, units), and its speed-up over the first.
 
     `units` is how many a call takes. Medians over rounds, also of speed-ups; prints a table.
     """
-    seconds = rounds({name: side for name, (side, _) in counted.items()}, repeats)
+    seconds = rounds({name: side for name, (side, _) in counted.items()}, repeats, clock)
     micros = {n: [1e6 * s / counted[n][1] for s in seconds[n]] for n in counted}
     first = next(iter(micros))
     table = {}

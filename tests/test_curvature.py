@@ -113,6 +113,25 @@ def test_products_match_dense_matrices(net, dtype, tol):
         assert np.linalg.norm(ours - expected) < tol * np.linalg.norm(expected)
 
 
+def test_linearized_products_are_products_and_all_points_use_one_program():
+    traced, (apply, params, stats, loss, data, mode) = [], NETS["mlp_tanh"]
+    inner = objective_of(apply, loss, mode)[1]
+
+    def objective(*args):
+        traced.append(1)
+        return inner(*args)
+
+    counts = []
+    for scale in (1.0, 0.5):
+        at = jax.tree.map(lambda leaf, scale=scale: scale * leaf, params), stats, data
+        linear = measure.hessian(objective, *at, linearize=True)
+        v = like(linear, GOLDEN["mlp_tanh/probe"])
+        expected = flat(measure.hessian(inner, *at).matvec(v))
+        np.testing.assert_allclose(flat(linear.matvec(v)), expected, rtol=0, atol=1e-12)
+        counts.append(len(traced))
+    assert counts[1] - counts[0] <= 1  # for `coupled`, without compiling
+
+
 @every_net
 @precisions
 def test_top_eigenvalues_match_dense_spectra(net, dtype, tol):

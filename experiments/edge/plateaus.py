@@ -100,29 +100,18 @@ def gauges(
             runs.make_batch_gauges(program, batches, steps), where, name
         )
         samples = take(config.gauge_batches, 0, everything, "batches")
-        found |= estimates(samples["rayleigh"], samples["g2"])
+        rayleigh, g2 = samples["rayleigh"], samples["g2"]
+        for name, (value, error) in {
+            "batch_sharpness": measure.mean_and_error(rayleigh),
+            "ratio_of_means": measure.ratio_and_error(rayleigh * g2, g2),
+        }.items():
+            found |= {name: value, f"{name}_error": error}
         if config.lanczos_batches:
             last = slice(max(shape[2] - LANCZOS_RECORDS, 0), shape[2])
             steps = config.lanczos_steps // 2  # of a lower bound, which lies above the edge
             found["minibatch_sharpness"] = np.full(shape, np.nan)
             tops = take(config.lanczos_batches, steps, last, "tops")["top"]
             found["minibatch_sharpness"][:, :, last] = tops.mean(-1)
-    return found
-
-
-def estimates(rayleigh: np.ndarray, g2: np.ndarray) -> dict[str, np.ndarray]:
-    """Batch sharpness and its ratio of means, with standard errors, from samples [..., batches]."""
-    shape, found = rayleigh.shape[:-1], {}
-    for name, of in (
-        ("batch_sharpness", lambda r, g: measure.mean_estimate(r)),
-        ("ratio_of_means", lambda r, g: measure.ratio_estimate(r * g, g)),
-    ):
-        each = [
-            of(r, g)
-            for r, g in zip(*(a.reshape(-1, a.shape[-1]) for a in (rayleigh, g2)), strict=True)
-        ]
-        found[name] = np.reshape([e.value for e in each], shape)
-        found[f"{name}_error"] = np.reshape([e.standard_error for e in each], shape)
     return found
 
 

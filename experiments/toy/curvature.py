@@ -45,24 +45,22 @@ def make_curvature(toy: Toy, batch_size: int) -> Callable[[Params], dict[str, ja
     def curvature(params: Params) -> dict[str, jax.Array]:
         flat, unravel = ravel_pytree(params)
         start = unravel(jnp.asarray(np.random.default_rng(0).normal(size=flat.size)))
-        product = measure.hessian(loss, params).matvec
+        product = measure.hessian(loss, params, linearize=True).matvec
         sharpness, residual = measure.lanczos_sharpness(product, start, steps=LANCZOS_STEPS)
         of = lambda batch: measure.step_sharpness(objective, params, {}, batch)
         along, squared = jax.vmap(of)(batches)
         moves = squared > 0
-        along, count = jnp.where(moves, along, 0.0), moves.sum()
-        mean = along.sum() / count
-        spread = jnp.where(moves, (along - mean) ** 2, 0.0).sum() / (count - 1)
-        bends, m = along * squared, len(along)
-        without = (bends.sum() - bends) / (squared.sum() - squared)  # jackknife
+        mean, error = measure.mean_and_error(along, where=moves)
+        bends = jnp.where(moves, along, 0.0) * squared
+        ratio, ratio_error = measure.ratio_and_error(bends, squared)
         return {
             "sharpness": sharpness,
             "sharpness_residual": residual,
             "trace": trace(params),
             "batch_sharpness": mean,
-            "batch_sharpness_error": 0 * mean if exact else jnp.sqrt(spread / count),
-            "ratio_of_means": bends.sum() / squared.sum(),
-            "ratio_of_means_error": 0 * mean if exact else jnp.sqrt((m - 1) * without.var()),
+            "batch_sharpness_error": 0 * mean if exact else error,
+            "ratio_of_means": ratio,
+            "ratio_of_means_error": 0 * ratio if exact else ratio_error,
         }
 
     return curvature

