@@ -34,9 +34,10 @@ def simulate(
     import xarray
 
     found: dict[tuple[str, str], list] = {}
+    sweep = plateaus.run_sweep(store, on_chunk, toys.fingerprint(config))
+    gauges = plateaus.make_gauges(config, toy, sweep)
     for spec in specs:
-        sweep = plateaus.run_sweep(store, on_chunk, f"{toys.fingerprint(config)} {spec}")
-        for name, values in branches(config, toy, spec, sweep).items():
+        for name, values in branches(config, toy, spec, sweep, gauges).items():
             found.setdefault(name, []).append(np.moveaxis(values, 1, 0))
     coords = {"run": [spec.label for spec in specs], "factor": list(config.factors)}
     return xarray.Dataset(
@@ -50,20 +51,21 @@ def simulate(
 
 
 def branches(
-    config: Config, toy: Toy, spec: Spec, sweep: Callable
+    config: Config, toy: Toy, spec: Spec, sweep: Callable, gauges: Callable
 ) -> dict[tuple[str, str], np.ndarray]:
     """(name, last dimension) -> values [seeds, factors, records or 2] of one run's branches."""
     program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
     factors = np.array(config.factors)
-    _, snapshots = checkpoint(config, program, spec, sweep)
+    point = Point(np.array([spec.step_size]), np.array([spec.momentum]))
+    snapshots = checkpoint(config, program, spec, point, sweep)["snapshot"]
     shape = config.seeds, len(factors)
     seed, sizes = np.repeat(np.arange(shape[0]), shape[1]), np.tile(factors, shape[0])
     momenta = np.full(len(seed), spec.momentum)
 
     def follow(sizes: np.ndarray, starts: np.ndarray, at: np.ndarray, name: str):
-        run = runs.continued(runs.make_run(program, config.horizon, at))
+        run = runs.continued(runs.make_run(program, at))
         items = seed, Point(spec.step_size * sizes, momenta, starts)
-        ran = sweep(run, seed_keys(config.seed, 1), items, name=name)
+        ran = sweep(run, seed_keys(config.seed, 1), items, name=f"{name} of {spec}")
         return {key: leaf[0].reshape(*shape, *leaf.shape[2:]) for key, leaf in ran.items()}
 
     at, last = record_steps(config.horizon, config.records), np.array([config.horizon])
@@ -71,10 +73,10 @@ def branches(
     ends = along["snapshot"][:, :, -1]
     smallest = np.full(len(seed), factors.min())
     annealed = follow(smallest, ends.reshape(len(seed), -1), last, "annealed")["snapshot"][:, :, 0]
-    points = Point(spec.step_size * factors, momenta[: len(factors)])
-    gauged = plateaus.gauges(config, program, points, along["snapshot"][:, :, :-1], sweep)
+    of_records = {name: values[:, :, :-1] for name, values in along.items()}
+    gauged = gauges(program, of_records["snapshot"], of_records.get("after"))
     measured = metrics(config, program, np.stack([ends, annealed], axis=2), sweep)
-    return {("loss", "record"): along["loss"][:, :, :-1]} | {
+    return {("loss", "record"): of_records["loss"]} | {
         (name, last): values
         for last, parts in (("record", gauged), ("when", measured))
         for name, values in parts.items()
@@ -92,7 +94,9 @@ def metrics(
         params = program.state(key, Point(1.0, 0.0, start)).params
         return toy.measure(params, params) | toy.spectra(params)
 
-    found = sweep(measure_one, seed_keys(config.seed, 1), flat, name="metrics")
+    found = sweep(
+        measure_one, seed_keys(config.seed, 1), flat, name=f"metrics of {program.optimizer}"
+    )
     finite = np.isfinite(flat).all(1)
     return {name: np.where(finite, leaf[0], np.nan).reshape(shape) for name, leaf in found.items()}
 

@@ -20,7 +20,7 @@ class Config:
     """Problem: chebyshev (20 points, tanh), diagonal (D1), cifar-mlp (1,000 images, tanh), or, for
     accelerators, cifar-cnn and resnet."""
     study: Literal["plateaus", "edge-test", "branches"] = "plateaus"
-    """plateaus: where curvature settles. edge-test: the step size at which the loss jumps.
+    """plateaus: where curvature settles. edge-test: the step size or momentum of the first jump.
     branches: runs continued with smaller and larger steps."""
     step_sizes: tuple[ranges.Positive, ...] = ()
     """Step size of each run."""
@@ -50,6 +50,8 @@ class Config:
     """Study branches: factors of the step size; 1 is the unchanged run."""
     horizon: ranges.TwoOrMore = 400
     """Studies edge-test and branches: steps from the checkpoint on."""
+    bisect: Literal["step_size", "momentum"] = "step_size"
+    """Study edge-test: what is varied until the loss jumps; momentum between 0 and .99."""
     jump: ranges.Positive = 2.0
     """Study edge-test: the loss jumps above this multiple of the unchanged run's maximum."""
     data_dir: str = ""

@@ -1,4 +1,4 @@
-"""The step size at which the loss jumps, found by bisection, beside 2 / gauge for each gauge."""
+"""The step size or momentum at which the loss jumps, by bisection, beside each gauge's edge."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,87 +19,101 @@ if TYPE_CHECKING:
     import xarray
 
 LOW, HIGH, ROUNDS = 0.25, 16.0, 9  # the bracket in step sizes of the run; the last is 0.8 % wide
+MOST = 0.99  # momentum
 GAUGES = tuple(plateaus.GAUGES)
 
 
 def simulate(
     config: Config, toy: Toy, specs: Sequence[Spec], store: Any, on_chunk: Callable[[], None]
 ) -> "xarray.Dataset":
-    """Critical step sizes and gauges at the last state of each run, with dims run, seed."""
+    """Critical factors and gauges at the last state of each run, with dims run, seed.
+
+    "critical" is the factor of the step size above which the loss jumps, or the one that the edge
+    is divided by as momentum changes.
+    """
     import xarray
 
-    rows = []
-    for spec in specs:
-        sweep = plateaus.run_sweep(store, on_chunk, f"{toys.fingerprint(config)} {spec}")
-        rows.append(critical(config, toy, spec, sweep))
-    variables = {name: (("run", "seed"), np.array([row[name] for row in rows])) for name in rows[0]}
+    sweep = plateaus.run_sweep(store, on_chunk, toys.fingerprint(config))
+    gauges, found = plateaus.make_gauges(config, toy, sweep), {}
+    for members, spec, program, points in plateaus.groups(config, toy, specs):
+        ran = checkpoint(config, program, spec, points, sweep)
+        gauged = gauges(program, ran["snapshot"], ran.get("after"))
+        rows = {name: gauged[name][:, :, 0] for name in GAUGES if name in gauged}
+        rows["critical"] = critical(config, program, points, ran["snapshot"][:, :, 0], sweep)
+        for name, values in rows.items():
+            whole = found.setdefault(name, np.full((len(specs), config.seeds), np.nan))
+            whole[members] = values.T
+    variables = {name: (("run", "seed"), values) for name, values in found.items()}
     return xarray.Dataset(variables, {"run": [spec.label for spec in specs]})
 
 
-def critical(config: Config, toy: Toy, spec: Spec, sweep: Callable) -> dict[str, np.ndarray]:
-    """The critical step size of one run, and its gauges at the checkpoint, each [seeds]."""
-    program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
-    point, snapshots = checkpoint(config, program, spec, sweep)
-    gauged = plateaus.gauges(config, program, point, snapshots, sweep)
-    starts = snapshots[:, 0, 0]
+def critical(
+    config: Config, program: Program, points: Point, starts: np.ndarray, sweep: Callable
+) -> np.ndarray:
+    """The critical factors [seeds, points] of runs that continue from `starts` [..., q]."""
     at = np.arange(0, config.horizon + 1, max(config.horizon // 100, 1))
-    follow = runs.continued(runs.make_run(program, config.horizon, at, snapshots=False))
+    follow = runs.continued(runs.make_run(program, at, snapshots=False))
+    shape = starts.shape[:2]
+    seed = np.repeat(np.arange(shape[0]), shape[1])
+    sign = 1 if program.full else -1  # momentum raises the edge of full batches, lowers others
 
-    def peaks(sizes: np.ndarray, name: str) -> np.ndarray:
-        items = np.arange(len(sizes)), Point(sizes, np.full(len(sizes), spec.momentum), starts)
+    def peaks(factors: np.ndarray, name: str) -> np.ndarray:
+        sizes, momenta = (np.broadcast_to(leaf, shape) for leaf in points[:2])
+        if config.bisect == "step_size":
+            sizes = sizes * factors
+        else:
+            momenta = sign * ((1 + sign * momenta) / factors - 1)
+        items = seed, Point(sizes.ravel(), momenta.ravel(), starts.reshape(len(seed), -1))
+        name = f"{name} of {program.optimizer}, b = {program.batch_size}"
         losses = sweep(follow, seed_keys(config.seed, 1), items, name=name)["loss"][0]
-        return np.where(np.isfinite(losses).all(1), losses.max(1), np.inf)
+        return np.where(np.isfinite(losses).all(1), losses.max(1), np.inf).reshape(shape)
 
-    unchanged = peaks(np.full(config.seeds, spec.step_size), "unchanged")
-    jumps = lambda sizes, name: peaks(sizes, name) > config.jump * unchanged
-    missing = np.full(config.seeds, np.nan)
-    return {
-        "critical_step_size": bisected(jumps, spec.step_size, config.seeds),
-        **{name: gauged[name][:, 0, 0] if name in gauged else missing for name in GAUGES},
-    }
+    low, high = np.full(shape, LOW), np.full(shape, HIGH)
+    if config.bisect == "momentum":  # down to 0 with full batches, else up to `MOST`
+        end = 0.0 if program.full else MOST
+        low = np.ones(shape)
+        high = np.broadcast_to((1 + sign * points.momentum) / (1 + sign * end), shape)
+    unchanged = peaks(np.ones(shape), "unchanged")
+    return bisected(lambda f, name: peaks(f, name) > config.jump * unchanged, low, high)
 
 
 def checkpoint(
-    config: Config, program: Program, spec: Spec, sweep: Callable
-) -> tuple[Point, np.ndarray]:
-    """The point of a run, and the last snapshot of each seed, [seeds, 1, 1, q]."""
-    point = Point(np.array([spec.step_size]), np.array([spec.momentum]))
-    run = runs.make_run(program, spec.num_steps, [spec.num_steps])
-    keys = seed_keys(config.seed, config.seeds)
-    return point, sweep(run, keys, point, name="runs")["snapshot"]
+    config: Config, program: Program, spec: Spec, points: Point, sweep: Callable
+) -> dict[str, np.ndarray]:
+    """The last "snapshot" of each seed and point, [seeds, points, 1, q]; see `runs.make_run`."""
+    run = runs.make_run(program, np.array([spec.num_steps]))
+    return sweep(run, seed_keys(config.seed, config.seeds), points, name=f"checkpoint {spec}")
 
 
 def bisected(
-    jumps: Callable[[np.ndarray, str], np.ndarray], step_size: float, seeds: int
+    jumps: Callable[[np.ndarray, str], np.ndarray], low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-    """The smallest step size that jumps, for each seed; NaN where the bracket doesn't hold it.
+    """The smallest factors between `low` and `high` that jump; NaN where there are none.
 
-    `jumps(sizes, name)` is a mask [seeds]. Bisects in logarithms.
+    `jumps(factors, name)` is a mask of the same shape. Bisects in logarithms.
     """
-    low, high = (np.full(seeds, np.log(end * step_size)) for end in (LOW, HIGH))
-    holds = ~jumps(np.exp(low), "low") & jumps(np.exp(high), "high")
+    holds = ~jumps(low, "low") & jumps(high, "high")
     for i in range(ROUNDS):
-        middle = (low + high) / 2
-        up = jumps(np.exp(middle), f"round {i}")
+        middle = np.sqrt(low * high)
+        up = jumps(middle, f"round {i}")
         low, high = np.where(up, low, middle), np.where(up, middle, high)
-    return np.where(holds, np.exp((low + high) / 2), np.nan)
+    return np.where(holds, np.sqrt(low * high), np.nan)
 
 
 def shares(dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict[str, Any]]:
-    """Per run: eta_c / eta, and for each gauge eta_c over its prediction, [seeds]."""
+    """Per run: the critical factor, and for each gauge its ratio to the prediction, [seeds]."""
     rows = []
     for i, spec in enumerate(specs):
-        critical = dataset["critical_step_size"].values[i]
-        row: dict[str, Any] = {"run": spec.label, "critical": list(critical / spec.step_size)}
-        for name in GAUGES:
-            predicted = spec.edge * spec.step_size / dataset[name].values[i]
-            row[name] = [float(share) for share in critical / predicted]
+        critical = dataset["critical"].values[i]
+        row: dict[str, Any] = {"run": spec.label, "critical": critical.tolist()}
+        for name in (name for name in GAUGES if name in dataset):
+            row[name] = (critical * dataset[name].values[i] / spec.edge).tolist()
         rows.append(row)
     return rows
 
 
 def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict]:
-    """Writes summary.json; prints eta_c beside the prediction of each gauge, and the tightest."""
+    """Writes summary.json; prints factors beside the prediction of each gauge, and the best."""
     from rich.table import Table
 
     rows, verdicts = shares(dataset, specs), {}
@@ -108,7 +122,7 @@ def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) ->
         errors = {
             name: float(np.nanmean(np.abs(np.log(row[name]))))
             for name in GAUGES
-            if np.isfinite(row[name]).any()
+            if np.isfinite(row.get(name, np.nan)).any()
         }
         best = min(errors, key=lambda name: errors[name], default=None)
         verdicts[row["run"]] = (
@@ -117,13 +131,12 @@ def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) ->
             else "no jump within the bracket"
         )
     records.write_json(folder / "summary.json", {"rows": rows, "verdicts": verdicts})
-    table = Table(
-        "run", "gauge", "η_c · gauge / (η · edge)", "η_c / η", title="Critical step sizes"
-    )
+    table = Table("run", "gauge", "factor · gauge / edge", "factor", title="Critical factors")
     for row in rows:
-        for i, name in enumerate(name for name in GAUGES if np.isfinite(row[name]).any()):
-            start = (row["run"], interval(row["critical"])) if i == 0 else ("", "")
-            table.add_row(start[0], plateaus.GAUGES[name], interval(row[name]), start[1])
+        names = [name for name in GAUGES if np.isfinite(row.get(name, np.nan)).any()]
+        for name in names:
+            first = (row["run"], interval(row["critical"])) if name == names[0] else ("", "")
+            table.add_row(first[0], plateaus.GAUGES[name], interval(row[name]), first[1])
     terminal.show(table, *(f"{run}: {verdict}." for run, verdict in verdicts.items()), folder)
     return rows
 
@@ -141,11 +154,11 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec], title: str) -> list[Path]:
-    """Draws eta_c over the prediction of each gauge, a point per seed."""
+    """Draws critical factors over the prediction of each gauge, a point per seed."""
     panels = []
     for i, spec in enumerate(specs):
-        critical, points = dataset["critical_step_size"].values[i] / spec.step_size, {}
-        for name in GAUGES:
+        critical, points = dataset["critical"].values[i], {}
+        for name in (name for name in GAUGES if name in dataset):
             predicted = spec.edge / dataset[name].values[i]
             if np.isfinite(predicted).any():
                 points[plateaus.GAUGES[name]] = predicted, critical
@@ -156,7 +169,7 @@ def draw(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec], title: 
         panels.append(
             plots.Panel(
                 spec.label,
-                "critical step size / η",
+                "critical factor",
                 {"equal": (line, line)},
                 "edge / gauge",
                 points=points,

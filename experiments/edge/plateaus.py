@@ -1,7 +1,7 @@
 """Where curvature settles under large steps, beside the predicted edges."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,16 +41,12 @@ def simulate(
 
     keys, found = seed_keys(config.seed, config.seeds), {}
     shape = (len(specs), config.seeds, config.records)
-    for group in sorted({spec[2:] for spec in specs}, key=str):  # what a program is compiled for
-        members = [i for i, spec in enumerate(specs) if spec[2:] == group]
-        spec = specs[members[0]]
-        program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
+    sweep = run_sweep(store, on_chunk, toys.fingerprint(config))
+    gauges = make_gauges(config, toy, sweep)
+    for members, spec, program, points in groups(config, toy, specs):
         at = record_steps(spec.num_steps, config.records)
-        pairs = [specs[i][:2] for i in members]  # step sizes and momenta
-        points = Point(*(np.array(column) for column in zip(*pairs, strict=True)))
-        sweep = run_sweep(store, on_chunk, f"{toys.fingerprint(config)} {spec}")
-        ran = sweep(runs.make_run(program, spec.num_steps, at), keys, points, name="runs")
-        gauged = gauges(config, program, points, ran["snapshot"], sweep)
+        ran = sweep(runs.make_run(program, at), keys, points, name=f"runs {spec}")
+        gauged = gauges(program, ran["snapshot"], ran.get("after"))
         for name, values in ({"loss": ran["loss"]} | gauged).items():
             whole = found.setdefault(name, np.full(shape, np.nan))
             whole[members] = np.moveaxis(values, 1, 0)
@@ -60,6 +56,18 @@ def simulate(
         {name: (dims, values) for name, values in found.items()},
         {"run": [spec.label for spec in specs], "step": (("run", "record"), np.array(steps))},
     )
+
+
+def groups(
+    config: Config, toy: Toy, specs: Sequence[Spec]
+) -> Iterator[tuple[list[int], Spec, Program, Point]]:
+    """The runs that share a program: their places, the first of them, the program, their points."""
+    for group in sorted({spec[2:] for spec in specs}, key=str):
+        members = [i for i, spec in enumerate(specs) if spec[2:] == group]
+        spec = specs[members[0]]
+        program = Program(toy, spec.optimizer, spec.batch_size, config.with_replacement)
+        pairs = [specs[i][:2] for i in members]  # step sizes and momenta
+        yield members, spec, program, Point(*map(np.array, zip(*pairs, strict=True)))
 
 
 def run_sweep(store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Callable:
@@ -75,44 +83,75 @@ def run_sweep(store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Cal
     return sweep
 
 
-def gauges(
-    config: Config, program: Program, points: Point, snapshots: np.ndarray, sweep: Callable
-) -> dict[str, np.ndarray]:
-    """Gauges of snapshots [seeds, points, records, q], each [seeds, points, records].
+def make_gauges(config: Config, toy: Toy, sweep: Callable) -> Callable[..., dict[str, np.ndarray]]:
+    """gauges(program, snapshots, after), [seeds, points, records] each, of snapshots [..., q].
 
-    The batches of a record are drawn for it alone: means over records have independent errors.
+    - "sharpness": lambda_max(H) of the full-batch loss, with its relative "residual".
+    - With full batches, half-way between a snapshot and that after the next step: iterates jump
+      across the valley every step, and every second record would see one side of it. "midpoint" is
+      lambda_max(H) there; for RMSProp and Adam, "preconditioned" is lambda_max(P^-1/2 H P^-1/2).
+    - With mini-batches, "batch_sharpness" and "ratio_of_means" with their errors; in the last
+      records "minibatch_sharpness". The batches of a record are drawn for it alone: means over
+      records have independent errors.
+
+    Each is compiled once, for all programs.
     """
-    shape = snapshots.shape[:3]
-    numbers = np.arange(np.prod(shape)).reshape(shape)  # one per snapshot, for its key
+    template = jax.eval_shape(toy.network(1.0).init, jax.random.key(0), toy.train.x[:1])[0]
+    key, size = seed_keys(config.seed, 1), sum(leaf.size for leaf in jax.tree.leaves(template))
+    of_all = runs.make_sharpness(toy, config.lanczos_steps)
 
-    def measured(function: Callable, where: slice, name: str) -> dict[str, np.ndarray]:
-        some = numbers[:, :, where]
-        _, point, _ = np.unravel_index(some.ravel(), shape)
-        start = snapshots[:, :, where].reshape(-1, snapshots.shape[-1])
-        items = some.ravel(), Point(points.step_size[point], points.momentum[point], start)
-        results = sweep(runs.continued(function), seed_keys(config.seed, 1), items, name=name)
-        return {k: v[0].reshape(*some.shape, *v.shape[2:]) for k, v in results.items()}
+    @functools.cache
+    def of_batches(batch_size: int, batches: int, steps: int) -> Callable:
+        program = Program(toy, "sgd", batch_size)
+        return runs.continued(runs.make_batch_gauges(program, batches, steps))
 
-    everything = slice(0, shape[2])
-    found = measured(runs.make_sharpness(program, config.lanczos_steps), everything, "sharpness")
-    if not program.full:
-        take = lambda batches, steps, where, name: measured(
-            runs.make_batch_gauges(program, batches, steps), where, name
-        )
-        samples = take(config.gauge_batches, 0, everything, "batches")
-        rayleigh, g2 = samples["rayleigh"], samples["g2"]
+    def largest(theta: np.ndarray, scale: Any = None) -> dict[str, np.ndarray]:
+        flat = theta.reshape(-1, size)
+        items = flat, np.ones_like(flat) if scale is None else scale
+        found = sweep(of_all, key, items, name="sharpness")
+        return {name: values[0].reshape(theta.shape[:-1]) for name, values in found.items()}
+
+    def of_mini_batches(program: Program, theta: np.ndarray) -> dict[str, np.ndarray]:
+        numbers = np.arange(theta[..., 0].size).reshape(theta.shape[:-1])  # for keys
+
+        def samples(batches: int, steps: int, where: slice) -> dict[str, np.ndarray]:
+            some = numbers[:, :, where]
+            items = some.ravel(), theta[:, :, where].reshape(-1, size)
+            function = of_batches(program.batch_size, batches, steps)
+            name = f"b = {program.batch_size}, {batches} batches, {steps} steps"
+            results = sweep(function, key, items, name=name).items()
+            return {name: values[0].reshape(*some.shape, -1) for name, values in results}
+
+        drawn = samples(config.gauge_batches, 0, slice(None))
+        rayleigh, g2 = drawn["rayleigh"], drawn["g2"]
+        found = {}
         for name, (value, error) in {
             "batch_sharpness": measure.mean_and_error(rayleigh),
             "ratio_of_means": measure.ratio_and_error(rayleigh * g2, g2),
         }.items():
             found |= {name: value, f"{name}_error": error}
         if config.lanczos_batches:
-            last = slice(max(shape[2] - LANCZOS_RECORDS, 0), shape[2])
+            last = slice(max(theta.shape[2] - LANCZOS_RECORDS, 0), theta.shape[2])
             steps = config.lanczos_steps // 2  # of a lower bound, which lies above the edge
-            found["minibatch_sharpness"] = np.full(shape, np.nan)
-            tops = take(config.lanczos_batches, steps, last, "tops")["top"]
+            found["minibatch_sharpness"] = np.full(theta.shape[:-1], np.nan)
+            tops = samples(config.lanczos_batches, steps, last)["top"]
             found["minibatch_sharpness"][:, :, last] = tops.mean(-1)
-    return found
+        return found
+
+    def gauges(
+        program: Program, snapshots: np.ndarray, after: np.ndarray | None
+    ) -> dict[str, np.ndarray]:
+        theta = snapshots[..., :size]
+        found = largest(theta)
+        if after is None:
+            return found | of_mini_batches(program, theta)
+        middle = (theta + after[..., :size]) / 2
+        if program.optimizer == "sgd":
+            return found | {"midpoint": largest(middle)["sharpness"]}
+        scale = jax.jit(jax.vmap(program.scale))(after.reshape(-1, after.shape[-1]))
+        return found | {"preconditioned": largest(middle, np.asarray(scale))["sharpness"]}
+
+    return gauges
 
 
 def levels(dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict[str, Any]]:

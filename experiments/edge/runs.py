@@ -4,7 +4,7 @@ Gauges are taken from snapshots after the run, hence can't change it. A snapshot
 of parameters and optimizer state before a step.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from experiments.toy.problems import Toy
+from experiments.toy.run import parameters
 from sgd_sparse_jax import measure, train
-from sgd_sparse_jax.types import Batch, Params, PRNGKey
+from sgd_sparse_jax.types import Batch, PRNGKey
 
 Optimizer = Callable[[Any, Any], optax.GradientTransformation]  # of step size and momentum
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-7  # of Adam; RMSProp has the last two
@@ -68,25 +69,30 @@ class Program(NamedTuple):
         params, opt_state = ravel_pytree((state.params, state.opt_state))[1](point.start)
         return state._replace(params=params, opt_state=opt_state)
 
-    def full_loss(self, params: Params) -> jax.Array:
-        """The training loss."""
-        return self.toy.mean_loss(params, self.toy.train)
+    def scale(self, snapshot: jax.Array) -> jax.Array:
+        """P^(-1/2) of the step of RMSProp or Adam before a snapshot, as a vector [p]."""
+        opt_state = self.state(jr.key(0), Point(1.0, 0.0, snapshot)).opt_state
+        corrected = BETA2 if self.optimizer == "adam" else 0.0
+        return ravel_pytree(measure.adaptive_scale(opt_state, eps=EPS, decay=corrected))[0]
 
 
 def make_run(
-    program: Program, num_steps: int, at: Sequence[int] | np.ndarray, *, snapshots: bool = True
+    program: Program, at: np.ndarray, *, snapshots: bool = True
 ) -> Callable[[PRNGKey, Point], dict[str, jax.Array]]:
     """run(key, point) -> records before the steps `at`: "loss" [records], "snapshot" [records, q].
 
-    The loss is that of the whole training set.
+    The loss is that of the whole training set. With full batches, "after" are the snapshots after
+    these steps.
     """
     data, n = program.toy.train, len(program.toy.train.y)
     drawn = train.with_replacement if program.with_replacement else train.reshuffled_epochs
     sampler = train.full_batch(n) if program.full else drawn(n, program.batch_size)
     fetch = lambda key, idx: data if program.full else Batch(data.x[idx], data.y[idx])
+    stops = np.union1d(at, at + 1) if program.full and snapshots else at
+    places = np.searchsorted(stops, at)
 
     def record(state):
-        found = {"loss": program.full_loss(state.params)}
+        found = {"loss": program.toy.mean_loss(state.params, data)}
         if snapshots:
             found["snapshot"] = ravel_pytree((state.params, state.opt_state))[0]
         return found
@@ -94,54 +100,38 @@ def make_run(
     def run(key, point):
         drawing, running = jr.split(key)
         step = train.make_step(program.objective, program.tx(point))
-        probes, state = [train.Probe(record, at)], program.state(drawing, point)
+        probes, state = [train.Probe(record, stops)], program.state(drawing, point)
         segment = train.make_segment(step, fetch)
-        return train.record_run(running, sampler, segment, state, probes, num_steps)[1][0]
+        last = int(stops[-1])
+        records = train.record_run(running, sampler, segment, state, probes, last)[1][0]
+        found = {name: leaf[places] for name, leaf in records.items()}
+        return found | ({"after": records["snapshot"][places + 1]} if len(stops) > len(at) else {})
 
     return run
 
 
-def make_sharpness(program: Program, steps: int) -> Callable[[PRNGKey, Point], dict[str, Any]]:
-    """f(key, point) -> largest eigenvalues of the Hessian at the snapshot `point.start`.
+def make_sharpness(toy: Toy, steps: int) -> Callable[[PRNGKey, Any], dict[str, Any]]:
+    """f(key, (theta, scale)) -> lambda_max(D H D), D = diag(scale), at the parameters theta [p].
 
-    "sharpness" is lambda_max of the full-batch loss, after `steps` Lanczos iterations, with its
-    relative "residual". With full batches, "midpoint" is that half-way to the next iterate:
-    iterates jump across the valley every step, and every second record would see one side of it.
-    For RMSProp and Adam, "preconditioned" is lambda_max(P^-1/2 H P^-1/2) there, with the P of the
-    step.
+    H is the Hessian of the training loss; "sharpness" is after `steps` Lanczos iterations, with its
+    relative "residual".
     """
 
-    def sharpness(key, point):
-        state = program.state(key, point)
-        start = optax.tree.random_like(key, state.params)
-
-        def top(params, scale=None):
-            operator = measure.hessian(program.full_loss, params)
-            if scale is not None:
-                operator = measure.preconditioned(operator, scale)
-            return measure.lanczos_sharpness(operator.matvec, start, steps=steps)
-
-        if not program.full:
-            value, residual = top(state.params)
-            return {"sharpness": value, "residual": residual}
-        grads = jax.grad(program.full_loss)(state.params)
-        updates, after = program.tx(point).update(grads, state.opt_state, state.params)
-        both = jax.tree.map(lambda p, u: jnp.stack([p, p + u / 2]), state.params, updates)
-        values, residuals = jax.lax.map(top, both)
-        found = {"sharpness": values[0], "residual": residuals[0], "midpoint": values[1]}
-        if program.optimizer != "sgd":
-            corrected = BETA2 if program.optimizer == "adam" else 0.0
-            scale = measure.adaptive_scale(after, eps=EPS, decay=corrected)
-            found["preconditioned"] = top(jax.tree.map(lambda leaf: leaf[1], both), scale)[0]
-        return found
+    def sharpness(key, at):
+        params, scale = (parameters(toy, vector) for vector in at)
+        loss = lambda params: toy.mean_loss(params, toy.train)
+        operator = measure.preconditioned(measure.hessian(loss, params, linearize=True), scale)
+        start = optax.tree.random_like(key, params)
+        value, residual = measure.lanczos_sharpness(operator.matvec, start, steps=steps)
+        return {"sharpness": value, "residual": residual}
 
     return sharpness
 
 
 def make_batch_gauges(
     program: Program, batches: int, lanczos_steps: int = 0
-) -> Callable[[PRNGKey, Point], dict[str, Any]]:
-    """f(key, point) -> samples over mini-batches B at a snapshot, each [batches].
+) -> Callable[[PRNGKey, jax.Array], dict[str, Any]]:
+    """f(key, theta) -> samples over mini-batches B at the parameters theta [p], each [batches].
 
     "rayleigh" is g^T H_B g / |g|^2 and "g2" is |g|^2, for gradients g of B; with `lanczos_steps`
     only "top", lambda_max(H_B) after so many products. Batches are drawn from `key`, without
@@ -149,8 +139,8 @@ def make_batch_gauges(
     """
     data, n, b = program.toy.train, len(program.toy.train.y), program.batch_size
 
-    def gauges(key, point):
-        params, objective = program.state(key, point).params, program.objective
+    def gauges(key, theta):
+        params, objective = parameters(program.toy, theta), program.objective
         start = optax.tree.random_like(key, params)
         draw = jax.vmap(lambda key: jr.permutation(key, n)[:b])
         indices = draw(jr.split(key, batches))
@@ -161,7 +151,7 @@ def make_batch_gauges(
 
         def top(idx):
             loss = lambda params: objective(params, {}, Batch(data.x[idx], data.y[idx]))
-            product = measure.hessian(loss, params).matvec
+            product = measure.hessian(loss, params, linearize=True).matvec
             return measure.lanczos_sharpness(product, start, steps=lanczos_steps)[0]
 
         if lanczos_steps:
@@ -172,8 +162,8 @@ def make_batch_gauges(
     return gauges
 
 
-def continued(run: Callable[[PRNGKey, Point], Any]) -> Callable[[PRNGKey, Any], Any]:
-    """f(key, (seed, point)): `run` with the key of a seed, whatever the rest of the point.
+def continued(run: Callable[[PRNGKey, Any], Any]) -> Callable[[PRNGKey, Any], Any]:
+    """f(key, (number, point)): `run` with the key of a number, whatever the point.
 
     Continuations of a seed with other step sizes thus take the same batches.
     """
