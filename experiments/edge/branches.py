@@ -34,7 +34,7 @@ def simulate(
     import xarray
 
     found: dict[tuple[str, str], list] = {}
-    sweep = plateaus.run_sweep(store, on_chunk, toys.fingerprint(config))
+    sweep = plateaus.run_sweep(toy, store, on_chunk, toys.fingerprint(config))
     gauges = plateaus.make_gauges(config, toy, sweep)
     for spec in specs:
         for name, values in branches(config, toy, spec, sweep, gauges).items():

@@ -33,7 +33,7 @@ def simulate(
     """
     import xarray
 
-    sweep = plateaus.run_sweep(store, on_chunk, toys.fingerprint(config))
+    sweep = plateaus.run_sweep(toy, store, on_chunk, toys.fingerprint(config))
     gauges, found = plateaus.make_gauges(config, toy, sweep), {}
     for members, spec, program, points in plateaus.groups(config, toy, specs):
         ran = checkpoint(config, program, spec, points, sweep)

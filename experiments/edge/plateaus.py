@@ -41,7 +41,7 @@ def simulate(
 
     keys, found = seed_keys(config.seed, config.seeds), {}
     shape = (len(specs), config.seeds, config.records)
-    sweep = run_sweep(store, on_chunk, toys.fingerprint(config))
+    sweep = run_sweep(toy, store, on_chunk, toys.fingerprint(config))
     gauges = make_gauges(config, toy, sweep)
     for members, spec, program, points in groups(config, toy, specs):
         at = record_steps(spec.num_steps, config.records)
@@ -70,11 +70,12 @@ def groups(
         yield members, spec, program, Point(*map(np.array, zip(*pairs, strict=True)))
 
 
-def run_sweep(store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Callable:
+def run_sweep(toy: Toy, store: Any, on_chunk: Callable[[], None], fingerprint: str) -> Callable:
     """sweep(run, keys, points, name) with chunks in `store`; compiles each `run` once."""
     small = jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
     # One run of a larger network fills a core: vmapped, its weights would leave the cache.
-    compiled = functools.cache(lambda run: train.make_sweep(run, chunk=64 if small else 1))
+    options: dict[str, Any] = {"chunk": 64, **toy.sweep_options} if small else {"chunk": 1}
+    compiled = functools.cache(lambda run: train.make_sweep(run, **options))
 
     def sweep(run: Callable, keys: jax.Array, points: Any, *, name: str) -> Any:
         how = {"store": store, "fingerprint": f"{fingerprint} {name}"}
@@ -105,11 +106,14 @@ def make_gauges(config: Config, toy: Toy, sweep: Callable) -> Callable[..., dict
         program = Program(toy, "sgd", batch_size)
         return runs.continued(runs.make_batch_gauges(program, batches, steps))
 
-    def largest(theta: np.ndarray, scale: Any = None) -> dict[str, np.ndarray]:
-        flat = theta.reshape(-1, size)
-        items = flat, np.ones_like(flat) if scale is None else scale
-        found = sweep(of_all, key, items, name="sharpness")
-        return {name: values[0].reshape(theta.shape[:-1]) for name, values in found.items()}
+    def largest(theta: np.ndarray, scale: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        scale = np.ones_like(theta) if scale is None else scale.reshape(theta.shape)
+        shape, each = (theta.shape[0], theta.shape[2]), []
+        for i in range(theta.shape[1]):  # one shape for all groups of runs, hence one program
+            items = theta[:, i].reshape(-1, size), scale[:, i].reshape(-1, size)
+            each.append(sweep(of_all, key, items, name="sharpness"))
+        join = lambda *parts: np.stack([part.reshape(shape) for part in parts], 1)
+        return jax.tree.map(join, *each)
 
     def of_mini_batches(program: Program, theta: np.ndarray) -> dict[str, np.ndarray]:
         numbers = np.arange(theta[..., 0].size).reshape(theta.shape[:-1])  # for keys
