@@ -82,7 +82,7 @@ def flat(key: jax.Array, seeds: int) -> dict:
 
 def valley(key: jax.Array, seeds: int) -> dict:
     """Rate of ln |u^2 - v^2| per step over eta^2 s^2, [sampler, seed, eta]."""
-    eta, s = jnp.array(VALLEY), VALLEY_NOISE
+    eta, s = jnp.array([VALLEY]), VALLEY_NOISE
 
     def gradient(theta, i):
         u, v = theta
@@ -91,10 +91,10 @@ def valley(key: jax.Array, seeds: int) -> dict:
 
     start = jnp.stack([jnp.full(2, 1.6), jnp.full(2, 1 / 1.6)])
     run = lambda key, order: walk(gradient, order, start, eta, 256)
-    path = by_sampler(run, key, 4 * seeds)[:, :, [63, 255]]
+    path = np.asarray(by_sampler(run, key, 4 * seeds))[:, :, [63, 255]]
     u, v = path[..., 0, :], path[..., 1, :]
-    gap = jnp.log(jnp.abs(u**2 - v**2))
-    rate = (gap[:, :, 0] - gap[:, :, 1]) / (192 * 8 * K) / sampling.valley_rate(eta, s)
+    gap = np.log(np.abs(u**2 - v**2))
+    rate = (gap[:, :, 0] - gap[:, :, 1]) / (192 * 8 * K) / np.asarray(sampling.valley_rate(eta, s))
     return {"valley_rate": (("sampler", "valley_seed", "valley_step"), rate)}
 
 
