@@ -1,10 +1,11 @@
 """The loss around paths of a diagonal net: gradient flow, GD and SGD (D3 of the paper).
 
     python -m experiments.loss_surface                 # maps, paths, losses along them, animation
+    python -m experiments.loss_surface --run runs/resnet_cifar/NAME --plane random
 
 The plane contains the initialization, the sparse solution (√θ*, √θ*) and the solution of gradient
 descent with small steps. Paths leave the plane, so that the losses along a path and along its
-projection differ: both are drawn.
+projection differ: both are drawn. With --run, the loss of a classifier over a plane of its weights.
 """
 
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.deep import landscape
 from experiments.figures import maps, plots, tables
 from experiments.launch import cli, devices, hosts, ranges
 from experiments.launch.ranges import CountOrNone, Finite, TwoOrMore
@@ -40,6 +42,15 @@ class Config(toys.Config):
     """Largest coordinate of the maps."""
     frames: CountOrNone = 60
     """Frames of the animation; 0 for none."""
+    run: str = ""
+    """Map this run folder of resnet_cifar instead; --plane, --images and --points are for it."""
+    plane: landscape.Kind = "random"
+    """random: two filter-normalized directions; path: principal components of the saved states;
+    curvature: the two top eigenvectors of the Hessian."""
+    images: ranges.Count = 512
+    """Training images, the first ones, in one batch."""
+    points: TwoOrMore = 25
+    """Points of the map in each direction."""
 
 
 SETTINGS = {
@@ -73,8 +84,17 @@ class Surface(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
+    cli.main(Config, map_losses, argv, settings=SETTINGS)
+
+
+def map_losses(config: Config) -> object:
+    """Maps the classifier of --run, else the toy problem."""
+    ranges.check(config)
+    if config.run:
+        devices.set_up_deep(deterministic=False)
+        return landscape.map_run(config.run, config.plane, config.images, config.points)
     devices.set_up_toys()
-    cli.main(Config, run, argv, settings=SETTINGS)
+    return run(config)
 
 
 def run(config: Config) -> tables.Finding:
