@@ -137,7 +137,7 @@ def draw(folder: Path, kind: Kind, found: Found, title: str) -> list[Path]:
         found.betas,
         found.loss,
         zlabel="cross-entropy",
-        log_z=True,
+        log_z=bool(np.nanmax(found.loss) > 30 * np.nanmin(found.loss)),  # else few contours
         overlay={"saved states": (found.path[:, 0], found.path[:, 1])},
         points={"last": (float(found.path[-1, 0]), float(found.path[-1, 1]))},
         filled=True,
