@@ -260,8 +260,8 @@ def median(values: np.ndarray) -> tuple[float, float, float]:
     values = values[np.isfinite(values)]
     if not len(values):
         return np.nan, np.nan, np.nan
-    drawn = np.random.default_rng(0).choice(values, (2000, len(values)))
-    low, high = np.percentile(np.median(drawn, axis=1), (2.5, 97.5))
+    drawn = claims.resampled_medians(np.random.default_rng(0), values)
+    low, high = np.percentile(drawn, (2.5, 97.5))
     return float(np.median(values)), float(low), float(high)
 
 

@@ -12,17 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import jax
-import jax.numpy as jnp
-import jax.random as jr
 import tyro
 
-from experiments.deep import setup, torch_files
-from experiments.deep.config import Config as Training
+from experiments.deep import config as flags, setup, torch_files
 from experiments.figures import terminal
 from experiments.launch import cli, devices
-from experiments.storage import records
-from sgd_sparse_jax import train
 from sgd_sparse_jax.models import state_dict
 
 
@@ -47,13 +41,8 @@ def run(config: Config) -> Path:
     """Writes the newest weights of a run; returns the path of the file."""
     devices.set_up_deep(deterministic=False)
     folder = Path(config.folder).expanduser()
-    if not (folder / "config.json").exists():
-        raise ValueError(f"{folder} has no config.json; give a run folder of resnet_cifar.")
-    saved = records.read_json(folder / "config.json")
-    names = ("model", "model_width", "dataset", "half_prec", "droprate", "softplus")
-    network, shape = torch_files.network_of(Training(**{n: saved[n] for n in names if n in saved}))
-    like = jax.eval_shape(network.init, jr.key(0), jnp.zeros((1, *shape)))
-    params, stats = train.load_weights(folder, *setup.on_all_devices(like))
+    network, shape = setup.network_of(flags.of_folder(folder))
+    params, stats = setup.load_weights(folder, network, shape)
     named = torch_files.read(Path(config.names).expanduser()) if config.names else None
     arrays = state_dict.to_state_dict(network, shape, params, stats, named)
     out = Path(config.out).expanduser()

@@ -54,7 +54,7 @@ def run(config: Config) -> Path:
     ranges.check(config)
     devices.set_up_deep(deterministic=False)
     flags = Training(model=config.model, model_width=config.model_width, dataset=config.dataset)
-    network, shape = torch_files.network_of(flags)
+    network, shape = setup.network_of(flags)
     tensors = torch_files.read(Path(config.file).expanduser())
     params, stats = state_dict.from_state_dict(network, shape, tensors)
     tx = setup.optimizer(lambda step: jnp.zeros(()), flags.momentum or None, flags.l2_reg or None)

@@ -26,6 +26,7 @@ from experiments.launch.ranges import Seed, TwoOrMore
 from experiments.storage import records
 from experiments.theory.decay_rates import collapse, ends, law, rates
 from experiments.toy import ensemble, run as toy_runs
+from experiments.toy.problems import sweep_options
 from sgd_sparse_jax import models, train
 from sgd_sparse_jax.types import Batch, Network, Params
 
@@ -189,13 +190,6 @@ def plan() -> list[tuple[str, int, list[Point]]]:
     return [*found, ("gd", N, descent)]
 
 
-def options() -> dict[str, Any]:
-    """Options of the sweeps: on CPUs, one run at a time, compiled in two thirds of the time."""
-    if jax.default_backend() != "cpu":
-        return {}
-    return {"vectorized": 1, "compiler_options": {"xla_backend_optimization_level": 1}}
-
-
 def simulate(
     config: Config, store: ensemble.Store, on_chunk: Callable[[], None]
 ) -> "xarray.Dataset":
@@ -207,7 +201,7 @@ def simulate(
         relu, steps = regime == "relu", config.gd_steps if regime == "gd" else config.steps
         seeds = max(config.seeds // 2, 2) if relu else config.seeds
         one = make_run(steps, config.records, batch_size, relu=relu)
-        sweep = train.make_sweep(one, **options())
+        sweep = train.make_sweep(one, **sweep_options(alone=True))
         stacked = Point(*map(np.array, zip(*points, strict=True)))
         norms = sweep(
             toy_runs.seed_keys(config.seed, seeds),

@@ -89,8 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def map_losses(config: Config) -> object:
     """Maps the classifier of --run, else the toy problem."""
-    ranges.check(config)
     if config.run:
+        ranges.check(config)
         devices.set_up_deep(deterministic=False)
         return landscape.map_run(config.run, config.plane, config.images, config.points)
     devices.set_up_toys()

@@ -255,8 +255,8 @@ def ratio(values: np.ndarray, reference: np.ndarray) -> tuple[float, tuple[float
     if not (len(values) and len(reference)):
         return np.nan, (np.nan, np.nan)
     rng = np.random.default_rng(0)
-    draw = lambda x: np.median(rng.choice(x, (2000, len(x))), axis=1)
-    low, high = np.percentile(draw(values) / draw(reference), (2.5, 97.5))
+    drawn = [claims.resampled_medians(rng, each) for each in (values, reference)]
+    low, high = np.percentile(drawn[0] / drawn[1], (2.5, 97.5))
     return float(np.median(values) / np.median(reference)), (float(low), float(high))
 
 

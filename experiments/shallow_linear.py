@@ -261,7 +261,7 @@ def judge(config: Config, dataset: "xarray.Dataset") -> list[Claim]:
     claim(text, f"{done[:, over].size} runs", "share that converges", done[:, over].mean(), near(0))
 
     at, eps = of["slow_step"], of["slow_eps"]
-    scaled, bounded = eps[-1] * np.sqrt(2 * at[-1]) / target, np.isfinite(eps[-1])
+    scaled, bounded = eps[-1] / shallow.slow_error(at[-1], target), np.isfinite(eps[-1])
     slopes = np.log(eps[-1] / eps[-9]) / np.log(at[-1] / at[-9])
     early = of["slow_imbalance"][np.searchsorted(at, 100)]
     farthest = lambda values, of: values[np.abs(values - of).argmax()] if len(values) else np.nan
@@ -294,7 +294,7 @@ def draw(stem: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     ratio = (dataset["sharpness"] / dataset["flow"]).where(done)
     iterations, converged = dataset["iterations"].where(done), done.mean("seed").expand_dims("seed")
     at, eps = dataset["slow_step"].values, dataset["slow_eps"].values.T
-    slow = {names[1]: (np.log10(at), eps * np.sqrt(2 * at) / target)}
+    slow = {names[1]: (np.log10(at), eps / np.asarray(shallow.slow_error(at, target)))}
     beyond, fine = np.array(BEYOND), np.linspace(1, 1.236, 100)
     levels = {
         names[2]: (beyond, dataset["level"].transpose("seed", "beyond").values),

@@ -68,6 +68,18 @@ def test_runs_have_the_recorded_values_and_settings(runs):
     assert "theta" not in last.curves
 
 
+def test_other_parts_of_a_study_and_words_make_no_runs(runs):
+    folder = runs / "toys"
+    plain = series.read([str(folder)])
+    whole = arrays.load_dataset(folder)
+    whole["regime"] = ("schedule", ["clean", "clean", "clipped"])
+    whole["other"] = (("share", "record"), np.zeros((4, 9)))
+    arrays.save_dataset(folder, whole)
+    found = series.read([str(folder)])
+    assert [run.name for run in found] == [run.name for run in plain]
+    assert found[0].curves.keys() == plain[0].curves.keys()
+
+
 def test_the_table_has_one_row_per_run_quantity_and_step(runs, tmp_path):
     import pandas as pd
 

@@ -135,6 +135,16 @@ def folder_of(config: Config) -> Path:
     return records.run_folder(config.runs_dir, "resnet_cifar", name + fork)
 
 
+def of_folder(folder: Path) -> Config:
+    """The flags of the run in `folder`; ValueError if there is none."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ValueError(f"{folder} has no config.json; give a run folder of resnet_cifar.")
+    saved = records.read_json(path)
+    names = [field.name for field in dataclasses.fields(Config) if field.name != "hosts"]
+    return Config(**{name: saved[name] for name in names if name in saved})
+
+
 def check(config: Config) -> None:
     """Raises ValueError for flags that are out of range or contradict each other or the devices."""
     ranges.check(config)

@@ -14,12 +14,11 @@ import jax.random as jr
 import numpy as np
 import optax
 
-from experiments.deep import setup
-from experiments.deep.config import Config
+from experiments.deep import config as flags, setup
 from experiments.figures import maps, plots, progress, terminal
-from experiments.storage import arrays, records
-from sgd_sparse_jax import data, measure, models, train
-from sgd_sparse_jax.types import Batch, Params, Stats
+from experiments.storage import arrays
+from sgd_sparse_jax import data, measure, train
+from sgd_sparse_jax.types import Params, Stats
 
 Kind = Literal["random", "path", "curvature"]
 AXES = {
@@ -47,24 +46,22 @@ def map_run(run: str, kind: Kind, images: int, points: int) -> Path:
     Raises ValueError if `run` is no run folder with a saved state; for kind "path", with three.
     """
     start, folder = time.perf_counter(), Path(run).expanduser().absolute()
-    if not (folder / "config.json").exists():
-        raise ValueError(f"--run: {folder} has no config.json; give a run folder of resnet_cifar.")
-    saved = records.read_json(folder / "config.json")
-    config = Config(**{name: saved[name] for name in Config.__dataclass_fields__ if name in saved})
-    whole = data.load_images(config.dataset, "train", data_dir=config.data_dir or None)
-    shape = whole.images.shape[1:]
-    network = models.from_linen(setup.build(config, len(whole.class_names)))
+    with setup.naming("run"):
+        config = flags.of_folder(folder)
+    network, shape = setup.network_of(config)
     path = states(folder, network, shape)
     if kind == "path" and len(path) < 3:
         raise ValueError(
             f"--plane is path, but {folder} has {len(path)} saved states; train with "
             "--save_model_each_k_epochs, or choose --plane random."
         )
-    x, y = whole.images[:images], np.asarray(whole.labels[:images])
-    x = jnp.asarray(x, jnp.float32) / (255 if x.dtype == np.uint8 else 1)
+    whole = data.load_images(config.dataset, "train", data_dir=config.data_dir or None)
+    some = whole._replace(images=whole.images[:images], labels=whole.labels[:images])
+    fetch = setup.make_fetch(setup.placed(some, train.data_mesh()), shape)
+    batch = fetch(jr.key(0), jnp.arange(len(some.labels)))
     objective = train.make_objective(network, train.cross_entropy)
     *_, (params, stats) = path.values()
-    loss = jax.jit(lambda params: objective(params, stats, Batch(x, jnp.asarray(y)))[0])
+    loss = jax.jit(lambda params: objective(params, stats, batch)[0])
     plane = plane_of(kind, params, [p for p, _ in path.values()], loss)
     found = evaluate(loss, plane, {step: p for step, (p, _) in path.items()}, points)
     arrays.write_npz(folder / f"landscape_{kind}.npz", found._asdict())
@@ -75,13 +72,11 @@ def map_run(run: str, kind: Kind, images: int, points: int) -> Path:
 
 def states(folder: Path, network: Any, shape: tuple[int, ...]) -> dict[int, tuple[Params, Stats]]:
     """Step -> weights of each saved state, in order."""
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    like = setup.on_all_devices(jax.eval_shape(network.init, jr.key(0), x))
     places = [*(folder / "models").glob("*"), *(folder / "checkpoints").glob("*")]
     steps = {int(place.name): place for place in places if place.name.isdigit()}
     if not steps:
         raise ValueError(f"--run: {folder} has no saved state; train it first.")
-    return {step: train.load_weights(steps[step], *like) for step in sorted(steps)}
+    return {step: setup.load_weights(steps[step], network, shape) for step in sorted(steps)}
 
 
 def plane_of(kind: Kind, params: Params, path: list[Params], loss: Any) -> measure.Plane:

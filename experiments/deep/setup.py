@@ -201,6 +201,15 @@ def build(config: Config, classes: int) -> nn.Module:
         )
 
 
+def network_of(config: Config) -> tuple[types.Network, tuple[int, ...]]:
+    """The network that the flags name, and the shape [h, w, c] of its images; opens no data."""
+    if config.dataset not in data.IMAGE_SETS:
+        names = ", ".join(data.IMAGE_SETS)
+        raise ValueError(f"--dataset is {config.dataset}; choose one of {names}.")
+    kind = data.IMAGE_SETS[config.dataset]
+    return models.from_linen(build(config, len(kind.class_names))), kind.shape
+
+
 def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:
     """Step size and share of resampled labels, as functions of the step."""
     shape = {"steps_per_epoch": steps_per_epoch, "epochs": config.epochs}
@@ -227,10 +236,14 @@ def weights(config: Config, network: types.Network, shape: tuple[int, ...]) -> W
     """The parameters and statistics that --model_path names; None without one."""
     if not config.model_path:
         return None
-    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    like = on_all_devices(jax.eval_shape(network.init, jr.key(0), x))
     with naming("model_path"):
-        return train.load_weights(config.model_path, *like)
+        return load_weights(config.model_path, network, shape)
+
+
+def load_weights(path: str | Path, network: types.Network, shape: tuple[int, ...]) -> Weights:
+    """The saved parameters and statistics of a network for images of `shape`, on all devices."""
+    x = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    return train.load_weights(path, *on_all_devices(jax.eval_shape(network.init, jr.key(0), x)))
 
 
 def parent_state(config: Config) -> Path | None:

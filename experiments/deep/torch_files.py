@@ -1,4 +1,4 @@
-"""State dicts of PyTorch in files, and the network that they are of."""
+"""State dicts of PyTorch in files."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,21 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.deep import setup
-from experiments.deep.config import Config
 from experiments.launch import cli
 from experiments.storage import files
-from sgd_sparse_jax import data, models
-from sgd_sparse_jax.types import Network
-
-
-def network_of(config: Config) -> tuple[Network, tuple[int, ...]]:
-    """The network that the flags name, and the shape [h, w, c] of its images."""
-    if config.dataset not in data.IMAGE_SETS:
-        names = ", ".join(data.IMAGE_SETS)
-        raise ValueError(f"--dataset is {config.dataset}; choose one of {names}.")
-    kind = data.IMAGE_SETS[config.dataset]
-    return models.from_linen(setup.build(config, len(kind.class_names))), kind.shape
 
 
 def read(path: Path) -> dict[str, np.ndarray]:

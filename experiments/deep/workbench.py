@@ -14,6 +14,7 @@ from jax.tree_util import Partial
 from experiments.deep import curvature, metrics, setup
 from experiments.deep.config import MAY_CHANGE, Config
 from experiments.deep.setup import Plan
+from experiments.launch import devices
 from sgd_sparse_jax import data, train, types
 
 # Flags that compiled functions don't depend on: what follows from them is in `Numbers`, or on the
@@ -122,5 +123,5 @@ def _make(plan: Plan) -> Workbench:
         return curvature.make_curvature(plan, mesh, setup.make_fetch(images()[0], shape), optimizer)
 
     # Runs once: at XLA's highest level it takes three times as long to compile, for the same bits.
-    once = jax.jit(initial_state, compiler_options={"xla_backend_optimization_level": 1})
+    once = jax.jit(initial_state, compiler_options=devices.QUICK_COMPILATION)
     return Workbench(once, images, step, evaluation, probe)

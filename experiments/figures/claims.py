@@ -26,6 +26,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from experiments.figures import terminal
 from experiments.storage import records
 
@@ -111,6 +113,13 @@ def judged(
     word = (f"{UNDER} {under}" if under else HOLDS) if holds else FAILS
     value, text = float(value), expected.text
     return Claim(claim, source, setting, statistic, value, interval, text, word, figure, form)
+
+
+def resampled_medians(
+    rng: np.random.Generator, values: np.ndarray, resamples: int = 2000
+) -> np.ndarray:
+    """Medians of bootstrap samples of `values` [n], [resamples]."""
+    return np.median(rng.choice(values, (resamples, len(values))), axis=1)
 
 
 def score(claims: Sequence[Claim]) -> str:

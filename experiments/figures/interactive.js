@@ -46,7 +46,7 @@ const escaped = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`
 const quantile = (sorted, q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
 
 function bands(groups, data, quantity) {
-  const out = { xs: [], ys: [], low: [], name: [], color: [], bx: [], by: [], bcolor: [] };
+  const out = { xs: [], ys: [], name: [], color: [], bx: [], by: [], bcolor: [] };
   let k = 0;
   for (const [label, runs] of groups) {
     const at = new Map();

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from experiments.figures import style
+from experiments.figures.report import data_uri
 from experiments.storage import files, records, series
 
 if TYPE_CHECKING:
@@ -243,8 +244,8 @@ def runs_table(content: dict[str, Any]) -> tuple[Any, Any]:
     columns: dict[str, Any] = {"run": [each["name"] for each in runs]}
     for name in content["values"]:
         columns[name] = [each["settings"][name] for each in runs]
-    state = lambda each: "diverged" if each["diverged"] else "finished" if each["finished"] else ""
-    columns["state"] = [state(each) or "running" for each in runs]
+    ended = lambda each: "finished" if each["finished"] else "running"
+    columns["state"] = ["diverged" if each["diverged"] else ended(each) for each in runs]
     columns["last"] = [math.nan] * len(runs)
     source = models.ColumnDataSource(columns)
     shown = [models.TableColumn(field=name, title=name) for name in columns if name != "last"]
@@ -295,16 +296,14 @@ def images(runs: Sequence[series.Run]) -> str:
     found, total = [], 0
     for folder in dict.fromkeys(run.folder for run in runs):
         for path in sorted((folder / "figures").glob("*.png")):
-            content = path.read_bytes()
-            total += len(content)
+            total += path.stat().st_size
             if total > MOST_IMAGES:
                 found.append(f"<p>More figures are in {escape(str(path.parent))}.</p>")
                 return "".join(found)
-            encoded = base64.b64encode(content).decode()
             caption = escape(f"{folder.name}, {path.stem}")
             found.append(
                 f"<h4>{caption}</h4><img style='max-width: 100%' alt='{caption}' "
-                f"src='data:image/png;base64,{encoded}'>"
+                f"src='{data_uri(path)}'>"
             )
     return "".join(found)
 
@@ -314,7 +313,7 @@ def claims(runs: Sequence[series.Run]) -> str:
     rows: list[dict[str, Any]] = []
     for folder in dict.fromkeys(run.folder for run in runs):
         if (folder / "verdicts.json").exists():
-            rows += json.loads((folder / "verdicts.json").read_bytes())
+            rows += records.read_json(folder / "verdicts.json")
     names = (
         "claim",
         "setting",

@@ -64,7 +64,7 @@ def rendered(kind: str, seeds: int, chapters: Sequence[Chapter], seconds: float)
         fails=claims.FAILS,
         chapters=chapters,
         images=lambda chapter: [p for p in chapter.figures if p.suffix in (".png", ".gif")],
-        data_uri=_data_uri,
+        data_uri=data_uri,
     )
 
 
@@ -85,7 +85,7 @@ def score(chapters: Sequence[Chapter]) -> str:
     return " ".join(sentences + [claims.score(theory)] * bool(theory))
 
 
-# Embedded figures: a report is a single file.
-def _data_uri(path: Path) -> str:
+def data_uri(path: Path) -> str:
+    """An image as a URI: a report is a single file."""
     kind = path.suffix.removeprefix(".")
     return f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.figures.claims import FAILS, HOLDS, UNDER, Claim
+from experiments.figures.claims import FAILS, HOLDS, UNDER, Claim, resampled_medians
 from experiments.figures.tables import Row
 
 ORDERED = f"{UNDER} a comparison of order"
@@ -68,10 +68,7 @@ def order_confidence(row: Row, other: Row) -> float:
     if not claimed or min(len(row.values), len(other.values)) < ENOUGH:
         return float("nan")
     rng = np.random.default_rng(0)  # reproducible reports
-    medians = [
-        np.median(rng.choice(values, (RESAMPLES, len(values))), axis=1)
-        for values in (row.values, other.values)
-    ]
+    medians = [resampled_medians(rng, values, RESAMPLES) for values in (row.values, other.values)]
     return float(np.mean(np.sign(medians[0] - medians[1]) == claimed))
 
 

@@ -7,6 +7,7 @@ same command continues the run); 130 interrupted without saving.
 import argparse
 import io
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -70,10 +71,12 @@ def parse(
         default = settings.get(chosen, settings[first])  # tyro reports an unknown name
     command = sys.modules["__main__"]
     spec = getattr(command, "__spec__", None)
+    # Examples keep their lines where they are indented, which ruff undoes in some docstrings.
+    text = re.sub(r"(?m)^python -m", "    \\g<0>", command.__doc__ or "")
     config = tyro.cli(
         config_type,
         prog=f"python -m {spec.name}" if spec else None,
-        description=command.__doc__ if spec else None,  # with an example
+        description=text if spec else None,
         args=argv,
         default=default,
         use_underscores=True,

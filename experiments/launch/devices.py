@@ -8,6 +8,7 @@ import jax
 
 from experiments.launch import cli
 
+QUICK_COMPILATION = {"xla_backend_optimization_level": 1}  # options of jax.jit
 FIXED_ORDER = "--xla_gpu_deterministic_ops=true"
 # On CPUs, compiles loops over small arrays as single functions, with the same results bit for bit,
 SMALL_LOOPS = "--xla_backend_extra_options=xla_cpu_small_while_loop_byte_threshold=1000000000"

@@ -75,8 +75,8 @@ def write_settings(folder: Path, config: Any) -> None:
     write_json(folder / "config.json", dataclasses.asdict(config))
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ValueError, naming the file, if it is not valid JSON."""
+def read_json(path: Path) -> Any:
+    """Reads a JSON object or array; ValueError, naming the file, if it is not valid JSON."""
     try:
         return json.loads(path.read_bytes())
     except ValueError as error:

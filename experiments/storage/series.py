@@ -3,6 +3,7 @@
 import glob
 import itertools
 import os
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import xarray
 
-ALONG = ("step", "spectra_step", "record")  # dims of curves, of which a quantity has at most one
+# Dims of curves, of which a quantity has at most one.
+ALONG = ("step", "spectra_step", "record", "window")
 SHOWN = "shown_"  # prefix of arrays of a single seed, which are also under their name
 
 
@@ -77,30 +79,27 @@ def _of_rows(folder: Path, settings: dict, rows: list[dict], finished: bool) -> 
 
 def _of_dataset(folder: Path, settings: dict, data: "xarray.Dataset", finished: bool) -> list[Run]:
     along = lambda name: [dim for dim in data[name].dims if dim in ALONG]
-    quantities = [
-        name
-        for name in map(str, data.data_vars)
-        if not name.startswith(SHOWN) and len(along(name)) <= 1
-    ]
-    # The dims that tell runs apart are those which no parameter vector has.
-    common = [set(data[name].dims) - set(ALONG) for name in quantities if along(name)]
-    common = common or [set(data[name].dims) for name in quantities]
-    dims = [str(dim) for dim in data.dims if common and dim in set.union(*common)]
+    names = [name for name in map(str, data.data_vars) if not name.startswith(SHOWN)]
+    names = [name for name in names if len(along(name)) <= 1 and data[name].dtype.kind in "biuf"]
+    # Curves have a value per run and step; where there are none, quantities have one per run. Other
+    # dims than those of most curves are of other parts of a study.
+    curved = [name for name in names if along(name)] or names
+    of_runs = [tuple(str(dim) for dim in data[name].dims if dim not in ALONG) for name in curved]
+    dims = statistics.mode(of_runs) if of_runs else ()
+    values_at = lambda dim: data[dim].values if dim in data.coords else np.arange(data.sizes[dim])
+    places = {dim: values_at(dim) for dim in (*dims, *ALONG) if dim in data.sizes}
+    # Others, such as vectors of parameters, have further dims.
+    kept = [data[name] for name in names if set(data[name].dims) <= places.keys()]
+    kept = [array.transpose(*(dim for dim in dims if dim in array.dims), ...) for array in kept]
     runs = []
     for place in itertools.product(*(range(data.sizes[dim]) for dim in dims)):
         at = dict(zip(dims, place, strict=True))
-        label = {
-            dim: _plain(data[dim].values[i]) if dim in data.coords else i for dim, i in at.items()
-        }
         curves = {}
-        for name in quantities:
-            array = data[name].isel({dim: i for dim, i in at.items() if dim in data[name].dims})
-            if array.ndim == 1 and array.dims[0] in ALONG:
-                dim = array.dims[0]
-                steps = data[dim].values if dim in data.coords else np.arange(data.sizes[dim])
-                curves[name] = (np.asarray(steps, float), np.asarray(array.values, float))
-            elif array.ndim == 0:
-                curves[name] = (np.zeros(1), np.asarray([array.values], float))
+        for array in kept:
+            values = array.values[tuple(at[dim] for dim in dims if dim in array.dims)]
+            steps = next((places[dim] for dim in array.dims if dim in ALONG), 0)
+            curves[str(array.name)] = (np.atleast_1d(steps) * 1.0, np.atleast_1d(values) * 1.0)
+        label = {dim: _plain(places[dim][i]) for dim, i in at.items()}
         text = ", ".join(f"{dim} {value}" for dim, value in label.items())
         runs.append(Run(f"{folder.name}: {text}", settings | label, curves, {}, finished, folder))
     return runs

@@ -13,6 +13,7 @@ from sgd_sparse_jax.theory import sampling
 STEP_SIZES = (0.1, 0.05, 0.025, 0.0125, 0.00625)
 SIZES = (2, 3, 5, 6, 7)  # numbers of batches whose orders are enumerated at .01 and .005
 MOST_DRAWN = 6  # batches, of which all sequences with replacement are enumerated
+PAIRS = "pairs"  # of an order and its reverse
 PAIR_STEP_SIZES, PAIR_BATCHES = (0.04, 0.02, 0.01, 0.005), 16
 
 
@@ -33,7 +34,10 @@ def epoch_ends(loss: Callable, theta: jax.Array, orders: np.ndarray, eta: jax.Ar
 def residuals(
     seed: int, k: int, etas: Sequence[float], orders: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Per name of `orders`: mean of the ends minus GD, and their variance; and the formula."""
+    """Per name of `orders`: mean of the ends minus GD, and their variance; and the formula.
+
+    Of `PAIRS`, whose second half reverses the first, also the variance of the means of pairs.
+    """
     loss, theta = problem(seed, k)
     losses = lambda theta: jax.vmap(lambda i: loss(theta, i))(jnp.arange(k))
 
@@ -45,8 +49,9 @@ def residuals(
             ends = epoch_ends(loss, theta, each, eta)
             found[name] = ends.mean(0) - gd
             found[f"{name} variance"] = ends.var(0).sum()
-            pairs = ends.reshape(2, -1, ends.shape[1]).mean(0) if len(ends) % 2 == 0 else ends
-            found[f"{name} pair variance"] = pairs.var(0).sum()
+            if name == PAIRS:
+                pairs = ends.reshape(2, -1, ends.shape[1]).mean(0)
+                found["pair variance"] = pairs.var(0).sum()
         return found
 
     return {name: np.asarray(v) for name, v in jax.jit(jax.vmap(of))(jnp.array(etas)).items()}
@@ -54,17 +59,11 @@ def residuals(
 
 def enumerated(seed: int, k: int) -> dict:
     """Residual and variance over all orders of an epoch, by step size; orders of the residual."""
-    # Larger numbers of sequences with replacement are not needed.
-    drawn = (
-        itertools.product(range(k), repeat=k)
-        if k <= MOST_DRAWN
-        else itertools.permutations(range(k))
-    )
-    orders = {
-        "without": np.array(list(itertools.permutations(range(k)))),
-        "with": np.array(list(drawn)),
-    }
+    orders = {"without": np.array(list(itertools.permutations(range(k))))}
+    if k <= MOST_DRAWN:
+        orders["with"] = np.array(list(itertools.product(range(k), repeat=k)))
     found = residuals(seed, k, STEP_SIZES, orders)
+    missing = np.full(len(STEP_SIZES), np.nan)
     norm = lambda values: np.linalg.norm(values, axis=1)
     by_size = []
     for size in SIZES:
@@ -78,9 +77,9 @@ def enumerated(seed: int, k: int) -> dict:
     return {
         "drift": ("step_size", norm(found["without"])),
         "residual": ("step_size", norm(found["without"] - found["formula"])),
-        "residual_with": ("step_size", norm(found["with"])),
+        "residual_with": ("step_size", norm(found["with"]) if "with" in found else missing),
         "variance": ("step_size", found["without variance"]),
-        "variance_with": ("step_size", found["with variance"]),
+        "variance_with": ("step_size", found.get("with variance", missing)),
         "order_by_size": ("size", [np.log2(first / last) for first, last in by_size]),
         "batch_factor": ratio,
     }
@@ -91,11 +90,11 @@ def paired(seed: int, count: int) -> dict:
     half = count // 2
     keys = jr.split(jr.key(seed), half)
     some = np.asarray(jax.vmap(lambda key: jr.permutation(key, PAIR_BATCHES))(keys))
-    orders = {"pairs": np.concatenate([some, some[:, ::-1]])}
+    orders = {PAIRS: np.concatenate([some, some[:, ::-1]])}
     found = residuals(seed, PAIR_BATCHES, PAIR_STEP_SIZES, orders)
-    residual = np.linalg.norm(found["pairs"] - found["formula"], axis=1)
+    residual = np.linalg.norm(found[PAIRS] - found["formula"], axis=1)
     return {
         "pair_residual": ("pair_step", residual),
-        "pair_error": ("pair_step", np.sqrt(found["pairs pair variance"] / half)),
-        "plain_error": ("pair_step", np.sqrt(found["pairs variance"] / (2 * half))),
+        "pair_error": ("pair_step", np.sqrt(found["pair variance"] / half)),
+        "plain_error": ("pair_step", np.sqrt(found[f"{PAIRS} variance"] / (2 * half))),
     }

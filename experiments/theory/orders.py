@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from sgd_sparse_jax import train
+from sgd_sparse_jax import measure, train
 from sgd_sparse_jax.theory import sampling
 
 SAMPLERS = {
@@ -147,11 +147,9 @@ def relu_net(key: jax.Array, seeds: int, epochs: int) -> dict:
 
     found = by_sampler(jacobian, key, seeds, 2 * POINTS)
     s = np.linalg.svd(np.asarray(found), compute_uv=False)
-    share = s / s.sum(-1, keepdims=True)
-    entropy = -(share * np.log(np.maximum(share, 1e-300))).sum(-1)
     dims = ("sampler", "net_seed")
     return {
         "trace": (dims, (s**2).sum(-1)),
-        "effective_rank": (dims, entropy),
+        "effective_rank": (dims, jax.vmap(jax.vmap(measure.effective_rank))(jnp.asarray(s))),
         "rank": (dims, (s > 1e-4 * s[..., :1]).sum(-1)),
     }

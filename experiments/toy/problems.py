@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike
 
+from experiments.launch import devices
 from sgd_sparse_jax import data, measure
 from sgd_sparse_jax.models import MLP, DiagonalNet, from_linen, gaussian, rademacher
 from sgd_sparse_jax.train import half_squared, squared
@@ -18,6 +19,15 @@ SUPPORT_THRESHOLD, DIAGONAL_RANK_TOL = 1e-50, 1e-15  # in float64
 RANK_TOL = 1e-4
 
 MakeNetwork = Callable[[ArrayLike], Network]  # from the scale of its initialization
+
+
+def sweep_options(*, alone: bool) -> dict[str, Any]:
+    """Options of `train.make_sweep` on the default backend; `alone`: CPUs don't vmap the runs."""
+    if jax.default_backend() != "cpu":
+        return {}
+    # Compilation takes longer than the default runs.
+    options: dict[str, Any] = {"compiler_options": devices.QUICK_COMPILATION}
+    return options | ({"vectorized": 1} if alone else {})
 
 
 class Toy(NamedTuple):
@@ -36,12 +46,8 @@ class Toy(NamedTuple):
 
     @property
     def sweep_options(self) -> dict[str, Any]:
-        """Options of `train.make_sweep` for this problem on the default backend."""
-        if jax.default_backend() != "cpu":
-            return {}
-        # Compilation, which takes longer than the default runs, is half as long at level 1.
-        options: dict[str, Any] = {"compiler_options": {"xla_backend_optimization_level": 1}}
-        return options | ({"vectorized": 1} if self.alone_on_cpus else {})
+        """`sweep_options` for this problem."""
+        return sweep_options(alone=self.alone_on_cpus)
 
     def predict(self, params: Params, x: ArrayLike) -> jax.Array:
         """f(x) for each row of x."""

@@ -15,9 +15,9 @@ import numpy as np
 from sgd_sparse_jax.types import Network, Params, Stats
 
 Tensors = Mapping[str, np.ndarray]
-# PyTorch's name -> ours; kernels are transposed by their number of dimensions.
-NAMES = {"weight": ("kernel", "scale"), "bias": ("bias",)}
-MOMENTS = {"running_mean": "mean", "running_var": "var"}
+# Our name -> PyTorch's; kernels are transposed by their number of dimensions.
+NAMES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+MOMENTS = {"mean": "running_mean", "var": "running_var"}
 IGNORED = "num_batches_tracked"  # a counter of BatchNorm
 TO_TORCH = {4: (3, 2, 0, 1), 2: (1, 0)}  # [h, w, in, out] -> [out, in, h, w], [in, out]
 FROM_TORCH = {4: (2, 3, 1, 0), 2: (1, 0)}
@@ -114,20 +114,20 @@ def _places(network: Network, shape: Sequence[int]) -> Iterator[Place]:
         return 0  # jax.eval_shape sorts what it returns
 
     jax.eval_shape(init, jr.key(0), _one(shape))
-    params, stats = (list(_walk(tree)) for tree in created)
-    moments = {path[1:]: leaf for path, leaf in stats}  # without the name of the collection
+    params, stats = map(_walk, created)
+    # Without the name of the collection.
+    moments = {path[1:]: (path, leaf) for path, leaf in stats}
     layers: dict[tuple, dict[str, Any]] = {}
     for path, leaf in params:
         layers.setdefault(path[:-1], {})[path[-1]] = leaf
     for layer, arrays in layers.items():
-        for torch_name, names in NAMES.items():
-            for name in names:
-                if name in arrays:
-                    yield Place(False, (*layer, name), torch_name, arrays[name].shape)
-        for torch_name, name in MOMENTS.items():
+        for name, torch_name in NAMES.items():
+            if name in arrays:
+                yield Place(False, (*layer, name), torch_name, arrays[name].shape)
+        for name, torch_name in MOMENTS.items():
             if (*layer, name) in moments:
-                path = next(path for path, _ in stats if path[1:] == (*layer, name))
-                yield Place(True, path, torch_name, moments[*layer, name].shape)
+                path, leaf = moments[*layer, name]
+                yield Place(True, path, torch_name, leaf.shape)
 
 
 def _walk(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:

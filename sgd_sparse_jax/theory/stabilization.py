@@ -113,12 +113,10 @@ def largest_step_size(noise: float) -> float:
         >>> round(largest_step_size(0.0), 9)
         2.0
     """
+    from scipy.optimize import root_scalar
+
     excess = lambda eta: 4 / 27 * (1 + eta * (1 + noise)) ** 3 - 2 - eta * (1 - noise)
-    low, high = 0.0, 2.0
-    while high - low > 1e-12:
-        middle = (low + high) / 2
-        low, high = (middle, high) if excess(middle) <= 0 else (low, middle)
-    return low
+    return root_scalar(excess, bracket=(0.0, 2.0), xtol=1e-12).root
 
 
 def random_step_threshold(spread: ArrayLike) -> Array:
