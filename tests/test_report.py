@@ -121,18 +121,33 @@ def browser():
     driver.quit()
 
 
+# Lists the figures in the page, and the view of one with its place on the screen.
+FIGURES = """
+const figures = [...Bokeh.documents[0]._all_models.values()].filter(
+  (m) => m.type === "Figure" && m.renderers.length === 2 && Bokeh.index.find_one(m));
+figures.sort((a, b) => b.height - a.height);
+const curves = (k) => figures[k].renderers[1].data_source.data;
+const screen = (k, x, y) => {
+  const { frame, el } = Bokeh.index.find_one(figures[k]), at = el.getBoundingClientRect();
+  return [at.x + frame.x_scale.compute(x), at.y + frame.y_scale.compute(y)];
+};
+// Everything that is written on the page, in the roots of its widgets too.
+const text = (node) => node.tagName === "STYLE" ? "" : node.data ?? written(node);
+const written = (node) => [...(node.shadowRoot ?? node).childNodes].map(text).join(" ");
+"""
+
+
+def evaluate(browser, expression):
+    return json.loads(browser.execute_script(f"{FIGURES} return JSON.stringify({expression})"))
+
+
 def drawn(browser):
     """The lines that the page shows, after its last callback."""
     from selenium.webdriver.support.ui import WebDriverWait
 
     ready = "return Boolean(window.report && window.report.milliseconds)"
     WebDriverWait(browser, 60).until(lambda driver: driver.execute_script(ready))
-    find = "Bokeh.documents[0].get_model_by_name('curves').data"
-    return json.loads(
-        browser.execute_script(
-            f"const d = {find}; return JSON.stringify({{name: d.name, xs: d.xs, ys: d.ys}})"
-        )
-    )
+    return evaluate(browser, "curves(0)")
 
 
 def change(browser, name, field, value):
@@ -142,6 +157,26 @@ def change(browser, name, field, value):
         f"Bokeh.documents[0].get_model_by_name({name!r}).{field} = {json.dumps(value)}"
     )
     return drawn(browser)
+
+
+def move(browser, *places, drag=False):
+    """Moves the mouse over places of the screen; with its button pressed, for `drag`."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    actions = ActionBuilder(browser)
+    for k, (x, y) in enumerate(places):
+        actions.pointer_action.move_to_location(int(x), int(y))
+        if drag and k == 0:
+            actions.pointer_action.pointer_down()
+    if drag:
+        actions.pointer_action.pointer_up()
+    actions.perform()
+
+
+def until(browser, condition):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 30).until(lambda _: condition())
 
 
 @pytest.mark.browser
@@ -162,6 +197,43 @@ def test_the_page_answers_in_a_browser_without_network(runs, tmp_path, browser):
     assert lines["ys"][0] == [13, 14]
     severe = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not severe
+
+
+@pytest.mark.browser
+def test_the_mouse_reads_zooms_and_marks_runs(runs, tmp_path, browser):
+    out = tmp_path / "page.html"
+    report.main([str(runs / "toys"), f"--out={out}"])
+    browser.get(f"file://{out}")
+    drawn(browser)
+    change(browser, "below", "value", "rank")
+    until(browser, lambda: evaluate(browser, "figures.length") == 2)
+    assert evaluate(browser, "curves(1)")["ys"][4] == [17, 19]
+    # The pointer reads the curve under it.
+    x, y = evaluate(browser, "screen(0, 10, 15)")
+    move(browser, (x - 5, y), (x, y))
+    name = "toys: seed 1, schedule a"
+    until(browser, lambda: evaluate(browser, "written(document.body)").count(name) > 1)
+    # A rectangle zooms into both figures.
+    move(
+        browser,
+        evaluate(browser, "screen(0, 6, 20)"),
+        evaluate(browser, "screen(0, 12, 5)"),
+        drag=True,
+    )
+    until(browser, lambda: evaluate(browser, "figures[0].x_range.end") < 14)
+    start, end = evaluate(browser, "[figures[1].x_range.start, figures[1].x_range.end]")
+    assert start == pytest.approx(6, abs=0.5) and end == pytest.approx(12, abs=0.5)
+    # A cell of the map marks its run in both.
+    cell = """(() => { const map = [...Bokeh.documents[0]._all_models.values()].find((m) =>
+        m.type === "Figure" && m.renderers.length === 1), view = Bokeh.index.find_one(map);
+        const at = view.el.getBoundingClientRect(), { frame } = view;
+        return [at.x + frame.x_scale.compute("1"), at.y + frame.y_scale.compute("b")]; })()"""
+    browser.execute_script("window.scrollTo(0, document.body.scrollHeight)")
+    x, y = evaluate(browser, cell)
+    move(browser, (x - 5, y), (x, y))
+    marked = [False, False, False, False, True, False]
+    black = lambda k: [color == "black" for color in evaluate(browser, f"curves({k})")["color"]]
+    until(browser, lambda: black(0) == marked and black(1) == marked)
 
 
 @pytest.mark.browser

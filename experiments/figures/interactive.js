@@ -1,7 +1,7 @@
 // The callback of every widget of the report; interactive.py passes the models as arguments.
 // window.report is the payload, and keeps decoded numbers and the runs under the pointer.
-const w = { axis, smoothing, sliders, quantity, group, logs, lines, bands_source, figures, table_source,
-  status, map, map_source, map_x, map_y, colors };
+const w = { axis, smoothing, sliders, shown, group, logs, figures, plots, table_source, status,
+  map, map_source, map_x, map_y, colors };
 const p = window.report, state = p;
 
 async function numbers() {
@@ -42,6 +42,8 @@ const included = (run) =>
   w.sliders.every(({ name, value }) => value === 0 || run.settings[name] === p.values[name][value - 1]);
 
 const escaped = (text) => text.replace(/[&<>"]/g, (c) => `&#${c.charCodeAt(0)};`);
+
+const text = (value) => (typeof value === "number" ? String(Number(value.toPrecision(6))) : value);
 
 const quantile = (sorted, q) => sorted[Math.min(sorted.length - 1, Math.floor(q * sorted.length))];
 
@@ -93,21 +95,19 @@ function fillMap(runs, data, quantity) {
   w.colors.high = Math.max(...finite);
   for (const range of [w.map.x_range, w.map.y_range]) {
     const name = range === w.map.x_range ? a : b;
-    range.factors = p.values[name].map(String);
+    range.factors = p.values[name].map(text);
   }
   w.map.below[0].axis_label = a;
   w.map.left[0].axis_label = b;
   w.map_source.data = {
-    x: rows.map((r) => String(r.x)), y: rows.map((r) => String(r.y)), value: values,
+    x: rows.map((r) => text(r.x)), y: rows.map((r) => text(r.y)), value: values,
     count: rows.map((r) => r.runs.length), runs: rows.map((r) => r.runs.join(" ")),
     diverged: rows.map((r) => r.runs.filter((i) => p.runs[i].diverged).length),
   };
 }
 
-async function render() {
-  const start = performance.now();
-  const data = await numbers(), quantity = w.quantity.value;
-  const runs = p.runs.filter(included);
+// The curves and bands of a quantity: of groups of runs, and of single runs.
+function drawing(runs, data, quantity) {
   const chosen = new Set(w.table_source.selected.indices);
   const under = state.under ?? new Set();
   let out = { xs: [], ys: [], name: [], color: [], bx: [], by: [], bcolor: [] };
@@ -115,7 +115,7 @@ async function render() {
   if (!single) {
     const groups = new Map();
     for (const run of runs) {
-      const label = `${w.group.value} ${run.settings[w.group.value]}`;
+      const label = `${w.group.value} ${text(run.settings[w.group.value])}`;
       groups.set(label, [...(groups.get(label) ?? []), run]);
     }
     out = bands(groups, data, quantity);
@@ -131,15 +131,32 @@ async function render() {
     out.name.push(run.name + (run.diverged ? " (diverged)" : "") + (run.finished ? "" : " (running)"));
     out.color.push(marked(run) ? "black" : p.palette[run.index % p.palette.length]);
   }
+  return out;
+}
+
+// The figure of the quantity chosen in panel `k`, on the chosen scales, and what it shows.
+function draw(k, runs, data) {
+  const quantity = w.shown[k].value, logs = w.logs.active;
+  if (quantity === p.none) return [null, null];
+  const figure = w.figures[k][(logs.includes(0) ? 1 : 0) + (logs.includes(k + 1) ? 2 : 0)];
+  const out = drawing(runs, data, quantity);
   const width = out.xs.map((_, i) => (out.color[i] === "black" ? 2.5 : 1.5));
-  w.lines.data = { xs: out.xs, ys: out.ys, name: out.name, color: out.color, width };
-  w.bands_source.data = { xs: out.bx, ys: out.by, color: out.bcolor };
-  const logs = w.logs.active;
-  w.figures.forEach((figure, i) => {
-    figure.visible = i === (logs.includes(0) ? 1 : 0) + (logs.includes(1) ? 2 : 0);
-    figure.left[0].axis_label = quantity;
-    figure.below[0].axis_label = against();
-  });
+  const [filled, lines] = figure.renderers.map((renderer) => renderer.data_source);
+  filled.data = { xs: out.bx, ys: out.by, color: out.bcolor };
+  lines.data = { xs: out.xs, ys: out.ys, name: out.name, color: out.color, width };
+  figure.left[0].axis_label = quantity;
+  figure.below[0].axis_label = against();
+  return [figure, out];
+}
+
+async function render() {
+  const start = performance.now();
+  const data = await numbers(), quantity = w.shown[0].value;
+  const runs = p.runs.filter(included);
+  const panels = [0, 1].map((k) => draw(k, runs, data));
+  const out = panels[0][1], drawn = panels.map(([figure]) => figure).filter((figure) => figure);
+  if (drawn.some((figure, k) => figure !== w.plots.children[k]) || drawn.length !== w.plots.children.length)
+    w.plots.children = drawn;
   if (w.map) fillMap(runs, data, quantity);
   const last = (run) => { const c = curve(data, run, quantity); return c ? c.y[c.y.length - 1] : NaN; };
   if (state.quantity !== quantity) w.table_source.data = { ...w.table_source.data, last: p.runs.map(last) };
@@ -153,9 +170,9 @@ async function render() {
 
 if (source === "map") {
   const inside = cb_data.index.indices;
-  const text = inside.length ? w.map_source.data.runs[inside[0]] : "";
-  if (text === state.text) return;
-  state.text = text;
-  state.under = new Set(text === "" ? [] : text.split(" ").map(Number));
+  const under = inside.length ? w.map_source.data.runs[inside[0]] : "";
+  if (under === state.cell) return;
+  state.cell = under;
+  state.under = new Set(under === "" ? [] : under.split(" ").map(Number));
 }
 render();

@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +27,7 @@ TEMPLATE = """
 td, th {text-align: left; padding: 2px 8px; border-bottom: 1px solid #ddd}</style>
 {% endblock %}"""
 SINGLE = "single runs"
+NONE = "nothing"
 MOST_VALUES = 200  # of a setting with a slider
 MOST_SLIDERS = 6
 MOST_IMAGES = 3_000_000  # bytes
@@ -99,6 +101,7 @@ def payload(runs: Sequence[series.Run], points: int) -> dict[str, Any]:
         "values": values,
         "palette": style.COLOURS,
         "single": SINGLE,
+        "none": NONE,
         "data": base64.b64encode(gzip.compress(data.tobytes(), mtime=0)).decode(),
     }
 
@@ -132,7 +135,6 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
     from bokeh import models
     from bokeh.document import Document
     from bokeh.layouts import column, row
-    from bokeh.plotting import figure
 
     quantities = list(dict.fromkeys(name for run in runs for name in run.curves))
     preferred = [name for name in quantities if name in ("train_loss", "train/loss", "loss")]
@@ -142,7 +144,10 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
     select = lambda name, title, options, value: models.Select(
         name=name, title=title, options=options, value=value, width=190
     )
-    quantity = select("quantity", "Quantity", quantities, first)
+    shown = [
+        select("quantity", "Quantity", quantities, first),
+        select("below", "Below it", [NONE, *quantities], NONE),
+    ]
     axis = select("axis", "Against", axes, "step")
     default = "schedule" if "schedule" in several and len(runs) > 12 else SINGLE
     group = select("group", "Show", [SINGLE, *several], default)
@@ -150,38 +155,17 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
         name="smoothing", title="Mean of the last records", start=1, end=50, value=1, width=190
     )
     logs = models.CheckboxButtonGroup(
-        labels=["log x", "log y"], active=[1] if first in preferred else []
+        labels=["log x", "log y", "log y below"], active=[1] if first in preferred else []
     )
     status = models.Div(text="", sizing_mode="stretch_width")
     sliders = [slider(name, values) for name, values in list(several.items())[:MOST_SLIDERS]]
-
-    empty: Any = {name: [] for name in ("xs", "ys", "name", "color", "width")}
-    lines = models.ColumnDataSource(empty, name="curves")
-    bands_source = models.ColumnDataSource(empty)
-    figures = []
-    for y_type in ("linear", "log"):
-        for x_type in ("linear", "log"):
-            plot = figure(
-                x_axis_type=x_type,
-                y_axis_type=y_type,
-                height=430,
-                sizing_mode="stretch_width",
-                tools="pan,box_zoom,wheel_zoom,reset,save",
-                active_drag="box_zoom",
-                visible=False,  # interactive.js shows one of the four
-            )
-            plot.patches("xs", "ys", source=bands_source, color="color", alpha=0.15, line_width=0)
-            drawn = plot.multi_line(
-                "xs", "ys", source=lines, color="color", line_width="width", hover_line_alpha=0.4
-            )
-            tips = [("run", "@name"), ("x", "$data_x"), ("y", "$data_y")]
-            plot.add_tools(models.HoverTool(renderers=[drawn], tooltips=tips))
-            figures.append(plot)
+    figures = panels()
+    plots = column(figures[0][2 * len(logs.active)], sizing_mode="stretch_width")
 
     table_source, table = runs_table(content)
     names: dict[str, Any] = {"axis": axis, "smoothing": smoothing, "sliders": sliders}
-    names |= {"quantity": quantity, "group": group, "logs": logs, "status": status}
-    names |= {"lines": lines, "bands_source": bands_source, "figures": figures}
+    names |= {"shown": shown, "group": group, "logs": logs, "status": status}
+    names |= {"figures": figures, "plots": plots}
     names |= {"table_source": table_source}
     tabs = [models.TabPanel(title="Runs and final values", child=table)]
     parts: dict[str, Any] = final_map(list(several)) if len(several) > 1 else dict.fromkeys(MAP)
@@ -199,7 +183,7 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
 
     code = SCRIPT.read_text(encoding="utf-8")
     callback = models.CustomJS(args={**names, "source": "widget"}, code=code)
-    for widget in (quantity, axis, group, smoothing, *sliders, *on_map):
+    for widget in (*shown, axis, group, smoothing, *sliders, *on_map):
         widget.js_on_change("value", callback)
     logs.js_on_change("active", callback)
     table_source.selected.js_on_change("indices", callback)
@@ -209,13 +193,13 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
         parts["map"].add_tools(models.HoverTool(callback=hover, tooltips=tips))
     document = Document(title="Runs")
     document.js_on_event("document_ready", callback)
-    controls = row(quantity, axis, group, smoothing, column(models.Div(text="Scale"), logs))
+    controls = row(*shown, axis, group, smoothing, column(models.Div(text="Scale"), logs))
     document.add_root(
         column(
             controls,
             row(*sliders),
             status,
-            *figures,
+            plots,
             models.Tabs(tabs=tabs, sizing_mode="stretch_width"),
             sizing_mode="stretch_width",
         )
@@ -223,12 +207,46 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
     return document
 
 
+def panels() -> list[list[Any]]:
+    """Figures of bands and curves of two quantities, four of each: one for each pair of scales.
+
+    They share the zoom along x. interactive.js puts the chosen ones into the page, and fills them.
+    """
+    from bokeh import models
+    from bokeh.plotting import figure
+
+    shared = {scale: models.DataRange1d() for scale in ("linear", "log")}
+
+    def panel(height: int, y_type: Any, x_type: Any) -> Any:
+        plot = figure(
+            x_axis_type=x_type,
+            y_axis_type=y_type,
+            height=height,
+            sizing_mode="stretch_width",
+            tools="pan,box_zoom,wheel_zoom,reset,save",
+            active_drag="box_zoom",
+            x_range=shared[x_type],
+        )
+        empty: Any = {key: [] for key in ("xs", "ys", "name", "color", "width")}
+        bands, lines = models.ColumnDataSource(empty), models.ColumnDataSource(empty)
+        plot.patches("xs", "ys", source=bands, color="color", alpha=0.15, line_width=0)
+        drawn = plot.multi_line(
+            "xs", "ys", source=lines, color="color", line_width="width", hover_line_alpha=0.4
+        )
+        tips = [("run", "@name"), ("x", "$data_x"), ("y", "$data_y")]
+        plot.add_tools(models.HoverTool(renderers=[drawn], tooltips=tips))
+        return plot
+
+    scales = list(itertools.product(("linear", "log"), repeat=2))
+    return [[panel(height, *each) for each in scales] for height in (430, 300)]
+
+
 def slider(name: str, values: Sequence[Any]) -> Any:
     """Chooses one value of a setting; position 0 is all of them."""
     from bokeh import models
 
     formatter = models.CustomJSTickFormatter(
-        args={"shown": [str(value) for value in values]},
+        args={"shown": [f"{v:.6g}" if isinstance(v, float) else str(v) for v in values]},
         code="return tick === 0 ? 'all' : shown[tick - 1]",
     )
     return models.Slider(
