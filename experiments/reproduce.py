@@ -7,6 +7,7 @@ python -m experiments.reproduce --seeds 128 --exp_name more
 """
 
 import contextlib
+import importlib.util
 import io
 import multiprocessing
 import sys
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -31,11 +33,11 @@ from experiments import (
     shallow_linear,
     without_replacement,
 )
-from experiments.figures import claims, report, terminal, verdicts
+from experiments.figures import claims, interactive, report, terminal, verdicts
 from experiments.figures.report import Chapter
 from experiments.launch import cli, devices, ranges
 from experiments.launch.ranges import Count, CountOrNone, Seed, TwoOrMore
-from experiments.storage import records
+from experiments.storage import records, series
 
 
 @dataclass(frozen=True)
@@ -156,7 +158,8 @@ def chapter_of(settings: Any) -> Chapter:
     command = f"python -m {module.__name__}"
     if isinstance(finding, claims.Finding):
         title = next(title for of, title in THEORY.values() if of is module)
-        return Chapter(title, command, finding.claims, finding.figures, [])
+        page = page_of(finding.folder, settings.runs_dir)
+        return Chapter(title, command, finding.claims, finding.figures, [], page)
     rows = finding.rows
     compared = [(row, verdicts.verdict(row, rows)) for row in rows if row.published is not None]
     evidence = [
@@ -168,7 +171,20 @@ def chapter_of(settings: Any) -> Chapter:
         evidence.append(survival(settings))
     command += f" --setting {settings.setting} --seeds {settings.seeds}"
     shown = [verdicts.claim(row, found, finding.figures) for row, found in compared]
-    return Chapter(TITLES[settings.setting], command, shown, finding.figures, evidence)
+    page = page_of(finding.folder, settings.runs_dir)
+    return Chapter(TITLES[settings.setting], command, shown, finding.figures, evidence, page)
+
+
+def page_of(folder: Path, start: str) -> str | None:
+    """Writes the interactive page of the runs in `folder`; its path from `start`.
+
+    Returns None without bokeh, which writes the page.
+    """
+    if importlib.util.find_spec("bokeh") is None:
+        return None
+    page = folder / "runs.html"
+    interactive.write(page, series.read([str(folder)]))
+    return page.relative_to(start).as_posix()
 
 
 def survival(settings: diag_nets.Config) -> str:

@@ -84,7 +84,7 @@ def test_the_reports_hold_all_claims_sentences_and_figures(tmp_path):
         under="η < 1",
     )
     chapters = [
-        report.Chapter("D1", "python -m x", compared, figures, ["a; b", "c"]),
+        report.Chapter("D1", "python -m x", compared, figures, ["a; b", "c"], "d1/runs.html"),
         report.Chapter("Theory", "python -m x", [theory], figures, []),
     ]
     report.write(tmp_path, 32, chapters, 12.3)
@@ -93,7 +93,7 @@ def test_the_reports_hold_all_claims_sentences_and_figures(tmp_path):
     cells = [cell for each in (*compared, theory) for cell in each.cells()]
     assert "48 [33, 64]" in cells and {FAILS, "holds", "holds under η < 1"} < set(cells)
     for page in ((tmp_path / "report.html").read_text("utf-8"), markdown):
-        assert page.count(f'src="{uri}"') == 2
+        assert page.count(f'src="{uri}"') == 2 and page.count('href="d1/runs.html"') == 1
         for text in (*claims.HEADINGS, *cells, "a; b", "python -m x"):
             assert page.count(f">{html.escape(text)}<") >= 1, text
         assert "1 of 2 published numbers" in page and "Of 1 claims 0 hold, 1 hold under" in page
@@ -145,5 +145,6 @@ def test_settings_run_in_processes_and_errors_propagate(tmp_path):
     for task, chapter in zip(tasks, there, strict=True):  # finished: loaded
         again = reproduce.chapter_of(task)
         assert again.figures == chapter.figures and all(p.exists() for p in again.figures)
+        assert again.page and (tmp_path / again.page).exists()
     with pytest.raises(ValueError, match="--seeds"):
         reproduce.in_processes([replace(tasks[0], seeds=0)], workers=2)

@@ -197,7 +197,7 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
     document.add_root(
         column(
             controls,
-            row(*sliders),
+            *([row(*sliders)] if sliders else []),
             status,
             plots,
             models.Tabs(tabs=tabs, sizing_mode="stretch_width"),

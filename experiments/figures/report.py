@@ -14,13 +14,17 @@ TITLE = "The paper's toy experiments, reproduced"
 
 
 class Chapter(NamedTuple):
-    """The claims and figures of one setting, and a sentence about each number that differs."""
+    """The claims and figures of one setting, and a sentence about each number that differs.
+
+    `page`, relative to the reports, shows the curves of its runs in a browser.
+    """
 
     title: str
     command: str
     claims: list[Claim]
     figures: list[Path]
     evidence: list[str]
+    page: str | None = None
 
 
 def write(folder: Path, seeds: int, chapters: Sequence[Chapter], seconds: float) -> None:
