@@ -11,8 +11,7 @@ from jaxtyping import Float32, Int32, UInt8
 class Images(NamedTuple):
     """The `n` examples of a split, in the official order.
 
-    Networks get uint8 images divided by 255, and float32 images unchanged. `labels` index
-    `class_names`. `source` is the name and version of the data set, "" if unknown.
+    Networks get uint8 images divided by 255, and float32 images unchanged.
 
     Example:
         >>> pixels, labels = np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1], np.int32)
@@ -20,10 +19,10 @@ class Images(NamedTuple):
         (2, 8, 8, 1)
     """
 
-    images: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]
-    labels: Int32[np.ndarray, " n"]
-    class_names: tuple[str, ...]
-    source: str = ""
+    images: UInt8[np.ndarray, "n h w c"] | Float32[np.ndarray, "n h w c"]  #: pixels
+    labels: Int32[np.ndarray, " n"]  #: indices of `class_names`
+    class_names: tuple[str, ...]  #: in the order of the labels
+    source: str = ""  #: name and version of the data set; "" if unknown
 
 
 class ImageSet(NamedTuple):

@@ -16,8 +16,8 @@ class Examples(NamedTuple):
     (12,)
     """
 
-    x: Float[np.ndarray, "n d"]
-    y: Float[np.ndarray, " n"]
+    x: Float[np.ndarray, "n d"]  #: inputs
+    y: Float[np.ndarray, " n"]  #: targets
 
 
 class Problem(NamedTuple):
@@ -27,20 +27,21 @@ class Problem(NamedTuple):
     (10,)
     """
 
-    train: Examples
-    test: Examples
-    target: Any
+    train: Examples  #: for training
+    test: Examples  #: for the test loss
+    target: Any  #: a vector, layers, or None
 
 
 class Layer(NamedTuple):
     """x -> x @ kernel + bias, a layer of a teacher network.
 
-    >>> DEEP_TEACHER[0].kernel.shape, DEEP_TEACHER[0].bias.shape
-    ((5, 2), (2,))
+    Example:
+        >>> DEEP_TEACHER[0].kernel.shape, DEEP_TEACHER[0].bias.shape
+        ((5, 2), (2,))
     """
 
-    kernel: Float[np.ndarray, "i o"]
-    bias: Float[np.ndarray, " o"]
+    kernel: Float[np.ndarray, "i o"]  #: weights
+    bias: Float[np.ndarray, " o"]  #: of the outputs
 
 
 def sparse_regression(

@@ -73,18 +73,18 @@ def batch_gauges(
 ) -> dict[str, Estimate]:
     """Gauges of the gradients g and Hessians H_B of mini-batches B, with standard errors.
 
-    | name | | needs |
-    |---|---|---|
-    | batch_sharpness | E[g^T H_B g / |g|^2], at 2 / eta at SGD's edge | |
-    | ratio_of_means | E[g^T H_B g] / E|g|^2, a different quantity | |
-    | gradient_norm2 | E|g|^2 | |
-    | gradient_noise_trace | E|g - dL|^2 | `gradient` |
-    | gradient_noise_along | E(v, g - dL)^2, v the unit `direction` | `gradient`, `direction` |
-    | gni | E[g^T H g] / |dL|^2, H of the full batch; no test of an edge | `gradient`, `hessian` |
-    | minibatch_sharpness | E lambda_max(H_B), a lower bound | `lanczos_steps` |
-    | minibatch_residual | E of the relative residual of these eigenvalues | the same |
-    | generalized_sharpness | E[s^T H_B s] / -E[s^T g], s the update; edge at 2 | `tx`, its state |
-    | generalized_mean_of_ratios | E[s^T H_B s / -s^T g] | the same |
+    - batch_sharpness: E[g^T H_B g / |g|^2], at 2 / eta at SGD's edge;
+    - ratio_of_means: E[g^T H_B g] / E|g|^2, a different quantity;
+    - gradient_norm2: E|g|^2;
+    - gradient_noise_trace: E|g - dL|^2, with `gradient`;
+    - gradient_noise_along: E(v, g - dL)^2, v the unit `direction`, with `gradient` as well;
+    - gni: E[g^T H g] / |dL|^2, H of the full batch, with `gradient` and `hessian`; no test of an
+      edge;
+    - minibatch_sharpness: E lambda_max(H_B), a lower bound, with `lanczos_steps`;
+    - minibatch_residual: E of the relative residual of these eigenvalues, with it;
+    - generalized_sharpness: E[s^T H_B s] / -E[s^T g], s the update, with `tx` and its state; the
+      edge is at 2;
+    - generalized_mean_of_ratios: E[s^T H_B s / -s^T g], with them.
 
     Args:
         objective: (params, stats, batch) -> (loss, stats), for the batch's own loss.

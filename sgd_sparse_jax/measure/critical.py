@@ -21,9 +21,9 @@ class Critical(NamedTuple):
         4.0
     """
 
-    sharpness: float  # 2 / step_size
-    step_size: float
-    converged: bool  # the last step of the search changed it by less than `tol`
+    sharpness: float  #: 2 / step_size
+    step_size: float  #: eta_c
+    converged: bool  #: the last step of the search changed it by less than `tol`
 
 
 def critical_sharpness(

@@ -33,11 +33,11 @@ class Eigenpairs(NamedTuple):
         [True]
     """
 
-    values: Float[np.ndarray, " k"]
-    vectors: Params  # unit vectors: leaves [k, ...], the entry of largest magnitude positive
-    residuals: Float[np.ndarray, " k"]  # |A v - lambda v| / |lambda|; inf where lambda is 0
-    converged: Bool[np.ndarray, " k"]  # residuals <= tol
-    matvecs: int  # products with the operator
+    values: Float[np.ndarray, " k"]  #: lambda
+    vectors: Params  #: unit vectors, leaves [k, ...]; the entry of largest magnitude positive
+    residuals: Float[np.ndarray, " k"]  #: |A v - lambda v| / |lambda|; inf where lambda is 0
+    converged: Bool[np.ndarray, " k"]  #: residuals <= tol
+    matvecs: int  #: products with the operator
 
 
 def top_eigenpairs(

@@ -16,10 +16,10 @@ class Estimate(NamedTuple):
         False
     """
 
-    value: float
-    standard_error: float  # NaN from one sample
-    samples: int
-    converged: bool = False  # whether the requested tolerance was reached
+    value: float  #: the mean, or the ratio of means
+    standard_error: float  #: NaN from one sample
+    samples: int  #: number of independent samples
+    converged: bool = False  #: whether the requested tolerance was reached
 
 
 @np.errstate(divide="ignore", invalid="ignore")  # 0 / 0 is NaN

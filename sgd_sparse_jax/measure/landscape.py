@@ -46,9 +46,9 @@ class Plane(NamedTuple):
         [1.0, 0.0]
     """
 
-    origin: Params
-    first: Params
-    second: Params
+    origin: Params  #: at (0, 0)
+    first: Params  #: direction of alpha
+    second: Params  #: direction of beta
 
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:

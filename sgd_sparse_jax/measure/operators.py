@@ -28,9 +28,9 @@ class Operator(NamedTuple):
         [2.0, 2.0, 2.0]
     """
 
-    matvec: Callable[[Params], Params]
-    like: Params
-    coupled: bool = False  # examples share batch moments: A isn't a mean over chunks
+    matvec: Callable[[Params], Params]  #: v -> A v
+    like: Params  #: any pytree of the shapes and dtypes of v
+    coupled: bool = False  #: whether A isn't a mean over chunks, since examples share moments
 
 
 def hessian(

@@ -77,10 +77,10 @@ class Plateau(NamedTuple):
         (10.0, 2, 7)
     """
 
-    level: Scalar  # the median
-    onset: Int[Array, ""]
-    end: Int[Array, ""]
-    drift: Scalar  # rise of the fitted line from onset to end, relative to the level
+    level: Scalar  #: the median
+    onset: Int[Array, ""]  #: first record
+    end: Int[Array, ""]  #: first record after it
+    drift: Scalar  #: rise of the fitted line from onset to end, relative to the level
 
 
 def plateau(

@@ -66,9 +66,9 @@ class Density(NamedTuple):
         5.0
     """
 
-    nodes: Float[np.ndarray, "probes steps"]
-    weights: Float[np.ndarray, "probes steps"]  # sum to 1 for each probe
-    size: int  # p
+    nodes: Float[np.ndarray, "probes steps"]  #: of the quadrature, approximate eigenvalues
+    weights: Float[np.ndarray, "probes steps"]  #: sum to 1 for each probe
+    size: int  #: p, the dimension
 
     def moment(self, order: int) -> Estimate:
         found = mean_estimate((self.weights * self.nodes**order).sum(1))

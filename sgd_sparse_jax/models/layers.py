@@ -29,12 +29,12 @@ class Layers(NamedTuple):
         ('bfloat16', 'float32')
     """
 
-    dtype: DTypeLike = jnp.float32
-    norm_momentum: float = 0.9  # decay of BatchNorm's running moments; 0: moments of the last batch
-    dropout: float = 0.0  # rate, in networks with dropout
-    softplus: int = 0  # beta of log(1 + exp(beta x)) / beta in place of ReLU; 0: ReLU
-    # Axis of pmap or shard_map over which batch statistics are averaged; None under jit, where a
-    # sharded batch is still one batch.
+    dtype: DTypeLike = jnp.float32  #: of convolutions
+    norm_momentum: float = 0.9  #: decay of BatchNorm's moments (0 for the last batch's)
+    dropout: float = 0.0  #: rate, in networks with dropout
+    softplus: int = 0  #: beta of log(1 + exp(beta x)) / beta (0 for ReLU)
+    #: Axis of pmap or shard_map over which batch statistics are averaged; None under jit, where a
+    #: sharded batch is still one batch.
     norm_axis: str | None = None
 
     @property

@@ -2,13 +2,11 @@
 
 The loss is L = scale / (2n) |r|^2 with residuals r = f(x) - y in R^n and J = df/dtheta: `scale` is
 1 for `train.half_squared`, 2 for `train.squared`. Every model is a step(z, params, t) -> params of
-random numbers z and step number t; models whose z have the same shape can share them:
+random numbers z and step number t; models whose z have the same shape can share them.
 
-| step | z |
-|---|---|
-| `make_step` with `sampled`: SGD, exactly | indices of the batch [b] |
-| with `exact_gaussian`, `isotropic()`, `no_noise` (GD) | N(0, I) of R^n |
-| `make_parameter_noise_step` | N(0, I) of R^(n + p) |
+- `make_step` with `sampled`, SGD exactly: z are the indices of the batch [b];
+- with `exact_gaussian`, `isotropic()` or `no_noise` (GD): z ~ N(0, I) in R^n;
+- `make_parameter_noise_step`: z ~ N(0, I) in R^(n + p).
 
 Source: Andriushchenko, Varre, Pillaud-Vivien, Flammarion, arXiv 2210.05337, Section 3 and Eq. 8.
 """

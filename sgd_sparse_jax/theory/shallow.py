@@ -25,9 +25,9 @@ class Invariants(NamedTuple):
         1.0
     """
 
-    eps: Array
-    trace: Array
-    imbalance: Array
+    eps: Array  #: a^T b - Phi
+    trace: Array  #: lambda = |a|^2 + |b|^2
+    imbalance: Array  #: Q = |a + b| |a - b|
 
 
 def invariants(a: Float[Array, "... d"], b: Float[Array, "... d"], target: ArrayLike) -> Invariants:

@@ -37,8 +37,8 @@ class Probe(NamedTuple):
         [0, 10, 100]
     """
 
-    record: Record
-    at: Sequence[int] | np.ndarray
+    record: Record  #: state -> pytree of arrays
+    at: Sequence[int] | np.ndarray  #: steps, increasing
 
 
 def record_run(

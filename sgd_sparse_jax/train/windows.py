@@ -29,10 +29,10 @@ class Window(NamedTuple):
         (2, np.float64(0.3125))
     """
 
-    state: TrainState  # valid until the next window is requested: its buffers are donated
-    step: int
-    losses: Float64[np.ndarray, " steps"]
-    seconds: float  # duration of the steps, without compilation
+    state: TrainState  #: valid until the next window is requested, which donates its buffers
+    step: int  #: number of steps taken
+    losses: Float64[np.ndarray, " steps"]  #: of the batches, before each step
+    seconds: float  #: duration of the steps, without compilation
 
 
 def windows(
