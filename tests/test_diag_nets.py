@@ -77,9 +77,9 @@ def test_schedules_keep_their_order_and_gradient_descent_is_the_loop(finding):
     losses = finding.dataset["train_loss"].isel(step=-1).values
     labels = [str(label) for label in finding.dataset["schedule"].values]
     assert labels == [
-        "η = 0.2, constant",
+        "SGD, η = 0.2, constant",
         "GD, η = 0.5, constant",
-        "η = 50, /2 at 50%",
+        "SGD, η = 50, /2 at 50%",
         "GD, η = 0.2, /4 at 30%",
     ]
     for j, eta, decays in ((1, 0.5, 1000), (3, 0.2, 300)):  # it decays after step 300

@@ -42,10 +42,12 @@ def test_rows_are_the_last_records_of_the_runs_that_did_not_diverge(dataset):
 
 
 def test_curves_are_by_schedule_and_divergence_is_drawn_if_there_is_any(dataset, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plots, "figure", lambda stem, panels, **more: drawn.append(panels))
+    drawn, titles = [], []
+    save = lambda stem, panels, title: (drawn.append(panels), titles.append(title))
+    monkeypatch.setattr(plots, "figure", save)
     tables.draw("f", dataset, ("rank", "flips_1"), {}, "title")
     rank, flips, diverged = drawn[0]
+    assert titles == ["title"]
     x, y = rank.lines["large"]
     assert x.tolist() == [0, 9] and y.tolist() == [[40, 50], [100, 110], [160, 170]]
     np.testing.assert_allclose(flips.lines["small"][1][0], [1, 2, 3])  # in percent

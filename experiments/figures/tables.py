@@ -155,13 +155,13 @@ def draw(
     panels = []
     for name in [*names, *(name for name in CURVATURE if name in dataset)]:
         look, more = QUANTITIES[name], {}
-        title = look.title
+        heading = look.title
         if name in CURVATURE:
-            title = f"{title} (dashed: 2 / η)"
+            heading = f"{heading} (dashed: 2 / η)"
             records = dataset["spectra_step"].values
             edges = zip(dataset["schedule"].values, dataset["edge"].values, strict=True)
             more["levels"] = {str(label): (records, edge) for label, edge in edges}
-        panels.append(panel(look.scale * dataset[name], title, look.unit, log_y=look.log, **more))
+        panels.append(panel(look.scale * dataset[name], heading, look.unit, log_y=look.log, **more))
     # A single seed has no band.
     diverged = 100 * dataset["train_loss"].isnull().mean("seed").expand_dims(seed=1)
     if bool((diverged > 0).any()):

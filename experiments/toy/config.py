@@ -178,7 +178,8 @@ def label(config: Config, j: int, examples: int) -> str:
     """The label of schedule j, such as `η = 0.282, /3.4 at 30%`."""
     size, gain, factor = config.batch_sizes[j], config.warmup_gains[j], config.decay_factors[j]
     share = config.decay_times[j]
-    kind = {1: "", examples: "GD, "}.get(size, f"b = {size}, ")
+    single = "SGD, " if len(set(config.batch_sizes)) > 1 else ""
+    kind = {1: single, examples: "GD, "}.get(size, f"b = {size}, ")
     reached = config.step_sizes[j] * (1 + gain * share**config.warmup_exponent)
     warm = f" → {reached:.2g}" if gain else ""
     decay = f", /{factor:g} at {share:.0%}" if factor != 1 else ", constant"
