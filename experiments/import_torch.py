@@ -3,9 +3,9 @@
     python -m experiments.import_torch net.pth --model=resnet18_plain --out=runs/imported
     python -m experiments.resnet_cifar --model_path=runs/imported --lr_init=0.1
 
-The file is a state dict, alone or under the name state_dict or model, saved by torch.save or as
-.safetensors. Layers are matched in order, and each shape is checked. Nothing in the file is
-executed. `experiments.export_torch` is the way back.
+The file is a state dict, alone or under the name state_dict, model or last (as in files of the
+paper's code), saved by torch.save or as .safetensors. Layers are matched in order, and each shape
+is checked. Nothing in the file is executed. `experiments.export_torch` is the way back.
 """
 
 from collections.abc import Sequence

@@ -30,7 +30,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(
             f"{path} is not a file of weights ({cli.one_line(str(error))[:200]})"
         ) from error
-    for name in ("state_dict", "model"):
+    for name in ("state_dict", "model", "last"):  # "last" in files of the paper's code
         found = found.get(name, found) if isinstance(found, Mapping) else found
     if not isinstance(found, Mapping) or not all(torch.is_tensor(t) for t in found.values()):
         raise ValueError(
