@@ -84,6 +84,54 @@ def test_links_lead_to_existing_files():
             assert "://" in link or (page.parent / link).exists(), (page.name, link)
 
 
+def run_examples(name):
+    """The names after the page's ```python blocks, in order, and what they print.
+
+    A block after a line `<!-- not run: REASON -->` is not run.
+    """
+    text = (ROOT / "docs" / name).read_text("utf-8")
+    names = {}
+    with contextlib.redirect_stdout(io.StringIO()) as screen:
+        for example in re.findall(r"(?<!-->\n)```python\n(.*?)```", text, re.DOTALL):
+            exec(compile(example, name, "exec"), names)
+    return names, screen.getvalue()
+
+
+def test_every_python_block_is_run_or_marked_with_a_reason():
+    run = {"README.md", "curvature.md", "getting_started.md", "pitfalls.md", "your_own.md"}
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        unmarked = re.sub(r"<!-- not run: [^>]{10,} -->\n```python", "", text)
+        assert "```python" not in unmarked or page.name in run | {"frameworks.md"}, page.name
+
+
+def test_the_examples_of_getting_started_run(quick_compilation):
+    names, printed = run_examples("getting_started.md")
+    table = names["table"]
+    assert dict(table.sizes) == {"seed": 8, "step_size": 3, "step": 9} and "sparsity" in printed
+    assert (table.loss.isel(step=-1) < table.loss.isel(step=0)).all()
+
+
+def test_the_examples_of_pitfalls_print_what_they_say():
+    names, printed = run_examples("pitfalls.md")
+    assert names["ranks"][0] == 2 and names["ranks"][1] > 10
+    first, *shares = printed.splitlines()
+    assert first.endswith("] 2") and shares == ["4 0.75", "32 0.97"]
+
+
+def test_measurements_of_the_users_are_those_of_the_final_weights(
+    quick_compilation, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    names, printed = run_examples("your_own.md")
+    assert names["special"].shape == (4, 2, 3) and names["losses"].shape == (4, 2, 1)
+    assert printed.splitlines()[2].split()[1] == printed.splitlines()[3]  # of the saved state
+    weights = np.asarray(names["params"]["layer1"]["kernel"])
+    expected = np.mean(np.abs(weights).max(0) ** 2 / (weights**2).sum(0))
+    assert names["specialization"](names["params"]) == pytest.approx(expected)
+    assert names["found"].verdict == "holds" and (tmp_path / "mine" / "verdicts.json").exists()
+
+
 def test_the_library_examples_of_the_readme_print_what_they_say():
     """In their order, in one namespace."""
     examples = re.findall(r"```python\n(.*?)```", PAGES[0].read_text("utf-8"), re.DOTALL)
@@ -101,12 +149,8 @@ def test_the_library_examples_of_the_readme_print_what_they_say():
 
 
 def test_the_examples_of_curvature_run_and_agree_with_dense_matrices():
-    text = (ROOT / "docs" / "curvature.md").read_text("utf-8")
-    names = {}
-    with contextlib.redirect_stdout(io.StringIO()) as screen:
-        for example in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-            exec(compile(example, "curvature.md", "exec"), names)
-    assert "generalized_sharpness" in screen.getvalue()
+    names, printed = run_examples("curvature.md")
+    assert "generalized_sharpness" in printed
     flat, unravel = ravel_pytree(names["params"])
     loss = lambda flat: names["objective"](unravel(flat), names["stats"], names["data"])[0]
     dense = jax.jit(jax.hessian(loss))(flat)
