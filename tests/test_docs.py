@@ -77,6 +77,16 @@ def test_a_changed_number_is_detected():
     assert tables["filled"](page.replace("11,173,962", "11,173,963")) == page
 
 
+def test_numbers_of_the_science_log_are_those_of_the_pages_it_summarizes():
+    estimate = r"-?\d*\.?\d+(?:e-\d+)? (?:\[[^\]a-z]*(?:e-\d[^\]]*)?\]|± \d*\.?\d+)"
+    text = {page.name: page.read_text("utf-8").replace("−", "-") for page in PAGES}
+    log = text.pop("science_log.md")
+    found = re.findall(estimate, " ".join(log.split()))
+    others = " ".join(" ".join(text.values()).split())
+    assert len(found) > 50
+    assert not [number for number in found if number not in others]
+
+
 def test_links_lead_to_existing_files():
     for page in PAGES:
         links = re.findall(r"\]\(\s*([^)#\s]+)\)", page.read_text(encoding="utf-8"))
