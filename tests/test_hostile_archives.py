@@ -28,7 +28,12 @@ tar.extract(m)|np.load(x)|f(x, allow_pickle=y)|read_pickle(x)|unpack_archive(x)|
     parts = ("sgd_sparse_jax", "experiments", "benchmarks")
     sources = [path for part in parts for path in (ROOT / part).rglob("*.py")]
     assert len(sources) > 50
-    assert not [path for path in sources if DANGEROUS.search(path.read_text())]
+    found = {path.name for path in sources if DANGEROUS.search(path.read_text())}
+    # Its subclass of Unpickler calls nothing: tests/test_data_forms.py.
+    assert found == {"released.py"}
+    text = (ROOT / "sgd_sparse_jax" / "data" / "released.py").read_text()
+    assert re.findall(r"pickle\.\w+", text) == ["pickle.Unpickler"]
+    assert not DANGEROUS.search(text.replace("import pickle\n", ""))
 
 
 class Trap:

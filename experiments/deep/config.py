@@ -25,7 +25,8 @@ class Config:
 
     dataset: str = "cifar10"
     """cifar10, cifar100, svhn, mnist, fashion_mnist, tiny_imagenet, cifar10_horse_car,
-    cifar10_dog_cat, gaussians_binary or uniform_noise; NAME_gs for grey-scale."""
+    cifar10_dog_cat, gaussians_binary or uniform_noise; NAME_gs for grey-scale; path:FOLDER for your
+    own images (see sgd_sparse_jax.data.load_images)."""
     frac_train: ranges.PositiveShare = 1.0
     """Share of the training set to use, from its beginning."""
     p_label_noise: ranges.Share = 0.0
@@ -127,8 +128,9 @@ class Config:
 def folder_of(config: Config) -> Path:
     """The run's folder, named after the settings that the paper varies and the step of a fork."""
     lr = repr(float(config.lr_init)).removesuffix(".0")  # all digits, to distinguish close values
+    dataset = Path(config.dataset.removeprefix(data.PATH)).absolute().name
     name = (
-        f"{config.exp_name}-{config.dataset}-{config.model}-w{config.model_width}"
+        f"{config.exp_name}-{dataset}-{config.model}-w{config.model_width}"
         f"-lr{lr}-{config.lr_schedule}-seed{config.seed}"
     )
     fork = f"-fork{config.fork_step}" if config.fork_from else ""

@@ -81,6 +81,12 @@ def resolve(config: Config) -> Plan:
         where = config.data_dir or None
         whole = data.load_images(config.dataset, "train", data_dir=where)
         test = data.load_images(config.dataset, "test", data_dir=where)
+    if whole.images.shape[1:] != test.images.shape[1:]:
+        sizes = [" x ".join(map(str, each.images.shape[1:])) for each in (whole, test)]
+        raise ValueError(
+            f"--dataset is {config.dataset}, whose training images are {sizes[0]} and whose test "
+            f"images are {sizes[1]}; give them one size."
+        )
     images = training_set(config, whole)
     n, classes, found = len(images.labels), len(images.class_names), fingerprints(whole, test)
     if n < config.batch_size:
@@ -202,12 +208,21 @@ def build(config: Config, classes: int) -> nn.Module:
 
 
 def network_of(config: Config) -> tuple[types.Network, tuple[int, ...]]:
-    """The network that the flags name, and the shape [h, w, c] of its images; opens no data."""
-    if config.dataset not in data.IMAGE_SETS:
+    """The network that the flags name, and the shape [h, w, c] of its images.
+
+    Opens the data only of --dataset=path:FOLDER, whose size and classes are found there.
+    """
+    if config.dataset.startswith(data.PATH):
+        with naming("dataset"):
+            images = data.load_images(config.dataset, "train", data_dir=config.data_dir or None)
+        classes, shape = len(images.class_names), images.images.shape[1:]
+    elif config.dataset in data.IMAGE_SETS:
+        shape, names, _ = data.IMAGE_SETS[config.dataset]
+        classes = len(names)
+    else:
         names = ", ".join(data.IMAGE_SETS)
-        raise ValueError(f"--dataset is {config.dataset}; choose one of {names}.")
-    kind = data.IMAGE_SETS[config.dataset]
-    return models.from_linen(build(config, len(kind.class_names))), kind.shape
+        raise ValueError(f"--dataset is {config.dataset}; choose path:FOLDER or one of {names}.")
+    return models.from_linen(build(config, classes)), shape
 
 
 def schedules(config: Config, steps_per_epoch: int) -> tuple[optax.Schedule, optax.Schedule]:

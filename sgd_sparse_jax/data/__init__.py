@@ -14,7 +14,7 @@ from .label_noise import (
     share_of as share_of,
     uniform_label_noise as uniform_label_noise,
 )
-from .load import load_images as load_images
+from .load import PATH as PATH, load_images as load_images
 from .synthetic import (
     CIRCLE_TEACHER as CIRCLE_TEACHER,
     DEEP_TEACHER as DEEP_TEACHER,

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import released
+
 TIMEOUT = (5.0, 30.0)  # seconds to connect, and between two chunks of a download
 
 
@@ -75,8 +77,7 @@ def _cifar(paths, split):
     label_bytes = 2 if len(contents) == 2 else 1  # CIFAR-100 also has coarse labels
     records = np.frombuffer(b"".join(contents[file] for file in files), np.uint8)
     records = records.reshape(-1, label_bytes + 3 * 32 * 32)
-    planes = records[:, label_bytes:].reshape(-1, 3, 32, 32)
-    return planes.transpose(0, 2, 3, 1), records[:, label_bytes - 1]
+    return released.colour_planes(records[:, label_bytes:]), records[:, label_bytes - 1]
 
 
 def _idx(paths, split):

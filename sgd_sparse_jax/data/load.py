@@ -11,9 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from . import archives, prepared, variants
+from . import archives, arrays, formats, prepared, variants
 from .images import DRAWN, IMAGE_SETS, PAIRS, STORED, Images, ImageSet
 
+PATH = "path:"  # before the folder of an image set of any kind
 SPLITS = ("train", "test")
 MANUAL = "downloads/manual"  # where TFDS also looks for archives
 
@@ -27,11 +28,19 @@ def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | Non
        [n, c, h, w], or [n, h, w] with one channel), labels [n] or [n, 1], integers;
     2. `decoded/`, a cache written by an earlier call, if its source is unchanged;
     3. `VERSION/`, prepared by TFDS as array_record or tfrecord, read without TensorFlow;
-    4. the official archive in DATA_DIR/downloads/manual[/NAME], else a verified download of it.
+    4. files unpacked by torchvision in DATA_DIR: cifar-10-batches-py, cifar-100-python (or the
+       binary versions), MNIST/raw, FashionMNIST/raw, train_32x32.mat of SVHN;
+    5. the official archive in DATA_DIR/downloads/manual[/NAME], else a verified download of it.
+
+    "path:FOLDER" is an image set of any size and number of classes: one of the folders of 4; arrays
+    as in 1, or a .npz file with x_train, y_train, x_test, y_test; images in train/CLASS and
+    test/CLASS (or val); Parquet files as on the Hugging Face hub (needs pyarrow). Nothing in a file
+    is executed.
 
     Args:
-        name: a key of `IMAGE_SETS`. NAME_gs (grey-scale) and sets of two classes are derived from
-            another set; gaussians_binary and uniform_noise are generated and need no files.
+        name: a key of `IMAGE_SETS`, or "path:FOLDER", relative to `data_dir` if that is given.
+            NAME_gs (grey-scale) and sets of two classes are derived from another set;
+            gaussians_binary and uniform_noise are generated and need no files.
         split: "train" or "test".
         data_dir: default: the environment variable TFDS_DATA_DIR, else ~/tensorflow_datasets.
 
@@ -47,11 +56,15 @@ def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | Non
         >>> load_images("uniform_noise", "train").images.shape
         (1000, 28, 28, 1)
     """
-    if name not in IMAGE_SETS or split not in SPLITS:
+    own = name.startswith(PATH)
+    if not (own or name in IMAGE_SETS) or split not in SPLITS:
         raise ValueError(
-            f"Unknown data set or split, {name!r} {split!r}; choose train or test of one of "
-            f"{', '.join(sorted(IMAGE_SETS))}."
+            f"Unknown data set or split, {name!r} {split!r}; choose train or test of "
+            f"{PATH}FOLDER or one of {', '.join(sorted(IMAGE_SETS))}."
         )
+    if own:
+        place = Path(name.removeprefix(PATH)).expanduser()
+        return formats.load(Path(data_dir or "").expanduser().absolute() / place, split)
     if name in DRAWN:
         return variants.drawn(name, split)
     if name in PAIRS:
@@ -70,46 +83,12 @@ def load_images(name: str, split: str, *, data_dir: str | os.PathLike[str] | Non
 
 def _open(folder: Path, split: str, kind: ImageSet) -> Images:
     """Opens and validates the memory maps of a split without reading the pixels."""
-    path = folder / f"{split}_images.npy"
-    images, (h, w, c) = _array(path), kind.shape
-    if images.shape[1:] == (c, h, w):
-        images = images.transpose(0, 2, 3, 1)  # a view
-    if c == 1 and images.shape[1:] == (h, w):
-        images = images[..., None]
-    if images.dtype != np.uint8 or images.shape[1:] != kind.shape:
-        expected = f"uint8 [n, {h}, {w}, {c}] with values from 0 to 255"
-        raise _unfit(path, f"holds {images.dtype} {list(images.shape)}; expected {expected}")
-    labels = _labels(folder / f"{split}_labels.npy", len(images), len(kind.class_names))
+    path, of_labels = (folder / f"{split}_{what}.npy" for what in ("images", "labels"))
+    images = arrays.checked_images(arrays.opened(path), path, kind.shape)
+    labels = arrays.opened(of_labels)
+    classes = len(kind.class_names)
+    labels = arrays.checked_labels(labels, len(images), classes, of_labels)
     return Images(images, labels, kind.class_names)
-
-
-def _labels(path: Path, n: int, classes: int) -> np.ndarray:
-    labels, span = _array(path), ""
-    labels = labels[:, 0] if labels.shape[1:] == (1,) else labels
-    if labels.dtype.kind in "iuf" and labels.size:
-        with np.errstate(invalid="ignore"):  # casts of NaN
-            numbers = labels.astype(np.int32, copy=False)
-        # Out-of-range labels would silently make the cross-entropy NaN.
-        in_range = numbers.min() >= 0 and numbers.max() < classes
-        if labels.shape == (n,) and in_range and (numbers == labels).all():
-            return numbers
-        span = f" from {labels.min()} to {labels.max()}"
-    expected = f"integers from 0 to {classes - 1}, one for each of {n} images"
-    raise _unfit(path, f"holds {labels.dtype} {list(labels.shape)}{span}; expected {expected}")
-
-
-def _array(path: Path) -> np.ndarray:
-    try:
-        return np.lib.format.open_memmap(path, mode="r")  # refuses pickled objects
-    except Exception as error:  # a damaged header raises many types
-        # NumPy's message is not included: it may quote pixels that it parsed as a header.
-        found = f"can't be read ({type(error).__name__}): it is missing, truncated or not an array"
-        raise _unfit(path, found) from error
-
-
-def _unfit(path: Path, found: str) -> ValueError:
-    hint = f" Delete {path.parent}: the next call writes it again."
-    return ValueError(f"{path} {found}.{hint if path.parent.name == 'decoded' else ''}")
 
 
 def _decoded(name: str, split: str, root: Path) -> Images:
@@ -117,7 +96,10 @@ def _decoded(name: str, split: str, root: Path) -> Images:
     folder, kind = root / name, STORED[name]
     tfds_folder = prepared.newest(folder) or prepared.newest(root / (kind.tfds_name or name))
     try:
-        note = _note(folder, tfds_folder) or _decode(name, root, tfds_folder)
+        note = _note(folder, tfds_folder)
+        if not (note or tfds_folder) and (found := formats.of_torchvision(root, name)):
+            return formats.read(*found, split, kind)
+        note = note or _decode(name, root, tfds_folder)
     except ConnectionError as error:
         program = f'from sgd_sparse_jax import data; data.load_images("{name}", "train")'
         raise FileNotFoundError(
