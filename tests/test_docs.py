@@ -135,7 +135,8 @@ def test_measurements_of_the_users_are_those_of_the_final_weights(
     monkeypatch.chdir(tmp_path)
     names, printed = run_examples("your_own.md")
     assert names["special"].shape == (4, 2, 3) and names["losses"].shape == (4, 2, 1)
-    assert printed.splitlines()[2].split()[1] == printed.splitlines()[3]  # of the saved state
+    images, _, _, last, saved = printed.splitlines()[:5]
+    assert images == "(20, 8, 8, 3) ('0', '1', '2')" and last.split()[1] == saved
     weights = np.asarray(names["params"]["layer1"]["kernel"])
     expected = np.mean(np.abs(weights).max(0) ** 2 / (weights**2).sum(0))
     assert names["specialization"](names["params"]) == pytest.approx(expected)
