@@ -1,6 +1,7 @@
 """README and docs: examples run, commands parse, tables are the recorded results."""
 
 import contextlib
+import dataclasses
 import importlib
 import io
 import itertools
@@ -20,6 +21,7 @@ from experiments.launch import cli
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
+GUIDES = ("getting_started", "choosing", "coming_from", "your_own", "pitfalls")
 MODULES = r"experiments\.\w+$|benchmarks\.(deep|scaling)$"  # others import optional packages
 
 
@@ -55,6 +57,20 @@ def test_every_command_line_parses(page):
         if hasattr(module, "grid_type") or hasattr(module, "Config"):
             config = module.grid_type() if hasattr(module, "grid_type") else module.Config
             cli.parse(config, flags, settings=getattr(module, "SETTINGS", None))
+
+
+def test_names_and_flags_in_the_guides_exist():
+    """Except flags of the released code that are not here."""
+    text = "".join((ROOT / "docs" / f"{name}.md").read_text("utf-8") for name in GUIDES)
+    for module, name in set(re.findall(r"\b(train|measure|models|data)\.([a-z_]+)\b", text)):
+        library = importlib.import_module(f"sgd_sparse_jax.{module}")
+        assert name in ("py", "npz") or hasattr(library, name), (module, name)
+    commands = [path.stem for path in (ROOT / "experiments").glob("[a-z]*.py")]
+    modules = [importlib.import_module(f"experiments.{name}") for name in commands]
+    configs = [module.Config for module in modules if hasattr(module, "Config")]
+    known = {field.name for config in configs for field in dataclasses.fields(config)}
+    used = set(re.findall(r"--([a-z]\w*)", " ".join(re.findall(r"`([^`\n]+)`", text))))
+    assert used - known == {"attack", "at_pred_label", "gpu", "n_eval_every_k_iter"}
 
 
 def test_the_commands_of_the_pages_are_found():
