@@ -4,7 +4,9 @@ import ast
 import inspect
 import os
 import re
+import shutil
 import textwrap
+from pathlib import Path
 
 project = "sgd_sparse_jax"
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
@@ -18,6 +20,7 @@ html_theme_options = {"footer_content_items": [], "navbar_persistent": []}
 nb_execution_mode = "force" if os.environ.get("CI") else "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
+os.environ["JUPYTER_COLUMNS"] = "84"  # rich's tables fit the page
 
 autodoc_default_options = {"members": True, "member-order": "bysource"}
 autodoc_typehints = "none"  # `as_written` has them
@@ -47,7 +50,18 @@ def as_rst(app, what, name, obj, options, lines):
     lines[:] = "".join(parts).split("\n")
 
 
+def offer_notebook(app, page, template, context, doctree):
+    """Adds the executed page to its download button as .ipynb."""
+    notebook = Path(app.outdir).parent / "jupyter_execute" / f"{page}.ipynb"
+    if notebook.exists():
+        copy = Path(app.outdir) / "_sources" / f"{page}.ipynb"
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(notebook, copy)
+        context["ipynb_source"] = f"{page}.ipynb"
+
+
 def setup(app):
-    """Before napoleon, which makes field lists of the sections."""
+    """Docstrings are processed before napoleon, which makes field lists of their sections."""
+    app.connect("html-page-context", offer_notebook)
     app.connect("autodoc-process-signature", as_written)
     app.connect("autodoc-process-docstring", as_rst, priority=400)

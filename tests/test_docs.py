@@ -20,6 +20,7 @@ from experiments.launch import cli
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES += sorted((ROOT / "docs" / "notebooks").glob("*.md"))  # `.ci/run` executes their cells
 
 GUIDES = ("getting_started", "choosing", "coming_from", "your_own", "pitfalls")
 MODULES = r"experiments\.\w+$|benchmarks\.(deep|scaling)$"  # others import optional packages
