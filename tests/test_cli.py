@@ -162,3 +162,34 @@ def test_the_list_of_commands_has_all_of_them():
     found = {line.split()[2] for line in shown.splitlines() if line.startswith("python -m")}
     paths = (root / "experiments").glob("[a-z]*.py")
     assert found == {f"experiments.{path.stem}" for path in paths}
+
+
+COMPLETE = """
+source docs/completion.sh
+while IFS= read -r line; do
+    mapfile -td ' ' COMP_WORDS < <(printf '%s' "$1 -m $line")
+    [[ $line == *' ' ]] && COMP_WORDS+=("")
+    COMP_CWORD=$((${#COMP_WORDS[@]} - 1)) COMPREPLY=()
+    _experiments "$1"
+    echo "${COMPREPLY[@]}"
+done
+"""
+
+
+def test_bash_completes_commands_flags_and_values():
+    wanted = {
+        "experiments.diag": "experiments.diag_implicit_bias experiments.diag_nets",
+        "experiments.diag_nets --setting ": "d1 d2",
+        "experiments.diag_nets --seeds 3 --sam": "--sam_rho --sam_of",
+        "experiments.diag_nets values": "",  # a word of a description
+        "pytest --": "",
+    }
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "bash", sys.executable],
+        cwd=Path(__file__).parents[1],
+        input="".join(f"{line}\n" for line in wanted),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == list(wanted.values()) and not done.stderr
