@@ -14,9 +14,11 @@ Features: TypeAlias = dict[str, jax.Array]  # by block, in depth order
 Classified: TypeAlias = tuple[Float[Array, "b classes"], Features]
 
 EPSILON = 1e-5  # of norms, added to the variance
-he_normal = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+he_normal: nn.initializers.Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 # Torch's default for a linear layer: uniform on +-1 / sqrt(fan_in).
-uniform_fan_in = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+uniform_fan_in: nn.initializers.Initializer = nn.initializers.variance_scaling(
+    1 / 3, "fan_in", "uniform"
+)
 
 
 class Layers(NamedTuple):

@@ -93,4 +93,4 @@ class ResNet(nn.Module):
         return layers.dense(self.classes)(x), features
 
 
-PreActResNet = partial(ResNet, pre_activation=True, binary_logit=True)
+PreActResNet: partial[ResNet] = partial(ResNet, pre_activation=True, binary_logit=True)

@@ -14,7 +14,8 @@ from .layers import Features
 
 Initializer: TypeAlias = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
-gaussian = nn.initializers.normal  # (scale): independent entries scale N(0, 1)
+# (scale): independent entries scale N(0, 1)
+gaussian: Callable[..., Initializer] = nn.initializers.normal
 
 
 class DiagonalNet(nn.Module):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import ArrayLike
 from optax import Schedule
@@ -117,7 +118,7 @@ def _warmup_then_decay(t, before, factor, exponent, *, until: float, clean: bool
     return jnp.where(before(until), _warmup(t, factor, exponent), decayed)
 
 
-RELEASED: dict[str, Callable] = {
+RELEASED: dict[str, Callable[..., jax.Array]] = {
     "constant": lambda t, *_: jnp.ones_like(t),
     "piecewise": _piecewise,
     "piecewise_10_100": _piecewise,

@@ -194,7 +194,7 @@ def sweep(
     vectorized: int | None = None,
     mesh: Mesh | None = None,
     compiler_options: dict[str, Any] | None = None,
-    **options,
+    **options: Any,
 ) -> PyTree[np.ndarray]:
     """`make_sweep(run, chunk=chunk, ...)(keys, points, **options)`, for a single sweep.
 
