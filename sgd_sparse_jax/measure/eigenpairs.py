@@ -183,6 +183,9 @@ def lanczos_sharpness(
         start: Any vector that isn't orthogonal to the eigenvector; random, or an earlier one.
         steps: Number of products; at most the dimension.
 
+    Raises:
+        ValueError: If `steps` is below 1.
+
     Example:
         >>> A = lambda v: jnp.array([1.0, 4.0, 2.0]) * v
         >>> value, residual = lanczos_sharpness(A, jnp.ones(3))

@@ -27,15 +27,20 @@ def make_evaluation(
 ) -> Callable[..., dict[str, Any]]:
     """(key, params, stats, n) -> mean loss and error of a classifier over the first n examples.
 
-    `fetch(key, idx)` gathers examples, `batch` at a time. If it is a `jax.tree_util.Partial(f,
-    *arrays)`, its arrays are arguments of the compiled program; as constants, XLA takes seconds per
-    100 MB. `shard` constrains the sharding of `idx` (default: none).
-
-    `sample(block, features) -> [b, m]` adds, for each block of features, `active/BLOCK`, the share
-    of positive entries, and `dead/BLOCK`, the share of units that are positive for no example;
-    `distinct(units [n, m]) -> share` also adds `distinct/BLOCK`, its value for the sampled units.
     There is one forward pass per example. The returned function has an optional argument
     `on_batch`, called after each batch.
+
+    Args:
+        network: The classifier; its statistics are not updated.
+        loss: (out, y) -> one number per example.
+        fetch: (key, idx) -> a batch. If it is a `jax.tree_util.Partial` of arrays, they are
+            arguments of the compiled program; as constants, XLA takes seconds per 100 MB.
+        batch: Number of examples at a time.
+        sample: (block, features) -> units [b, m] of each block of features; adds `active/BLOCK`,
+            the share of positive entries, and `dead/BLOCK`, the share of units that are positive
+            for no example.
+        distinct: (units [n, m]) -> share; adds `distinct/BLOCK`, its value for the sampled units.
+        shard: Constrains the sharding of `idx` (default: no constraint).
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs

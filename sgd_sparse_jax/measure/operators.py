@@ -155,6 +155,9 @@ def restrict(operator: Operator, keep: Callable[[str], bool]) -> Operator:
         keep: Whether a parameter is in the block, by its path in the pytree, "Dense_0/kernel". The
             block's vectors are dicts from path to array.
 
+    Raises:
+        ValueError: If no parameter is in the block.
+
     Example:
         >>> loss = lambda params: params["w"] ** 2 + params["b"] ** 2 * params["w"]
         >>> whole = hessian(loss, {"w": jnp.array(1.0), "b": jnp.array(2.0)})

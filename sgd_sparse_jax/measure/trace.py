@@ -29,6 +29,9 @@ def trace(
         sketch: Columns of Omega, two products each (default: none).
         tol: Relative standard error at which sampling stops (default: after all probes).
 
+    Raises:
+        ValueError: If there are no probes, or `sketch` exceeds the number of parameters.
+
     Example:
         >>> import jax, jax.numpy as jnp
         >>> A = Operator(lambda v: jnp.arange(4.0) * v, jnp.zeros(4))
@@ -100,6 +103,9 @@ def spectral_density(
         key: Of the random vectors.
         probes: Number of start vectors, at most p; standard errors need two or more.
         steps: Lanczos steps from each start vector.
+
+    Raises:
+        ValueError: If `probes` or `steps` is out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -43,12 +43,20 @@ def build(
     dropout: float = 0.0,
     softplus: int = 0,
 ) -> nn.Module:
-    """Builds the image classifier `name`, a key of `NETWORKS`, with convolutions in `dtype`.
+    """Builds the image classifier `name`, a key of `NETWORKS`.
 
-    `width` is the width of the first stage (default 64), the widening factor of wrn28 (10) or the
-    growth rate of densenet100_12 (12). Pre-activation networks also have `dropout`, the rate before
-    the second convolution of a block, and `softplus`, the beta of softplus in place of ReLU (0:
-    ReLU). Raises ValueError for an unknown name or an option the network doesn't have.
+    Args:
+        name: Of the network.
+        classes: Number of outputs.
+        width: Width of the first stage (default: 64), widening factor of wrn28 (10) or growth rate
+            of densenet100_12 (12).
+        dtype: Of convolutions.
+        dropout: Rate before the second convolution of a block, of pre-activation networks.
+        softplus: beta of softplus in place of ReLU, of the same networks (0: ReLU).
+
+    Raises:
+        ValueError: For an unknown name, an option that the network doesn't have, or an odd width
+            with GroupNorm.
 
     Example:
         >>> net = build("resnet18_gn", classes=10, width=16, dropout=0.1)

@@ -38,7 +38,10 @@ def piecewise_decay(
 ) -> Schedule:
     """`schedule` until boundaries[0]; then its value there, divided by all factors so far.
 
-    `boundaries` are increasing; factors[i] divides the values from step boundaries[i] on.
+    Args:
+        schedule: Step size as a function of the step.
+        boundaries: Increasing steps, which may be traced.
+        factors: factors[i] divides the values from step boundaries[i] on.
 
     Example:
         >>> decayed = piecewise_decay(lambda step: 8.0, [10, 20], [2.0, 4.0])
@@ -78,7 +81,8 @@ def released_schedule(
       the released code takes (f / .5) `warmup_factor` as the value reached: at f = .1 and factor 1
       it decays to 1/50, not 1/10. `piecewise_0Fepochs_clean` takes the value actually reached.
 
-    Raises ValueError for an unknown name.
+    Raises:
+        ValueError: For an unknown name.
 
     Example:
         >>> schedule = released_schedule("piecewise", 0.5, steps_per_epoch=10, epochs=4)

@@ -51,9 +51,19 @@ def record_run(
 ) -> tuple[TrainState, tuple[PyTree[jax.Array], ...]]:
     """One run to step `num_steps`: (final state, records), records[i] stacked along probes[i].at.
 
-    Probes don't change the run, and cost nothing between their records. `state` may be at any step,
-    so that a saved run continues. Raises ValueError if the `at` of a probe isn't increasing or
-    exceeds [state.step, num_steps], with 0 as the lower end if `state` is traced.
+    Probes don't change the run, and cost nothing between their records.
+
+    Args:
+        key: Of the order of examples, augmentation and noise.
+        sampler: Indices of the batches, such as `with_replacement(n, b)`.
+        segment: The compiled steps, of `make_segment`.
+        state: At any step, so that a saved run continues.
+        probes: What is recorded, and before which steps.
+        num_steps: Number of the last step.
+
+    Raises:
+        ValueError: If the `at` of a probe isn't increasing or exceeds [state.step, num_steps], with
+            0 as the lower end if `state` is traced.
 
     Example:
         >>> from sgd_sparse_jax import train, types
@@ -120,18 +130,26 @@ def make_sweep(
 ) -> Callable[..., PyTree[np.ndarray]]:
     """sweep(keys, points): `run(key, point)` for all pairs, leaves [len(keys), points, ...].
 
-    One program, compiled at the first call, executes `chunk` runs per device of `mesh` at a time
-    (default: all devices of all hosts); results are gathered in host memory. Run (i, j) is
-    `run(keys[i], points[j])`, independent of the numbers of seeds, points and devices, and `chunk`.
-    `vectorized` runs of a chunk are vmapped at a time, in a compiled loop (default: all at once).
-    For diagonal networks on CPUs, 1 is three times faster, with the flag of docs/fast.md.
-    `compiler_options` are those of `jax.jit`.
+    One program, compiled at the first call, executes all runs; results are gathered in host memory.
+    Run (i, j) is `run(keys[i], points[j])`, independent of the numbers of seeds, points and
+    devices, and `chunk`.
 
-    Leaves of the pytree `points` have one entry per point; ValueError otherwise. Options of sweep:
-    `on_chunk(done)` is called after each chunk with the number of finished runs. `store`, a mapping
-    from strings to dicts of arrays, caches chunks: with a store on disk, an interrupted sweep
-    continues. A chunk is named by a digest of keys, points, chunk size, shapes of the results, and
-    `fingerprint`, a string that identifies everything else that `run` depends on.
+    Options of sweep: `on_chunk(done)` is called after each chunk with the number of finished runs.
+    `store`, a mapping from strings to dicts of arrays, caches chunks: with a store on disk, an
+    interrupted sweep continues. A chunk is named by a digest of keys, points, chunk size, shapes of
+    the results, and `fingerprint`, a string that identifies everything else that `run` depends on.
+
+    Args:
+        run: (key, point) -> a pytree of arrays.
+        chunk: Runs per device at a time.
+        vectorized: Runs of a chunk that are vmapped at a time, in a compiled loop (default: all at
+            once). For diagonal networks on CPUs, 1 is three times faster, with the flag of
+            docs/fast.md.
+        mesh: The devices (default: all of all hosts).
+        compiler_options: Those of `jax.jit`.
+
+    Raises:
+        ValueError: By sweep, if leaves of the pytree `points` differ in their number of points.
 
     Example:
         >>> sweep = make_sweep(lambda key, point: point["scale"] * jr.normal(key))
@@ -238,7 +256,11 @@ def labelled(
 ) -> "xarray.Dataset":
     """Results of a sweep over `grid(**axes)` as an xarray.Dataset with dims seed, *axes, *records.
 
-    `records[name]` names the remaining dims of the result `name`; `coords` are their coordinates.
+    Args:
+        results: Arrays [seeds, points, ...] by name.
+        axes: Those of `grid`, in the same order.
+        records: Names of the remaining dims of each result.
+        coords: Coordinates of these dims.
 
     Example:
         >>> data = labelled({"loss": np.zeros((5, 6))}, axes={"lr": [0.1, 0.2], "b": [1, 2, 4]})
