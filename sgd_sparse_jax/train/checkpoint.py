@@ -31,9 +31,14 @@ def open_checkpoints(
 ) -> "Iterator[ocp.CheckpointManager]":
     """A context with the manager of a folder of states; its exit waits for pending saves.
 
-    The newest `keep` states are kept (None: all). `read_only` creates and removes nothing. Raises
-    OSError if the folder can't be written or a background save failed; ValueError for a path that
-    `checkpoint_path` rejects.
+    Args:
+        directory: The folder.
+        keep: Number of states, the newest ones, that are kept (None: all).
+        read_only: Whether nothing is created or removed.
+
+    Raises:
+        OSError: If the folder can't be written or a background save failed.
+        ValueError: For a path that `checkpoint_path` rejects.
 
     Example:
         >>> import tempfile
@@ -113,9 +118,15 @@ def save(
 ) -> None:
     """Saves `state` under its step, asynchronously; its buffers may be donated right away.
 
-    `about` holds JSON values that identify the run (network, batch size, ...), `progress` those
-    that `restore` returns with the state. With several hosts, all must call it. Raises OSError if
-    this save or the previous one failed; ValueError if the folder has this step or a newer one.
+    Args:
+        checkpoints: The manager, of `open_checkpoints`; with several hosts, all must call `save`.
+        state: The state.
+        about: JSON values that identify the run (network, batch size, ...).
+        progress: JSON values that `restore` returns with the state.
+
+    Raises:
+        OSError: If this save or the previous one failed.
+        ValueError: If the folder has this step or a newer one.
 
     Example:
         >>> import tempfile
@@ -146,10 +157,16 @@ def restore(
 ) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest readable state and its progress; None if nothing is saved.
 
-    `like` is a state, or `jax.ShapeDtypeStruct`s with shardings, which the result will have. Newer,
-    damaged states are moved to `damaged-STEP`, with a warning. Raises ValueError if `about` differs
-    in a name that both have, if names, shapes or dtypes of arrays differ, or if all states are
-    damaged.
+    Newer, damaged states are moved to `damaged-STEP`, with a warning.
+
+    Args:
+        checkpoints: The manager, of `open_checkpoints`.
+        like: A state, or `jax.ShapeDtypeStruct`s with shardings, which the result will have.
+        about: That of `save`, compared in the names that both have.
+
+    Raises:
+        ValueError: If `about` differs, if names, shapes or dtypes of arrays differ, or if all
+            states are damaged.
 
     Example:
         >>> import tempfile
@@ -179,9 +196,13 @@ def restore(
 def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Params, Stats]:
     """Parameters and statistics of a saved state, without its optimizer, average and step.
 
-    `path` is the folder of a run or of its states (the newest is read), or a single state. `params`
-    and `stats` are arrays, or `jax.ShapeDtypeStruct`s with shardings, which the saved ones must
-    match. Raises ValueError if nothing is saved, or the state is damaged or has other arrays.
+    Args:
+        path: The folder of a run or of its states (the newest is read), or a single state.
+        params: Arrays, or `jax.ShapeDtypeStruct`s with shardings, which the saved ones must match.
+        stats: The same for the statistics.
+
+    Raises:
+        ValueError: If nothing is saved, or the state is damaged or has other arrays.
 
     Example:
         >>> import tempfile
@@ -199,8 +220,10 @@ def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
     """A saved state to continue with other settings; `path` as in `load_weights`.
 
     Optimizer arrays that both have are those of the saved state (the step count; momentum, if both
-    use it), all others those of `like`. Raises ValueError if there is no state, it is damaged, or
-    the networks differ.
+    use it), all others those of `like`.
+
+    Raises:
+        ValueError: If there is no state, it is damaged, or the networks differ.
 
     Example:
         >>> import tempfile
