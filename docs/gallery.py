@@ -105,7 +105,7 @@ ENTRIES = (
         "T3: three layers",
         "python -m experiments.fc_nets --setting three-layer",
         f"{TOYS}/fc_nets/three-layer/figures/fc_nets_three-layer.png",
-        "The later the decay, the sparser both layers become, in particular the deeper one.",
+        "The later the decay, the sparser both layers become; the deeper one a little more.",
     ),
     Entry(
         "Phases of D1: step size and time of the decay",

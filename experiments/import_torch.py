@@ -10,9 +10,11 @@ is checked. Nothing in the file is executed. `experiments.export_torch` is the w
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import tyro
@@ -38,6 +40,9 @@ class Config:
     """Width, as in resnet_cifar."""
     dataset: str = "cifar10"
     """Data set, which decides the number of classes and channels."""
+    order: str = ""
+    """Text file with the names of the arrays of a .safetensors file, which sorts them, in the order
+    of net.state_dict(), a name per line. Files of export_torch contain it."""
     step: ranges.CountOrNone = 0
     """Steps that the weights were trained for: --fork_from OUT --fork_step STEP continues there."""
     out: str = "runs/imported"
@@ -55,11 +60,17 @@ def run(config: Config) -> Path:
     devices.set_up_deep(deterministic=False)
     flags = Training(model=config.model, model_width=config.model_width, dataset=config.dataset)
     network, shape = setup.network_of(flags)
-    tensors = torch_files.read(Path(config.file).expanduser())
-    params, stats = state_dict.from_state_dict(network, shape, tensors)
+    file, order = (Path(name).expanduser() for name in (config.file, config.order))
+    tensors = torch_files.read(file, order if config.order else None)
+    try:
+        params, stats = state_dict.from_state_dict(network, shape, tensors)
+    except ValueError as error:
+        cure = " The file sorts its arrays: give their order by --order FILE."
+        raise ValueError(f"{error}{cure if file.suffix == '.safetensors' else ''}") from error
     tx = setup.optimizer(lambda step: jnp.zeros(()), flags.momentum or None, flags.l2_reg or None)
     x = jnp.zeros((1, *shape), jnp.float32)
-    state = train.init_state(jr.key(0), network, tx, x, averaged=True, params=params)
+    begin = partial(train.init_state, jr.key(0), network, tx, x, averaged=True)
+    state = jax.jit(begin)(params=params)  # without the random weights, which nothing needs
     state = state._replace(stats=stats, step=jnp.asarray(config.step, state.step.dtype))
     folder = Path(config.out).expanduser().absolute()
     records.open_run(folder, flags)

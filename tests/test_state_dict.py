@@ -86,3 +86,34 @@ def test_a_file_that_would_execute_code_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
         import_torch.main([str(tmp_path / "net.pth"), f"--out={tmp_path / 'run'}"])
     assert not (tmp_path / "harm").exists() and "net.pth" in capsys.readouterr().err
+
+
+def test_a_safetensors_file_returns_and_a_sorted_one_needs_its_order(tmp_path, capsys):
+    numpy = pytest.importorskip("safetensors.numpy")
+    flags = ["--model=resnet_tiny", "--model_width=2"]
+    network = models.from_linen(models.build("resnet_tiny", classes=10, width=2))
+    shapes = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *SHAPE)))
+    draw = np.random.default_rng(0).normal
+    weights = jax.tree.map(lambda leaf: jnp.asarray(draw(size=leaf.shape), jnp.float32), shapes)
+    own = state_dict.to_state_dict(network, SHAPE, *weights)
+    # Names of a PyTorch network, which do not sort in the order of its layers.
+    sort = {"Conv": "conv", "BatchNorm": "bn", "Dense": "linear"}
+    kinds = [(name, next(new for old, new in sort.items() if old in name)) for name in own]
+    foreign = {f"{kind}{i}.{n.rpartition('.')[2]}": own[n] for i, (n, kind) in enumerate(kinds)}
+    contiguous = {name: np.ascontiguousarray(a) for name, a in foreign.items()}
+    numpy.save_file(contiguous, tmp_path / "net.safetensors")
+    (tmp_path / "order.txt").write_text("\n".join(foreign))
+    command = [str(tmp_path / "net.safetensors"), *flags, f"--out={tmp_path / 'run'}"]
+    with jax.enable_x64(False):
+        with pytest.raises(SystemExit):
+            import_torch.main(command)
+        assert "--order" in capsys.readouterr().err
+        import_torch.main([*command, f"--order={tmp_path / 'order.txt'}"])
+        for i in range(2):  # files of export_torch have their order
+            again = tmp_path / f"{i}.safetensors"
+            export_torch.main([str(tmp_path / ("run1" if i else "run")), f"--out={again}"])
+            import_torch.main([str(again), *flags, f"--out={tmp_path / f'run{i + 1}'}"])
+            found = numpy.load_file(again)
+            assert found.keys() == own.keys()
+            for name, array in own.items():
+                np.testing.assert_array_equal(found[name], array)

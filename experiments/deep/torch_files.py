@@ -9,17 +9,29 @@ import numpy as np
 from experiments.launch import cli
 from experiments.storage import files
 
+ORDER = "order"  # of names, in the metadata of a .safetensors file
 
-def read(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a state dict by name; ValueError for other files, or a missing package."""
+
+def read(path: Path, order: Path | None = None) -> dict[str, np.ndarray]:
+    """The arrays of a state dict by name; ValueError for other files, or a missing package.
+
+    A .safetensors file sorts them: `order`, a text file with their names, or the file's own note of
+    it, as `write` adds, puts them in the network's order.
+    """
     if not path.is_file():
         raise ValueError(f"{path} is not a file.")
     if path.suffix == ".safetensors":
         try:
-            from safetensors.numpy import load_file
+            from safetensors import safe_open
         except ImportError:
             raise ValueError(f"{path} needs a package: pip install safetensors.") from None
-        return load_file(path)
+        with safe_open(path, "np") as file:
+            note = order.read_text() if order else (file.metadata() or {}).get(ORDER, "")
+            names = note.split() or file.keys()
+            if set(names) != set(file.keys()):
+                differing = sorted(set(names) ^ set(file.keys()))
+                raise ValueError(f"{path} and the order of its arrays differ in {differing[0]}.")
+            return {name: file.get_tensor(name) for name in names}
     try:
         import torch
     except ImportError:
@@ -44,7 +56,8 @@ def write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     if path.suffix == ".safetensors":
         from safetensors.numpy import save
 
-        files.write_bytes(path, save({n: np.ascontiguousarray(a) for n, a in arrays.items()}))
+        contiguous = {name: np.ascontiguousarray(a) for name, a in arrays.items()}
+        files.write_bytes(path, save(contiguous, {ORDER: "\n".join(arrays)}))
         return
     import torch
 
