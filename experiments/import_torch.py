@@ -41,8 +41,8 @@ class Config:
     dataset: str = "cifar10"
     """Data set, which decides the number of classes and channels."""
     order: str = ""
-    """Text file with the names of the arrays of a .safetensors file, which sorts them, in the order
-    of net.state_dict(), a name per line. Files of export_torch contain it."""
+    """Text file with the names of the arrays in the order of net.state_dict(), a name per line, for
+    a .safetensors file, which sorts them. Files of export_torch contain their order."""
     step: ranges.CountOrNone = 0
     """Steps that the weights were trained for: --fork_from OUT --fork_step STEP continues there."""
     out: str = "runs/imported"
@@ -60,13 +60,16 @@ def run(config: Config) -> Path:
     devices.set_up_deep(deterministic=False)
     flags = Training(model=config.model, model_width=config.model_width, dataset=config.dataset)
     network, shape = setup.network_of(flags)
-    file, order = (Path(name).expanduser() for name in (config.file, config.order))
-    tensors = torch_files.read(file, order if config.order else None)
+    tensors = torch_files.read(Path(config.file).expanduser())
+    if config.order:
+        names = Path(config.order).expanduser().read_text().split()
+        tensors = torch_files.in_order(tensors, names)
     try:
         params, stats = state_dict.from_state_dict(network, shape, tensors)
     except ValueError as error:
-        cure = " The file sorts its arrays: give their order by --order FILE."
-        raise ValueError(f"{error}{cure if file.suffix == '.safetensors' else ''}") from error
+        is_sorted = list(tensors) == sorted(tensors)
+        hint = " The file sorts its arrays: give their order by --order FILE." if is_sorted else ""
+        raise ValueError(f"{error}{hint}") from error
     tx = setup.optimizer(lambda step: jnp.zeros(()), flags.momentum or None, flags.l2_reg or None)
     x = jnp.zeros((1, *shape), jnp.float32)
     begin = partial(train.init_state, jr.key(0), network, tx, x, averaged=True)

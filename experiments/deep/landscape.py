@@ -17,7 +17,7 @@ import optax
 from experiments.deep import config as flags, setup
 from experiments.figures import maps, plots, progress, terminal
 from experiments.storage import arrays
-from sgd_sparse_jax import data, measure, train
+from sgd_sparse_jax import data, measure, models, train
 from sgd_sparse_jax.types import Params, Stats
 
 Kind = Literal["random", "path", "curvature"]
@@ -48,14 +48,15 @@ def map_run(run: str, kind: Kind, images: int, points: int) -> Path:
     start, folder = time.perf_counter(), Path(run).expanduser().absolute()
     with setup.naming("run"):
         config = flags.of_folder(folder)
-    network, shape = setup.network_of(config)
+    whole = data.load_images(config.dataset, "train", data_dir=config.data_dir or None)
+    network = models.from_linen(setup.build(config, len(whole.class_names)))
+    shape = whole.images.shape[1:]
     path = states(folder, network, shape)
     if kind == "path" and len(path) < 3:
         raise ValueError(
             f"--plane is path, but {folder} has {len(path)} saved states; train with "
             "--save_model_each_k_epochs, or choose --plane random."
         )
-    whole = data.load_images(config.dataset, "train", data_dir=config.data_dir or None)
     some = whole._replace(images=whole.images[:images], labels=whole.labels[:images])
     fetch = setup.make_fetch(setup.placed(some, train.data_mesh()), shape)
     batch = fetch(jr.key(0), jnp.arange(len(some.labels)))

@@ -12,11 +12,10 @@ from experiments.storage import files
 ORDER = "order"  # of names, in the metadata of a .safetensors file
 
 
-def read(path: Path, order: Path | None = None) -> dict[str, np.ndarray]:
+def read(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a state dict by name; ValueError for other files, or a missing package.
 
-    A .safetensors file sorts them: `order`, a text file with their names, or the file's own note of
-    it, as `write` adds, puts them in the network's order.
+    A .safetensors file sorts them; those of `write` have a note of the network's order.
     """
     if not path.is_file():
         raise ValueError(f"{path} is not a file.")
@@ -26,12 +25,9 @@ def read(path: Path, order: Path | None = None) -> dict[str, np.ndarray]:
         except ImportError:
             raise ValueError(f"{path} needs a package: pip install safetensors.") from None
         with safe_open(path, "np") as file:
-            note = order.read_text() if order else (file.metadata() or {}).get(ORDER, "")
-            names = note.split() or file.keys()
-            if set(names) != set(file.keys()):
-                differing = sorted(set(names) ^ set(file.keys()))
-                raise ValueError(f"{path} and the order of its arrays differ in {differing[0]}.")
-            return {name: file.get_tensor(name) for name in names}
+            found = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            note = (file.metadata() or {}).get(ORDER, "")
+        return in_order(found, note.split()) if note else found
     try:
         import torch
     except ImportError:
@@ -49,6 +45,13 @@ def read(path: Path, order: Path | None = None) -> dict[str, np.ndarray]:
             f"{path} has no state dict; save one with torch.save(net.state_dict(), ...)."
         )
     return {str(name): tensor.numpy() for name, tensor in found.items()}
+
+
+def in_order(arrays: Mapping[str, np.ndarray], names: list[str]) -> dict[str, np.ndarray]:
+    """The arrays in the order of `names`; ValueError if these aren't all of their names."""
+    if differing := sorted(set(names) ^ set(arrays)):
+        raise ValueError(f"The arrays and the order of their names differ in {differing[0]}.")
+    return {name: arrays[name] for name in names}
 
 
 def write(path: Path, arrays: dict[str, np.ndarray]) -> None:

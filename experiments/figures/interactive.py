@@ -160,7 +160,8 @@ def page(content: dict[str, Any], runs: Sequence[series.Run]) -> "Document":
     status = models.Div(text="", sizing_mode="stretch_width")
     sliders = [slider(name, values) for name, values in list(several.items())[:MOST_SLIDERS]]
     figures = panels()
-    plots = column(figures[0][2 * len(logs.active)], sizing_mode="stretch_width")
+    initial = figures[0][2 if logs.active else 0]  # linear x; y as in `logs`
+    plots = column(initial, sizing_mode="stretch_width")
 
     table_source, table = runs_table(content)
     names: dict[str, Any] = {"axis": axis, "smoothing": smoothing, "sliders": sliders}

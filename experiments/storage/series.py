@@ -89,13 +89,13 @@ def _of_dataset(folder: Path, settings: dict, data: "xarray.Dataset", finished: 
     values_at = lambda dim: data[dim].values if dim in data.coords else np.arange(data.sizes[dim])
     places = {dim: values_at(dim) for dim in (*dims, *ALONG) if dim in data.sizes}
     # Others, such as vectors of parameters, have further dims.
-    kept = [data[name] for name in names if set(data[name].dims) <= places.keys()]
-    kept = [array.transpose(*(dim for dim in dims if dim in array.dims), ...) for array in kept]
+    chosen = [data[name] for name in names if set(data[name].dims) <= places.keys()]
+    chosen = [array.transpose(*(dim for dim in dims if dim in array.dims), ...) for array in chosen]
     runs = []
     for place in itertools.product(*(range(data.sizes[dim]) for dim in dims)):
         at = dict(zip(dims, place, strict=True))
         curves = {}
-        for array in kept:
+        for array in chosen:
             values = array.values[tuple(at[dim] for dim in dims if dim in array.dims)]
             steps = next((places[dim] for dim in array.dims if dim in ALONG), 0)
             curves[str(array.name)] = (np.atleast_1d(steps) * 1.0, np.atleast_1d(values) * 1.0)

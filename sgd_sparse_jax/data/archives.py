@@ -1,6 +1,5 @@
 """Official archives of image data sets: URLs, checksums and readers."""
 
-import gzip
 import hashlib
 import logging
 import re
@@ -81,19 +80,12 @@ def _cifar(paths, split):
 
 
 def _idx(paths, split):
-    """The IDX format: images after a header of 16 bytes, labels after one of 8."""
-    of_split = paths[:2] if split == "train" else paths[2:]  # images and labels
-    images, labels = (gzip.decompress(path.read_bytes()) for path in of_split)
-    pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 28, 28, 1)
-    return pixels, np.frombuffer(labels, np.uint8, offset=8)
+    images, labels = paths[:2] if split == "train" else paths[2:]
+    return released.idx_array(images, 3)[..., None], released.idx_array(labels, 1)
 
 
 def _svhn(paths, split):
-    """MATLAB files with X [h, w, c, n] and y [n, 1], in which 10 is the digit 0."""
-    from scipy.io import loadmat
-
-    content = loadmat(paths[0 if split == "train" else 1], variable_names=("X", "y"))
-    return content["X"].transpose(3, 0, 1, 2), content["y"][:, 0] % 10
+    return released.svhn_arrays(paths[0 if split == "train" else 1])
 
 
 def _tiny_imagenet(paths, split):

@@ -92,10 +92,10 @@ def cifar_binary(folder: Path, split: str) -> Found:
     return Found(rows[:, -3073], tuple(names), lambda: colour_planes(rows[:, -3072:]))
 
 
-def _idx(path: Path, axes: int) -> np.ndarray:
+def idx_array(path: Path, axes: int) -> np.ndarray:
     """Two zeros, 8 for bytes, the number of axes, their lengths in big-endian, and the bytes."""
-    packed = path.with_name(f"{path.name}.gz")
-    content = gzip.decompress(packed.read_bytes()) if packed.exists() else path.read_bytes()
+    content = path.read_bytes()
+    content = gzip.decompress(content) if path.suffix == ".gz" else content
     if content[:4] != bytes([0, 0, 8, axes]):
         raise ValueError(f"{path} is no IDX file of bytes with {axes} axes")
     shape = np.frombuffer(content, ">u4", axes, offset=4).tolist()
@@ -106,15 +106,23 @@ def idx(folder: Path, split: str) -> Found:
     """IDX files, unpacked or as .gz, in `folder` or in its folder raw."""
     folder = folder / "raw" if (folder / "raw").is_dir() else folder
     name = "train" if split == "train" else "t10k"
-    images, labels = _idx(folder / f"{name}-images-idx3-ubyte", 3), f"{name}-labels-idx1-ubyte"
-    return Found(_idx(folder / labels, 1), (), lambda: images)
+    paths = (folder / f"{name}-{part}-ubyte" for part in ("images-idx3", "labels-idx1"))
+    packed = lambda path: path.with_name(f"{path.name}.gz")
+    images, labels = (packed(path) if packed(path).exists() else path for path in paths)
+    pixels = idx_array(images, 3)
+    return Found(idx_array(labels, 1), (), lambda: pixels)
+
+
+def svhn_arrays(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A MATLAB file with X [h, w, c, n] and y [n, 1], in which 10 is the digit 0."""
+    from scipy.io import loadmat
+
+    with path.open("rb") as file:
+        content = loadmat(file, variable_names=("X", "y"))
+    return content["X"].transpose(3, 0, 1, 2), np.where(content["y"] == 10, 0, content["y"])[:, 0]
 
 
 def svhn(folder: Path, split: str) -> Found:
-    """MATLAB files with X [h, w, c, n] and y [n, 1], in which 10 is the digit 0."""
-    from scipy.io import loadmat
-
-    with (folder / f"{split}_32x32.mat").open("rb") as file:
-        content = loadmat(file, variable_names=("X", "y"))
-    labels = np.where(content["y"] == 10, 0, content["y"])
-    return Found(labels, DIGITS, lambda: content["X"].transpose(3, 0, 1, 2))
+    """The file of a split, train_32x32.mat or test_32x32.mat."""
+    images, labels = svhn_arrays(folder / f"{split}_32x32.mat")
+    return Found(labels, DIGITS, lambda: images)
