@@ -1,12 +1,14 @@
 """Curvature in this library and in PyTorch: eigenvalues and gauges of the same networks and data.
 
-    python -m benchmarks.curvature --data_dir DIR --out benchmarks/results/curvature.json
+    taskset -c 1 python -m benchmarks.curvature --data_dir DIR --out curvature.json
 
-All sides run on one core, in turn; times are those of the core, medians over rounds. `toy` and
+All sides run on one core, in turn; times are those of the core, medians over rounds. (`taskset`
+binds all libraries to it: each that starts two threads on one core is slower than one that starts
+one.) `toy` and
 `mlp`: the largest eigenvalue of the Hessian to a relative residual of 1e-3, by
 `measure.top_eigenpairs` and by power iteration over PyTorch's double backward, from random vectors
 (cold), from the gradient, and from the eigenvector 20 steps of training earlier (warm). `resnet`:
-the same, but PyTorch's iteration runs once; only its products are timed in rounds, and its total is
+the same in one round, but PyTorch's iteration runs once; its products are timed, and its total is
 extrapolated from them. `gauges`: g^T H g / |g|^2 of 64 batches. SciPy's eigsh checks the
 eigenvalues, over curvlinops' Hessian where it is installed, else over PyTorch's double backward.
 
@@ -72,10 +74,9 @@ class Config:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; before JAX starts its threads, the process is bound to one core."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    torch.set_num_threads(1)
+    """The command line, on one core."""
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) > 1:
+        raise SystemExit("Bind the process to one core: taskset -c 1 python -m ...")
     cli.main(Config, run, argv)
 
 
@@ -108,8 +109,8 @@ def measured(case: str, config: Config) -> dict[str, Any]:
     if case == "mlp":
         return {case: eigenvalues(mlp, config)}
     return {
-        "gauges, toy": gauges(problems.chebyshev(), config, size=4, chunk=64),
-        "gauges, mlp": gauges(mlp, config, size=16, chunk=16),
+        "gauges, toy": gauges(problems.chebyshev(), config, size=4, passes=5),
+        "gauges, mlp": gauges(mlp, config, size=16, vectorized=1),
     }
 
 
@@ -136,6 +137,7 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
     torch.manual_seed(0)
     random = [torch.randn_like(p) for p in problem.net.parameters()]
     known = peer.vector(jax.tree.map(lambda leaf: leaf[0], earlier))
+    rounds = 1 if once else config.rounds
     inputs, descend = problem.tensors(), jax.jit(jax.grad(problem.objective, has_aux=True))
 
     def ours(name: str, start: Params | None = None, *, descent: bool = False) -> None:
@@ -169,8 +171,8 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
         "examples": len(problem.batch.x),
         "first_pytorch_run_s": first,
-        "eigenvalue": timing.compare(timed, config.rounds, unit="eigenvalue", clock=CLOCK),
-        "product": products(problem, random, config.rounds, 1 if once else 5),
+        "eigenvalue": timing.compare(timed, rounds, unit="eigenvalue", clock=CLOCK),
+        "product": products(problem, random, rounds, 1 if once else 5),
     }
     if once:
         each = result["product"]["PyTorch"]["us_per_product"]
@@ -204,8 +206,10 @@ def products(problem: Problem, v: peer.Vector, rounds: int, count: int) -> dict[
     return timing.compare(sides, rounds, unit="product", clock=CLOCK)
 
 
-def gauges(problem: Problem, config: Config, *, size: int, chunk: int) -> dict[str, Any]:
-    """g^T H g / |g|^2 of `config.batches` batches on all sides."""
+def gauges(
+    problem: Problem, config: Config, *, size: int, vectorized: int | None = None, passes: int = 1
+) -> dict[str, Any]:
+    """g^T H g / |g|^2 of batches of `size` on all sides, each `passes` times in turn."""
     print(f"-- gauges: {problem.checkpoint}, {config.batches} batches of {size}", flush=True)
     rng, n = np.random.default_rng(0), len(problem.batch.x)
     rows = np.stack([rng.permutation(n)[:size] for _ in range(config.batches)])
@@ -229,11 +233,14 @@ def gauges(problem: Problem, config: Config, *, size: int, chunk: int) -> dict[s
 
     def ours() -> None:
         given = (problem.objective, problem.params, problem.stats, batches)
-        gauge = measure.batch_gauges(*given, chunk=chunk)["batch_sharpness"]
+        how = {"chunk": config.batches, "vectorized": vectorized}
+        gauge = measure.batch_gauges(*given, **how)["batch_sharpness"]
         found["this library"] = gauge.value
 
     sides = {"loop of compiled products": loop, "PyTorch": theirs, "this library": ours}
-    counted = {name: (side, config.batches) for name, side in sides.items()}
+    repeated = lambda side: lambda: [side() for _ in range(passes)]
+    units = passes * config.batches
+    counted = {name: (repeated(side), units) for name, side in sides.items()}
     table = timing.compare(counted, config.rounds, unit="batch", clock=CLOCK)
     spread = max(found.values()) - min(found.values())
     about = {"checkpoint": problem.checkpoint, "batch_size": size, "batch_sharpness": found}

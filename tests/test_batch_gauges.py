@@ -86,9 +86,12 @@ def test_gauges_are_the_recorded_ones():
 def test_the_chunk_changes_nothing():
     """At 1 batch in a program, loops over batches and Lanczos steps run on the host."""
     options = {"hessian": HESSIAN, "lanczos_steps": 6, "key": KEY, **FULL}
-    one, three = (batch_gauges(objective, PARAMS, {}, BATCHES, chunk=c, **options) for c in (1, 3))
-    for name, estimate in three.items():
-        np.testing.assert_allclose(one[name], estimate, rtol=1e-7, err_msg=name)
+    one = batch_gauges(objective, PARAMS, {}, BATCHES, chunk=1, **options)
+    on_host = jax.tree.map(np.asarray, BATCHES)
+    for data, how in ((BATCHES, {}), (BATCHES, {"vectorized": 1}), (on_host, {"vectorized": 2})):
+        three = batch_gauges(objective, PARAMS, {}, data, chunk=3, **how, **options)
+        for name, estimate in three.items():
+            np.testing.assert_allclose(one[name], estimate, rtol=1e-7, err_msg=name)
     assert 0.5 * GOLDEN["minibs"] < one["minibatch_sharpness"].value < GOLDEN["minibs"]
     assert 0.01 < one["minibatch_residual"].value < 1
 

@@ -70,6 +70,7 @@ def batch_gauges(
     key: PRNGKey | None = None,
     tol: float = 0.0,
     chunk: int = 8,
+    vectorized: int | None = None,
 ) -> dict[str, Estimate]:
     """Gauges of the gradients g and Hessians H_B of mini-batches B, with standard errors.
 
@@ -101,13 +102,15 @@ def batch_gauges(
         key: Of the start vector for `lanczos_steps` (default: a fixed one).
         tol: Relative standard error at which sampling stops, once all gauges have reached it
             (default: all batches are used); each gauge's `converged` says whether it has.
-        chunk: Batches per compiled call, vectorized; 8 to 16 are fastest for MLPs on CPUs, since
-            more exceed the cache. With 1, the loops over batches and Lanczos steps run on the host,
-            which is faster for convolutions on CPUs.
+        chunk: Batches per compiled call. With 1, the loops over batches and Lanczos steps run on
+            the host, which is faster for convolutions on CPUs.
+        vectorized: Number of batches that a compiled call computes at once (default: all). On CPUs
+            1 is fastest where the gradients of `chunk` batches exceed the cache, from about 50,000
+            parameters on.
 
     Raises:
-        ValueError: If there are no batches, `chunk` is below 1, or an argument lacks the one that
-            it needs.
+        ValueError: If there are no batches, `chunk` or `vectorized` is below 1, or an argument
+            lacks the one that it needs.
         TypeError: If `batches` isn't one `Batch`.
         FloatingPointError: If the gradient of a batch isn't finite. (Where it is zero, the mean of
             ratios is NaN and not converged.)
@@ -119,9 +122,10 @@ def batch_gauges(
         >>> gauges["batch_sharpness"].value, gauges["ratio_of_means"].value
         (2.0, 2.8)
     """
-    if chunk < 1 or lanczos_steps < 0:
+    if min(chunk, 1 if vectorized is None else vectorized) < 1 or lanczos_steps < 0:
         raise ValueError(
-            f"chunk is {chunk}, lanczos_steps {lanczos_steps}; give at least 1 and at least 0."
+            f"chunk is {chunk}, vectorized {vectorized}, lanczos_steps {lanczos_steps}; give at "
+            "least 1, 1 and 0."
         )
     if gradient is None and (hessian is not None or direction is not None):
         raise ValueError("`hessian` and `direction` need the full batch's `gradient`.")
@@ -131,20 +135,28 @@ def batch_gauges(
     compiled_steps = lanczos_steps if chunk > 1 else 0
     total, seen, gauges, random = _count(batches), [], {}, None
     key = jax.random.key(0) if key is None else key
+    host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batches))
+    batches = batches if host else jax.tree.map(jnp.asarray, batches)
     if compiled_steps:  # one start for all batches; `top_eigenpairs` draws the same
         random = unflatten(generator(key).normal(size=len(flatten(params))), params)
     for start in range(0, total, chunk):
         rows = np.minimum(np.arange(start, start + chunk), total - 1)  # one shape, one program
-        some = jax.tree.map(lambda leaf, rows=rows: _take(leaf, rows), batches)
-        given = (params, stats, opt_state, gradient, direction, random, some)
+        some = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batches) if host else batches
+        rows = np.arange(chunk) if host else rows
+        given = (params, stats, opt_state, gradient, direction, random, some, rows)
         found, grads = _observe(
-            as_tree(objective), update, *given, steps=compiled_steps, whole=hessian is not None
+            as_tree(objective),
+            update,
+            *given,
+            steps=compiled_steps,
+            whole=hessian is not None,
+            vectorized=vectorized,
         )
         found = {name: np.array(value, np.float64) for name, value in found.items()}
         if hessian is not None:
             found["gHg"] = np.array([_quadratic(hessian, grads, i) for i in range(chunk)])
         if lanczos_steps and chunk == 1:
-            one = jax.tree.map(lambda leaf: leaf[0], some)
+            one = jax.tree.map(lambda leaf, row=rows[0]: leaf[row], some)
             at = hessian_at(objective, params, stats, one)
             budget = {"tol": 0.0, "max_matvecs": lanczos_steps, "basis": max(lanczos_steps, 3)}
             pairs = top_eigenpairs(at, 1, key, **budget)
@@ -219,25 +231,15 @@ def _count(batches: Any) -> int:
     return len(batches.x)
 
 
-def _take(leaf: Any, rows: np.ndarray) -> Any:
-    """leaf[rows]: on the host where the leaf is, else compiled, in a tenth of the eager time."""
-    return leaf[rows] if isinstance(leaf, np.ndarray) else _gather(leaf, rows)
-
-
-@jax.jit
-def _gather(leaf, rows):
-    return leaf[rows]
-
-
 def _along(loss: Callable[[Any], Any], params: Any, direction: Any) -> tuple[Any, Any]:
     """(d^T H d / |d|^2, |d|^2) for a direction d, by two forward derivatives; NaN for d = 0."""
-    squared: Any = optax.tree.vdot(direction, direction)
+    squared: Any = _dot(direction, direction)
     unit = optax.tree.scale(jnp.sqrt(squared) ** -1, direction)  # squares of a small d underflow
     slope = lambda params: jax.jvp(loss, (params,), (unit,))[1]
     try:
         curvature = jax.jvp(slope, (params,), (unit,))[1]
     except (NotImplementedError, TypeError):  # functions with a jax.custom_vjp: reverse mode only
-        curvature = optax.tree.vdot(unit, jax.jvp(jax.grad(loss), (params,), (unit,))[1])
+        curvature = _dot(unit, jax.jvp(jax.grad(loss), (params,), (unit,))[1])
     return jnp.where((squared > 0) & jnp.isfinite(squared), curvature, jnp.nan), squared
 
 
@@ -268,7 +270,7 @@ def _gauges(seen: dict[str, np.ndarray], tol: float) -> dict[str, Estimate]:
     return gauges
 
 
-@partial(jax.jit, static_argnames=("steps", "whole"))
+@partial(jax.jit, static_argnames=("steps", "whole", "vectorized"))
 def _observe(
     objective,
     update,
@@ -279,37 +281,46 @@ def _observe(
     direction,
     random,
     batches,
+    rows,
     *,
     steps,
     whole,
+    vectorized,
 ):
-    """Scalars of each batch, and with `whole` the gradients, [batches, ...]."""
+    """Scalars of the batches at `rows`, and with `whole` the gradients, [rows, ...]."""
 
-    def one(batch):
+    def one(row):
+        batch = jax.tree.map(lambda leaf: leaf[row], batches)
         loss = lambda params: value_of(objective(params, stats, batch))
         grad = jax.grad(loss)(params)
         found = {}
         found["rayleigh"], found["g2"] = _along(loss, params, grad)
         if gradient is not None:
             noise = optax.tree.sub(grad, gradient)
-            found["noise"] = optax.tree.vdot(noise, noise)
-            found["full2"] = optax.tree.vdot(gradient, gradient)
+            found["noise"] = _dot(noise, noise)
+            found["full2"] = _dot(gradient, gradient)
             if direction is not None:
                 length = optax.tree.norm(direction, squared=True)
-                found["noise_along"] = optax.tree.vdot(direction, noise) ** 2 / length
+                found["noise_along"] = _dot(direction, noise) ** 2 / length
         if update is not None:
             step = update(grad, opt_state, params)[0]
             found["s_rayleigh"], found["s2"] = _along(loss, params, step)
-            found["fall"] = jnp.negative(optax.tree.vdot(step, grad))
+            found["fall"] = jnp.negative(_dot(step, grad))
         if steps:
             product = lambda v: jax.jvp(jax.grad(loss), (params,), (v,))[1]
             found["top"], found["top_residual"] = lanczos_sharpness(product, random, steps=steps)
         return found, grad if whole else ()
 
-    if len(batches.x) == 1:  # vmap over a single batch makes convolutions slower
-        alone = one(jax.tree.map(lambda leaf: leaf[0], batches))
-        return jax.tree.map(lambda leaf: leaf[None], alone)
-    return jax.vmap(one)(batches)
+    if len(rows) == 1:  # vmap over a single batch makes convolutions slower
+        return jax.tree.map(lambda leaf: leaf[None], one(rows[0]))
+    if vectorized is None:
+        return jax.vmap(one)(rows)
+    return jax.lax.map(one, rows, batch_size=vectorized if vectorized > 1 else None)
+
+
+def _dot(v: Any, w: Any) -> Any:
+    """(v, w); XLA's dot product of long float32 vectors is slower and less accurate on CPUs."""
+    return sum(jnp.sum(a * b) for a, b in zip(*map(jax.tree.leaves, (v, w)), strict=True))
 
 
 def _quadratic(operator: Operator, vectors: Any, i: int) -> float:
