@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+import re
 
 import pytest
 
@@ -50,3 +51,11 @@ def test_every_public_name_has_an_example(subpackage):
     names = public(f"sgd_sparse_jax.{subpackage}")
     assert names
     assert not [name for name, value in names.items() if ">>>" not in (value.__doc__ or "")]
+
+
+@pytest.mark.parametrize("subpackage", (*SUBPACKAGES, "theory.flows"))
+def test_functions_of_several_arguments_describe_each(subpackage):
+    for name, value in public(f"sgd_sparse_jax.{subpackage}").items():
+        arguments = inspect.signature(value).parameters if inspect.isroutine(value) else ()
+        described = re.findall(r"^    (\w+): ", inspect.getdoc(value) or "", re.MULTILINE)
+        assert len(arguments) < 2 or set(arguments) <= set(described), name

@@ -16,6 +16,11 @@ def random_crop(
 ) -> Num[Array, "b h w c"]:
     """Crops a random h x w window from each image, zero-padded by `padding` pixels.
 
+    Args:
+        key: Of the positions, one per image.
+        images: Of any dtype, [b, h, w, c].
+        padding: Width of the border of zeros.
+
     Example:
         >>> random_crop(jr.key(0), jnp.ones((4, 6, 6, 1)), padding=0).sum().item()
         144.0
@@ -35,6 +40,10 @@ def random_crop(
 def random_flip(key: PRNGKey, images: Num[Array, "b h w c"]) -> Num[Array, "b h w c"]:
     """Mirrors each image left to right with probability 1/2.
 
+    Args:
+        key: Of the choice of images.
+        images: Of any dtype, [b, h, w, c].
+
     Example:
         >>> random_flip(jr.key(0), jnp.ones((4, 6, 6, 1))).shape
         (4, 6, 6, 1)
@@ -51,6 +60,11 @@ def crop_and_flip(
 
     Images are transformed independently, shape and dtype are preserved. Source: the paper's deep
     networks.
+
+    Args:
+        key: Of the crops and flips.
+        images: Of any dtype, [b, h, w, c].
+        flip: Whether to flip; digits shouldn't be.
 
     Example:
         >>> images = jnp.ones((2, 32, 32, 3), jnp.uint8)

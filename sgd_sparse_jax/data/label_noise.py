@@ -34,7 +34,13 @@ def confusions(name: str) -> Mapping[int, int] | None:
 def share_of(n: int, share: float, name: str = "share") -> int:
     """floor(share * n) in decimal arithmetic: `int(0.29 * 50_000)` would be 14,499.
 
-    Raises ValueError, naming `name`, if `share` is outside [0, 1], or positive with a result of 0.
+    Args:
+        n: Number of examples.
+        share: In [0, 1].
+        name: What the share is called in the error message.
+
+    Raises:
+        ValueError: If `share` is outside [0, 1], or positive with a result of 0.
 
     Example:
         >>> share_of(50_000, 0.29), share_of(5, 0.5)
@@ -48,9 +54,12 @@ def share_of(n: int, share: float, name: str = "share") -> int:
 
 
 def gaussian_label_noise(scale: optax.Schedule) -> Noise:
-    """y + scale(step) N(0, 1), independent for each label; the scale may be traced.
+    """y + scale(step) N(0, 1), independent for each label.
 
     Returns `noise(key, step, batch) -> batch`, for `train.make_segment(noise=...)`.
+
+    Args:
+        scale: Standard deviation as a function of the step; its values may be traced.
 
     Example:
         >>> noise = gaussian_label_noise(optax.constant_schedule(0.1))
@@ -69,6 +78,10 @@ def uniform_label_noise(share: optax.Schedule, classes: int) -> Noise:
 
     The new label may equal the old one: with 10 classes, a share p makes 0.9 p of the labels wrong,
     as in the released code. Used like `gaussian_label_noise`.
+
+    Args:
+        share: Probability as a function of the step; its values may be traced.
+        classes: Number of classes.
 
     Example:
         >>> noise = uniform_label_noise(lambda step: jnp.where(step < 5, 0.5, 0.0), 10)

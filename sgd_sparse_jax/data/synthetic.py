@@ -51,6 +51,13 @@ def sparse_regression(
 
     theta* is the `target` and has unit norm. Source: D1-D3 of the paper's diagonal nets, seed 0.
 
+    Args:
+        seed: Of the inputs and theta*.
+        n: Number of training examples.
+        d: Dimension of the inputs.
+        support: Number of entries of theta* that aren't 0.
+        n_test: Number of test examples.
+
     Example:
         >>> problem = sparse_regression(n=10, d=30, support=3)
         >>> problem.train.x.shape, (problem.target != 0).sum().item()
@@ -94,6 +101,12 @@ def teacher_student(
     Defaults are T1 of the paper's toys; T3 is `teacher_student(6, n=50, teacher=DEEP_TEACHER)`.
     The `target` is the teacher.
 
+    Args:
+        seed: Of the inputs.
+        n: Number of training examples.
+        teacher: Layers of the network; the first kernel determines the dimension of the inputs.
+        n_test: Number of test examples.
+
     Example:
         >>> teacher_student().train.x.shape
         (15, 2)
@@ -111,6 +124,10 @@ def teacher_student(
 def relu_network(x: Float[np.ndarray, "n d"], layers: Sequence[Layer]) -> Float[np.ndarray, " n"]:
     """The scalar output of a ReLU network whose last layer is linear.
 
+    Args:
+        x: Inputs, [n, d].
+        layers: Of the network; the last has one output.
+
     Example:
         >>> relu_network(np.eye(2), CIRCLE_TEACHER).round(3).tolist()
         [0.995, -0.361]
@@ -127,6 +144,13 @@ def binary_gaussians(
     """x = y v + std N(0, I) with y = +-1 in equal numbers, shuffled, and v a random unit vector.
 
     The `target` is v.
+
+    Args:
+        seed: Of the inputs, their order and v.
+        n: Number of training examples.
+        d: Dimension of the inputs.
+        std: Standard deviation within a class, along each axis.
+        n_test: Number of test examples.
 
     Example:
         >>> binary_gaussians(n=4).train.y.tolist()

@@ -11,7 +11,12 @@ from sgd_sparse_jax.types import Scalar
 def support_size(
     u: Float[Array, " d"], v: Float[Array, " d"], threshold: float = 1e-50
 ) -> Int[Array, ""]:
-    """||u * v||_0, the number of entries with |u_i v_i| > `threshold` (default: the paper's).
+    """||u * v||_0, the number of entries with |u_i v_i| > `threshold`.
+
+    Args:
+        u: First layer, [d].
+        v: Second layer, [d].
+        threshold: Largest |u_i v_i| that counts as 0 (default: the paper's).
 
     Example:
         >>> int(support_size(jnp.array([1.0, 0.1, 0.0]), jnp.array([2.0, 1e-6, 3.0]), 1e-3))
@@ -27,6 +32,10 @@ def balancedness(u: Float[Array, " d"], v: Float[Array, " d"]) -> Scalar:
 
     A step of size eta multiplies entry i by 1 - eta^2 g_i^2, where g_i is the derivative of the
     loss with respect to (u * v)_i, so that large steps and noise decrease it.
+
+    Args:
+        u: First layer, [d].
+        v: Second layer, [d].
 
     Example:
         >>> float(balancedness(jnp.array([2.0, 1.0]), jnp.array([1.0, 3.0])))

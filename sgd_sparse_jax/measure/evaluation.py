@@ -108,10 +108,16 @@ def make_moments(
 ) -> Callable[..., Stats]:
     """(key, params, stats, n) -> batch statistics, averaged over batches of the first n examples.
 
-    For weights without statistics, such as averages of iterates. BatchNorm in `network` must have
-    momentum 0 (in Flax), so that its running moments are those of the last batch. Float leaves of
-    `stats` are averaged over full batches; other leaves, such as keys, are returned unchanged. The
-    returned function has an optional argument `on_batch`, called after each batch.
+    For weights without statistics, such as averages of iterates. Float leaves of `stats` are
+    averaged over full batches; other leaves, such as keys, are returned unchanged. The returned
+    function has an optional argument `on_batch`, called after each batch.
+
+    Args:
+        network: Its BatchNorm must have momentum 0 (in Flax), so that its running moments are those
+            of the last batch.
+        fetch: (key, idx) -> a batch, as in `make_evaluation`.
+        batch: Number of examples at a time.
+        shard: Constrains the sharding of `idx` (default: no constraint).
 
     Example:
         >>> from sgd_sparse_jax.types import Batch, Network, Outputs

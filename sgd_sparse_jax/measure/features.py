@@ -13,12 +13,18 @@ from sgd_sparse_jax.types import PRNGKey, Scalar
 def distinct_units(
     phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95
 ) -> Bool[Array, " m"]:
-    """A mask of the units of features [n, m] that are live and not duplicates.
+    """A mask of the units of features that are live and not duplicates.
 
     A unit is live if it is positive for some example, and a duplicate if its absolute correlation
     with a later live unit exceeds `corr_threshold`, which is equivalent to deleting duplicates one
-    by one, in order. Units that are constant or contain NaN correlate with no other. Raises
-    ValueError for maps [n, h, w, c].
+    by one, in order. Units that are constant or contain NaN correlate with no other.
+
+    Args:
+        phi: Features of n examples, [n, m].
+        corr_threshold: Largest absolute correlation of units that aren't duplicates.
+
+    Raises:
+        ValueError: If `phi` isn't a matrix, such as a map [n, h, w, c]; see `sample_units`.
 
     Example:
         >>> distinct_units(jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])).tolist()
@@ -40,11 +46,19 @@ def distinct_units(
 def feature_sparsity(
     phi: Float[Array, "n ..."], corr_threshold: ArrayLike = 0.95, *, signed: bool = False
 ) -> tuple[Scalar, Scalar]:
-    """(#active, #active in `distinct_units`) / (n m), for features [n, m].
+    """(#active, #active in `distinct_units`) / (n m), for features of m units.
 
     An entry is active if it is positive (the paper's deep nets) or, with `signed`, nonzero (its
     fully connected nets, on `unit_rows(phi)`); NaN is not active. Source: section 4 of the paper
     and its released code.
+
+    Args:
+        phi: Features of n examples, [n, m].
+        corr_threshold: That of `distinct_units`.
+        signed: Whether negative entries are active.
+
+    Raises:
+        ValueError: If `phi` isn't a matrix; see `sample_units`.
 
     Example:
         >>> phi = jnp.array([[1.0, 2.0, 0.0, 1.0], [3.0, 6.0, 0.0, 0.0]])
@@ -71,6 +85,10 @@ def unit_rows(phi: Float[Array, "n ..."]) -> Float[Array, "n ..."]:
 def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scalar:
     """Share of (example, unit) pairs that are positive in exactly one of `before` and `after`.
 
+    Args:
+        before: Features of n examples, [n, m].
+        after: Those of the same examples and units with other weights.
+
     Example:
         >>> float(relu_flips(jnp.array([[1.0, -1.0]]), jnp.array([[2.0, 0.5]])))
         0.5
@@ -81,9 +99,14 @@ def relu_flips(before: Float[Array, "n m"], after: Float[Array, "n m"]) -> Scala
 def sample_units(
     key: PRNGKey, phi: Float[Array, "n ..."], limit: int = 1000
 ) -> Float[Array, "n m"]:
-    """At most `limit` random units of `phi`, as columns; a map [h, w, c] has h w c units.
+    """At most `limit` random units of `phi`, as columns; a map [n, h, w, c] has h w c units.
 
     They depend on the key and the shape of `phi` only; all are returned if there are few enough.
+
+    Args:
+        key: Of the choice of units.
+        phi: Features of n examples, [n, m] or [n, h, w, c].
+        limit: Largest number of units to return.
 
     Example:
         >>> sample_units(jr.key(0), jnp.ones((8, 4, 4, 3)), limit=10).shape

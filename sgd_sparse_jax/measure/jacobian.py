@@ -19,7 +19,12 @@ from sgd_sparse_jax.types import Params
 def jacobian(
     predict: Callable[[Params, jax.Array], jax.Array], params: Params, x: Float[Array, "n ..."]
 ) -> Float[Array, "n p"]:
-    """d predict(params, x_i) / d params, one row per example; `predict(params, x)` returns [n].
+    """d predict(params, x_i) / d params, one row per example.
+
+    Args:
+        predict: (params, x) -> one output per example, [n].
+        params: The parameters at which the Jacobian is taken, p numbers in all.
+        x: Inputs, [n, ...].
 
     Example:
         >>> predict = lambda params, x: x @ params["w"]
@@ -36,7 +41,10 @@ def diagonal_net_jacobian(
 ) -> Float[Array, "n d"]:
     """X diag(sqrt(u^2 + v^2)), whose singular values are those of the Jacobian [X*v, X*u].
 
-    R of X = QR, with at most d rows, gives the same values as X.
+    Args:
+        x: Inputs, [n, d]; R of X = QR, with at most d rows, gives the same singular values.
+        u: First layer, [d].
+        v: Second layer, [d].
 
     Example:
         >>> u, v = jnp.array([3.0, 0.0]), jnp.array([4.0, 1.0])
@@ -53,6 +61,15 @@ def two_layer_jacobian(
     bias: Float[Array, " m"] | None = None,
 ) -> Float[Array, "n k"]:
     """The Jacobian of sum_j w_j relu(<kernel_j, x> + bias_j), in d (+ 1) columns per unit.
+
+    Args:
+        x: Inputs, [n, d].
+        kernel: Weights of the m units, one per column, [d, m].
+        outgoing: w, the weights of the output, [m].
+        bias: Those of the units, [m] (default: a layer without biases).
+
+    Returns:
+        [n, d m], or [n, (d + 1) m] with biases.
 
     Example:
         >>> kernel, outgoing = jnp.array([[3.0, -1.0]]), jnp.array([4.0, 2.0])
@@ -79,9 +96,12 @@ def gradient_dimension(
 ) -> Int[Array, ""]:
     """The number of units with distinct squared gradient norms.
 
-    `columns` is the Jacobian by group (weight, bias, outgoing weight) and unit; `distinct`
-    returns a mask of distinct columns, such as `partial(distinct_units, corr_threshold=0.999)`.
     Source: gradient-matrix dimension of the paper's 1-D regression.
+
+    Args:
+        distinct: Squared norms [n, m] -> a mask of the distinct units, [m], such as
+            `partial(distinct_units, corr_threshold=0.999)`.
+        columns: The Jacobian by group (weight, bias, outgoing weight) and unit, [n, groups, m].
 
     Example:
         >>> columns = jnp.array([[[1.0, 2.0], [1.0, 0.0]]])  # one example, two groups, two units
@@ -100,9 +120,15 @@ def tangent_kernel(
 ) -> Float[np.ndarray, "k k"]:
     """J J^T over the k = n c outputs of a network; its eigenvalues are J's squared singular values.
 
-    Rows of J [n c, p] are computed for two chunks of `chunk` examples at a time. `predict(params,
-    x)` must treat examples independently (BatchNorm: running moments). A rank at tolerance 1e-4
-    needs float64. Source: empirical neural tangent kernel, Jacot et al., 2018 (arXiv 1806.07572).
+    A rank at tolerance 1e-4 needs float64. Source: empirical neural tangent kernel, Jacot et al.,
+    2018 (arXiv 1806.07572).
+
+    Args:
+        predict: (params, x) -> outputs [n, c], which treats examples independently (BatchNorm:
+            running moments).
+        params: The parameters at which the Jacobian is taken, p numbers in all.
+        x: Inputs, [n, ...].
+        chunk: Number of examples whose rows of J are computed at a time; two chunks are in memory.
 
     Example:
         >>> predict = lambda params, x: x @ params

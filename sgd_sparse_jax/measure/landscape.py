@@ -24,6 +24,12 @@ def valley_floor(
 
     Source: the projection before each record in the paper's toy code (2000 steps of size 0.5).
 
+    Args:
+        loss: A function of the parameters, such as the loss of all examples.
+        params: The start.
+        step_size: Of gradient descent; it must be below 2 / the largest curvature to converge.
+        num_steps: Number of steps.
+
     Example:
         >>> round(float(valley_floor(lambda p: (p - 3.0) ** 2, jnp.array(0.0), step_size=0.1)), 6)
         3.0
@@ -53,6 +59,11 @@ class Plane(NamedTuple):
 
 def plane_through(origin: Params, first: Params, second: Params) -> Plane:
     """The plane through three points, with `first` on its first axis; NaN if they are collinear.
+
+    Args:
+        origin: Parameters at coordinates (0, 0).
+        first: Parameters at (alpha, 0), with alpha > 0.
+        second: Parameters at (alpha, beta), with beta > 0.
 
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
@@ -100,6 +111,10 @@ def random_plane(key: PRNGKey, origin: Params) -> Plane:
     of a network, don't move. The directions are nearly orthogonal, and not of unit length.
     Source: Li, Xu, Taylor, Studer, Goldstein, arXiv 1712.09913.
 
+    Args:
+        key: Of the two directions.
+        origin: Parameters at coordinates (0, 0).
+
     Example:
         >>> plane = random_plane(jr.key(0), {"kernel": 3 * jnp.eye(2), "bias": jnp.ones(2)})
         >>> jnp.linalg.norm(plane.first["kernel"], axis=0).round(3).tolist()
@@ -126,6 +141,10 @@ def random_plane(key: PRNGKey, origin: Params) -> Plane:
 def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
     """(alpha, beta) of the orthogonal projection of `params` onto the plane.
 
+    Args:
+        plane: With orthonormal directions.
+        params: Parameters, on the plane or not.
+
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
         >>> coordinates(plane, jnp.array([4.0, 1.0])).tolist()
@@ -137,6 +156,10 @@ def coordinates(plane: Plane, params: Params) -> Float[Array, "2"]:
 
 def at(plane: Plane, point: Float[Array, "2"]) -> Params:
     """The parameters at coordinates (alpha, beta): origin + alpha first + beta second.
+
+    Args:
+        plane: Origin and directions.
+        point: Coordinates (alpha, beta), [2].
 
     Example:
         >>> plane = plane_through(jnp.zeros(2), jnp.array([0.0, 3.0]), jnp.array([4.0, 1.0]))
@@ -156,9 +179,16 @@ def loss_map(
 ) -> Float[Array, "b a"]:
     """The loss at every (alpha, beta); rows are betas, as for `contour(alphas, betas, ...)`.
 
-    Evaluates `chunk` points at a time (default: a row), in a compiled loop; a vmap over all points
-    would hold the network's activations of each. On CPUs convolutions in such a loop are slow:
-    there, call a jitted `loss(at(plane, point))` for one point after the other.
+    The loop over chunks is compiled; a vmap over all points would hold the network's activations of
+    each. On CPUs convolutions in such a loop are slow: there, call a jitted `loss(at(plane,
+    point))` for one point after the other.
+
+    Args:
+        loss: A function of the parameters.
+        plane: Origin and directions.
+        alphas: Coordinates along the first direction, [a].
+        betas: Coordinates along the second direction, [b].
+        chunk: Number of points that are evaluated at a time (default: a row).
 
     Example:
         >>> plane = Plane(jnp.zeros(2), jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))

@@ -27,6 +27,10 @@ def singular_values(matrix: Float[Array, "n p"]) -> Float[Array, " k"]:
 def numerical_rank(matrix: Float[Array, "n p"], tol: ArrayLike) -> Int[Array, ""]:
     """The number of singular values above `tol` times the largest; -1 if the matrix isn't finite.
 
+    Args:
+        matrix: [n, p].
+        tol: Threshold, relative to the largest singular value.
+
     Example:
         >>> int(numerical_rank(jnp.diag(jnp.array([1.0, 0.1, 1e-6])), 1e-4))
         2
@@ -52,6 +56,10 @@ def effective_rank(s: Float[Array, " k"]) -> Scalar:
 
 def schatten_sum(s: Float[Array, " k"], p: ArrayLike = 1.0) -> Scalar:
     """sum_i s_i^p over the positive singular values: the nuclear norm at p = 1, the rank at 0.
+
+    Args:
+        s: Singular values, [k].
+        p: Exponent.
 
     Example:
         >>> float(schatten_sum(jnp.array([4.0, 1.0, 0.0]))), float(schatten_sum(jnp.ones(3), 0.0))

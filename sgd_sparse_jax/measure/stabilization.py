@@ -33,15 +33,20 @@ def outcome(
 ) -> Int[Array, ""]:
     """The outcome of a run, as an index into `OUTCOMES`.
 
-    `trend` are 8 or more losses, evenly spaced over the run at its large step size; `tail` are the
-    losses of 4 or more consecutive steps at its end. Raises ValueError for fewer.
-
     - diverged: a loss isn't finite;
     - converged: the mean of the tail is below `converged_below` times the first loss, or the last
       quarter of the trend is below half of the one before, by more than three standard errors;
     - period-2: losses two steps apart are ten times closer than those of adjacent steps, which
       differ by more than a relative 1e-6;
     - stabilized: otherwise.
+
+    Args:
+        trend: 8 or more losses, evenly spaced over the run at its large step size, [t].
+        tail: Losses of 4 or more consecutive steps at the end of the run, [s].
+        converged_below: Loss, as a multiple of the first one, below which a run has converged.
+
+    Raises:
+        ValueError: If there are fewer losses.
 
     Example:
         >>> trend, tail = jnp.ones(16), jnp.array([1.1, 0.9, 1.1, 0.9])

@@ -15,10 +15,13 @@ from sgd_sparse_jax.types import Network, Outputs, Params, PRNGKey, Stats
 def from_linen(module: nn.Module) -> Network:
     """The `Network` (init, apply) of a linen module.
 
-    `module(x)` or `module(x, train=...)` returns `out`, or `(out, features)` with a dict of
-    activations. Parameters are the collection "params"; all other collections (BatchNorm's
-    "batch_stats") are `stats`. Use `models.Dropout`, whose key is in `stats`, not linen's Dropout,
-    which needs a key at every call.
+    Parameters are the collection "params"; all other collections (BatchNorm's "batch_stats") are
+    `stats`. Use `models.Dropout`, whose key is in `stats`, not linen's Dropout, which needs a key
+    at every call.
+
+    Args:
+        module: `module(x)` or `module(x, train=...)` returns `out`, or `(out, features)` with a
+            dict of activations.
 
     Example:
         >>> network = from_linen(nn.Dense(1))
@@ -46,9 +49,13 @@ def from_linen(module: nn.Module) -> Network:
 def from_nnx(constructor: Callable[[PRNGKey], Any]) -> Network:
     """The `Network` (init, apply) of the NNX module that `constructor(key)` returns.
 
-    `module(x)` returns `out`, or `(out, features)`; the mode is set by `module.train()` and
-    `module.eval()`. `nnx.Param`s are the parameters, all other variables are `stats`: BatchNorm's
-    moments (float32, or float64 if parameters are) and Dropout's keys (as integers).
+    The mode is set by `module.train()` and `module.eval()`. `nnx.Param`s are the parameters, all
+    other variables are `stats`: BatchNorm's moments (float32, or float64 if parameters are) and
+    Dropout's keys (as integers).
+
+    Args:
+        constructor: key -> the module; `module(x)` returns `out`, or `(out, features)` with a dict
+            of activations.
 
     Example:
         >>> from flax import nnx

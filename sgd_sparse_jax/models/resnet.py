@@ -46,14 +46,10 @@ class PreActBlock(BasicBlock):
 class ResNet(nn.Module):
     """Residual network: each stage doubles the width and halves the resolution.
 
-    `depths` are the numbers of blocks per stage, `width` is the width of the first. Images
-    [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem, of width `stem`
-    (default: `width`), has stride 2 from 64 x 64 on. With `pre_activation`, norm and activation
-    precede each convolution. `group_norm` replaces BatchNorm by GroupNorm with width/2 groups. With
-    `binary_logit`, logits of two classes are (0, z), as in the released code. Features: the output
-    of every stage (with `pre_activation`, of the last one after the final norm and ReLU), then the
-    pooled input of the last layer. Sources: He et al., 2015 (arXiv 1512.03385) and 2016
-    (1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
+    Images [b, h, w, c] have any size and number of channels, values in [0, 1]; the stem has stride
+    2 from 64 x 64 on. Features: the output of every stage (with `pre_activation`, of the last one
+    after the final norm and ReLU), then the pooled input of the last layer. Sources: He et al.,
+    2015 (arXiv 1512.03385) and 2016 (1603.05027); Zagoruyko & Komodakis, 2016 (1605.07146).
 
     Example:
         >>> net, images = ResNet((1, 1), classes=3, width=4), jnp.zeros((2, 8, 8, 3))
@@ -62,14 +58,14 @@ class ResNet(nn.Module):
         ((2, 3), [(2, 8, 8, 4), (2, 4, 4, 8), (2, 8)])
     """
 
-    depths: Sequence[int]
-    classes: int
-    layers: Layers = Layers()
-    width: int = 64
-    stem: int | None = None
-    group_norm: bool = False
-    pre_activation: bool = False
-    binary_logit: bool = False
+    depths: Sequence[int]  #: blocks per stage
+    classes: int  #: number of outputs
+    layers: Layers = Layers()  #: constructors of layers, with their dtype
+    width: int = 64  #: of the first stage
+    stem: int | None = None  #: width of the first convolution (None: `width`)
+    group_norm: bool = False  #: GroupNorm with width/2 groups in place of BatchNorm
+    pre_activation: bool = False  #: norm and activation precede each convolution
+    binary_logit: bool = False  #: logits of two classes are (0, z), as in the released code
 
     @nn.compact
     def __call__(self, x: Images, train: bool = False) -> Classified:

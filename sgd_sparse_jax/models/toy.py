@@ -19,7 +19,7 @@ gaussian: Callable[..., Initializer] = nn.initializers.normal
 
 
 class DiagonalNet(nn.Module):
-    """f(x) = <u * v, x>; at initialization u = `alpha` (a scalar or [d]) and v = 0.
+    """f(x) = <u * v, x>; at initialization u = `alpha` and v = 0.
 
     Example:
         >>> x = jnp.array([[1.0, 2.0]])
@@ -28,7 +28,7 @@ class DiagonalNet(nn.Module):
         [5.0]
     """
 
-    alpha: ArrayLike = 0.1
+    alpha: ArrayLike = 0.1  #: a scalar, or [d]
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], train: bool = False) -> tuple[jax.Array, Features]:
@@ -41,7 +41,6 @@ class DiagonalNet(nn.Module):
 class MLP(nn.Module):
     """f(x) = W_L h_{L-1} + b_L with h_l = activation(W_l h_{l-1} + b_l) and h_0 = x.
 
-    `widths` are the widths of the hidden layers. `outputs=None` makes f scalar: [n], not [n, 1].
     `biases`, `kernel_init` and `bias_init` are a value for all layers or a sequence of one per
     layer; an initializer None is torch's default, uniform on +-1/sqrt(fan_in). Features are h_1 …
     h_{L-1}.
@@ -53,12 +52,12 @@ class MLP(nn.Module):
         ((4,), {'layer1': (4, 5), 'layer2': (4, 3)})
     """
 
-    widths: Sequence[int]
-    outputs: int | None = None
-    biases: bool | Sequence[bool] = True
-    kernel_init: Initializer | Sequence[Initializer | None] | None = None
-    bias_init: Initializer | Sequence[Initializer | None] | None = None
-    activation: Callable[[jax.Array], jax.Array] = nn.relu
+    widths: Sequence[int]  #: of the hidden layers
+    outputs: int | None = None  #: their number; None makes f scalar: [n], not [n, 1]
+    biases: bool | Sequence[bool] = True  #: whether a layer has one
+    kernel_init: Initializer | Sequence[Initializer | None] | None = None  #: of W_l
+    bias_init: Initializer | Sequence[Initializer | None] | None = None  #: of b_l
+    activation: Callable[[jax.Array], jax.Array] = nn.relu  #: of the hidden layers
 
     @nn.compact
     def __call__(self, x: Float[Array, "n d"], train: bool = False) -> tuple[jax.Array, Features]:

@@ -96,7 +96,7 @@ def make_step(
         noise: `sampled`, `exact_gaussian`, `isotropic(...)` or `no_noise`.
         step_size: eta of the SGD that is modelled.
         dt: Time of one step (default: step_size).
-        scale: Of the loss, see above.
+        scale: Of the loss: 1 for `train.half_squared`, 2 for `train.squared`.
 
     Example:
         >>> examples = Batch(jnp.array([[1.0], [2.0]]), jnp.array([0.0, 0.0]))
@@ -123,6 +123,11 @@ def sampled(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Arra
 
     E xi = 0 and Cov xi = (n diag(r^2) - r r^T) / b, of trace (n - 1)|r|^2 / b.
 
+    Args:
+        z: Indices of the batch, [b].
+        residuals: r, [n].
+        t: Step number, not used.
+
     Example:
         >>> sampled(jnp.array([1]), jnp.array([3.0, 2.0]), 0).tolist()
         [3.0, -2.0]
@@ -135,6 +140,11 @@ def sampled(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Arra
 def exact_gaussian(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
     """xi = sqrt(n) r * (z - mean z): Gaussian, with the covariance of SGD's label noise (b = 1).
 
+    Args:
+        z: Independent N(0, 1), [n].
+        residuals: r, [n].
+        t: Step number, not used.
+
     Example:
         >>> exact_gaussian(jnp.array([1.0, -1.0]), jnp.array([3.0, 2.0]), 0).round(3).tolist()
         [4.243, -2.828]
@@ -144,6 +154,11 @@ def exact_gaussian(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Flo
 
 def no_noise(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
     """xi = 0: gradient descent.
+
+    Args:
+        z: Not used.
+        residuals: r, [n].
+        t: Step number, not used.
 
     Example:
         >>> no_noise(jnp.array([1.0]), jnp.array([3.0]), 0).tolist()
@@ -204,8 +219,14 @@ def make_parameter_noise_step(
 
     Of z [n + p], the first n give xi by `exact_gaussian`, and z' are the others. The mean square
     of scale/n J^T xi is the trace of the covariance of SGD's gradients (b = 1), so that the noise
-    has covariance trace/p I: of the trace of SGD's, without its structure. Arguments as in
-    `make_step`.
+    has covariance trace/p I: of the trace of SGD's, without its structure.
+
+    Args:
+        predict: f(params, x), [n].
+        batch: All n examples.
+        step_size: eta of the SGD that is modelled.
+        dt: Time of one step (default: step_size).
+        scale: Of the loss: 1 for `train.half_squared`, 2 for `train.squared`.
 
     Example:
         >>> examples = Batch(jnp.array([[1.0], [-1.0]]), jnp.array([1.0, 1.0]))
@@ -231,9 +252,19 @@ def make_parameter_noise_step(
 def check_dt(
     predict: Predict, params: Params, x: jax.Array, dt: float, *, scale: float = 1.0
 ) -> None:
-    """Raises ValueError if dt > 2 / lambda_max(scale / n J J^T), the bound of Euler's method.
+    """Checks that dt <= 2 / lambda_max(scale / n J J^T), the bound of Euler's method.
 
     At a minimum with L = 0 that is the largest eigenvalue of the Hessian: larger steps leave it.
+
+    Args:
+        predict: f(params, x), [n].
+        params: Those at which J is taken.
+        x: Inputs of all examples, [n, ...].
+        dt: Time of one step.
+        scale: Of the loss: 1 for `train.half_squared`, 2 for `train.squared`.
+
+    Raises:
+        ValueError: If dt exceeds the bound, with the bound in the message.
 
     Example:
         >>> check_dt(lambda w, x: x[:, 0] * w, jnp.array(1.0), jnp.array([[2.0]]), 0.4)

@@ -20,6 +20,10 @@ Losses = Callable[[Float[Array, " p"]], Float[Array, " k"]]
 def gradient_variance(losses: Losses, params: Float[Array, " p"]) -> Scalar:
     """tr Cov(g) = mean_i |g_i|^2 - |mean_i g_i|^2 of the gradients of the k batch losses.
 
+    Args:
+        losses: params -> the loss of each batch, [k].
+        params: theta, [p].
+
     Example:
         >>> target = jnp.array([-1.0, 1.0])
         >>> float(gradient_variance(lambda p: (p[0] - target) ** 2 / 2, jnp.array([3.0])))
@@ -37,6 +41,11 @@ def reshuffling_drift(
     The error is O(eta^3); so is the drift with replacement. The mean is over all orders of fixed
     batches. One order and its reverse have this mean too, up to O(eta^3).
 
+    Args:
+        losses: params -> the loss of each batch, [k].
+        params: theta at the start of the epoch, [p].
+        step_size: eta.
+
     Example:
         >>> slopes = jnp.array([1.0, 3.0])
         >>> losses = lambda p: slopes * p[0] ** 2 / 2  # tr Cov = p^2, k = 2
@@ -50,6 +59,10 @@ def reshuffling_drift(
 
 def batch_factor(examples: int, batch: int) -> float:
     """(n - b) / (b (n - 1)): tr Cov of random batches of b distinct examples, over that of one.
+
+    Args:
+        examples: n, 2 or more.
+        batch: b, from 1 to n.
 
     Example:
         >>> batch_factor(6, 2)
@@ -75,6 +88,11 @@ def flat_shrinkage(step_size: ArrayLike, slope: ArrayLike, batches: ArrayLike) -
     Exact for any order without replacement. The mean loss is 0: gradient descent doesn't move, and
     with replacement E z is constant.
 
+    Args:
+        step_size: eta.
+        slope: s.
+        batches: k, the even number of batches in an epoch.
+
     Example:
         >>> float(flat_shrinkage(0.5, 1.0, 2))
         0.75
@@ -87,6 +105,10 @@ def valley_rate(step_size: ArrayLike, noise: ArrayLike) -> Array:
 
     Each step multiplies it by 1 - eta^2 r^2, where r is the residual: to leading order in eta the
     same for all orders, with and without replacement.
+
+    Args:
+        step_size: eta.
+        noise: s.
 
     Example:
         >>> float(valley_rate(0.5, 1.0))

@@ -33,6 +33,11 @@ class Invariants(NamedTuple):
 def invariants(a: Float[Array, "... d"], b: Float[Array, "... d"], target: ArrayLike) -> Invariants:
     """(a^T b - Phi, |a|^2 + |b|^2, |a + b| |a - b|).
 
+    Args:
+        a: First layer, [..., d].
+        b: Second layer, [..., d].
+        target: Phi.
+
     Example:
         >>> found = invariants(jnp.array([2.0, 0.0]), jnp.array([1.0, 0.0]), target=1.0)
         >>> [float(each) for each in found]
@@ -47,6 +52,11 @@ def next_invariants(now: Invariants, step_size: ArrayLike, target: ArrayLike) ->
 
     eps -> eps (1 - eta lambda + eta^2 eps (eps + Phi)), lambda -> (1 + eta^2 eps^2) lambda - 4 eta
     eps (eps + Phi), Q -> |1 - eta^2 eps^2| Q.
+
+    Args:
+        now: Those of the current parameters, each [...].
+        step_size: eta.
+        target: Phi.
 
     Example:
         >>> now = Invariants(jnp.array(-2.0), jnp.array(2.0), jnp.array(2.0))  # a^T b = 0, Phi = 2
@@ -85,6 +95,10 @@ def slow_error(step: ArrayLike, target: ArrayLike) -> Array:
     No larger step size converges to a minimum, since lambda >= 2 Phi there. Starts with small Q_0
     approach it late; those with Q_0 = 0 have another constant.
 
+    Args:
+        step: t, from 1.
+        target: Phi, positive.
+
     Example:
         >>> float(slow_error(2, 4.0))
         2.0
@@ -97,6 +111,10 @@ def level(step_size: ArrayLike, target: ArrayLike) -> Array:
 
     There Q vanishes, and |s| / sqrt(2 Phi) follows the one-dimensional map; Phi^2 (1 - (eta
     Phi)^-2) / 4 while the period is 2, and NaN where that has no closed form.
+
+    Args:
+        step_size: eta.
+        target: Phi, positive.
 
     Example:
         >>> round(float(level(0.6, 2.0)), 4)  # eta Phi = 1.2

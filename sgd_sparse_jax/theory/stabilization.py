@@ -22,6 +22,11 @@ def map_step(theta: ArrayLike, step_size: ArrayLike, noise: ArrayLike = 0.0) -> 
 
     Without noise it stays bounded for |theta| < sqrt(1 + 2 / eta) if eta <= 2.
 
+    Args:
+        theta: The parameter.
+        step_size: eta.
+        noise: xi, that of this step.
+
     Example:
         >>> float(map_step(0.5, 1.0))
         0.875
@@ -33,8 +38,14 @@ def map_step(theta: ArrayLike, step_size: ArrayLike, noise: ArrayLike = 0.0) -> 
 def period(step_size: float) -> int:
     """2^k, where k of `DOUBLINGS` are smaller than `step_size`: the period of the attractor.
 
-    Valid for step sizes up to 1.302, below the doubling from 32 to 64; ValueError above. The first
-    two doublings are 1 and sqrt(5) - 1, the others roots of (f^p)' = -1 on the cycle of period p.
+    Known up to 1.302, below the doubling from 32 to 64. The first two doublings are 1 and
+    sqrt(5) - 1, the others roots of (f^p)' = -1 on the cycle of period p.
+
+    Args:
+        step_size: eta, in (0, 1.302].
+
+    Raises:
+        ValueError: If eta is outside this interval.
 
     Example:
         >>> period(0.5), period(1.2), period(1.3)
@@ -95,6 +106,10 @@ def label_noise_level(step_size: ArrayLike, noise: ArrayLike) -> Array:
 
     First order in s^2, for eta < 1 (NaN from there on): within 2 % for eta <= .5 and s <= .1, and
     too high near eta = 1.
+
+    Args:
+        step_size: eta.
+        noise: s.
 
     Example:
         >>> round(float(label_noise_level(0.2, 0.1)), 8)

@@ -70,7 +70,13 @@ def open_checkpoints(
 
 
 def checkpoint_path(directory: str | PathLike[str]) -> Path:
-    """The absolute path of a checkpoint folder; ValueError for `[`, `]`, `*`, `?`, `\\` and URLs.
+    """The absolute path of a checkpoint folder.
+
+    Args:
+        directory: A local path; `~` is expanded.
+
+    Raises:
+        ValueError: If orbax can't read the path: it has `[`, `]`, `*`, `?` or `\\`, or is a URL.
 
     Example:
         >>> checkpoint_path("/runs/1").name
@@ -217,10 +223,14 @@ def load_weights(path: str | PathLike[str], params: Any, stats: Any) -> tuple[Pa
 
 
 def fork(path: str | PathLike[str], like: TrainState) -> TrainState:
-    """A saved state to continue with other settings; `path` as in `load_weights`.
+    """A saved state to continue with other settings.
 
     Optimizer arrays that both have are those of the saved state (the step count; momentum, if both
     use it), all others those of `like`.
+
+    Args:
+        path: The folder of a run or of its states (the newest is read), or a single state.
+        like: A state of the same network with the new settings.
 
     Raises:
         ValueError: If there is no state, it is damaged, or the networks differ.

@@ -21,6 +21,10 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 
     Source: n-SAM of the paper's toy code (not normalized); Foret et al., 2021 (normalized).
 
+    Args:
+        rho: Length of the ascent step, in multiples of the gradient unless `normalized`.
+        normalized: Whether the ascent step follows the gradient divided by its norm.
+
     Example:
         >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)
         >>> batch = Batch(jnp.ones(3), jnp.zeros(3))
@@ -43,9 +47,14 @@ def sharpness_aware(rho: ArrayLike, *, normalized: bool = False) -> Callable[[Ob
 def example_sharpness_aware(rho: ArrayLike) -> Callable[[Objective], Gradient]:
     """mean_k dl_k(theta + rho dl_k(theta)) over examples k, each with its own ascent step.
 
-    For networks without batch statistics; the gradient raises ValueError if `stats` isn't empty.
     Source: 1-SAM of the paper's toy code, which ascends by 2 rho r_k dphi_k for a residual r_k and
     the half-squared loss: its rho is half of this one.
+
+    Args:
+        rho: Length of the ascent step, in multiples of the gradient of the example.
+
+    Raises:
+        ValueError: By the gradient, if `stats` isn't empty, as with BatchNorm.
 
     Example:
         >>> objective = lambda params, stats, batch: (0.5 * params**2 * batch.x.mean(), stats)

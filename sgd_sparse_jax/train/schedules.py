@@ -12,6 +12,11 @@ from optax import Schedule
 def exponential_warmup(init_value: ArrayLike, base: ArrayLike, total_steps: ArrayLike) -> Schedule:
     """init_value * base ** (100 t), where t = step / total_steps is the share of the run.
 
+    Args:
+        init_value: Step size at step 0.
+        base: Growth factor per percent of the run.
+        total_steps: Length of the run, in steps.
+
     Example:
         >>> float(exponential_warmup(0.5, 2.0, total_steps=1000)(20))
         2.0
@@ -24,6 +29,12 @@ def power_warmup(
     init_value: ArrayLike, gain: ArrayLike, exponent: ArrayLike, total_steps: ArrayLike
 ) -> Schedule:
     """init_value * (1 + gain * t ** exponent), where t = step / total_steps.
+
+    Args:
+        init_value: Step size at step 0.
+        gain: Relative increase over the whole run.
+        exponent: Of t: 1 is a linear warm-up, smaller ones grow fastest at the start.
+        total_steps: Length of the run, in steps.
 
     Example:
         >>> float(power_warmup(0.5, 4.0, 0.5, total_steps=1000)(250))
@@ -80,6 +91,15 @@ def released_schedule(
       w = 1. Then it is 1/10 of the value reached at f T, and 1/100 of it from t/T = 0.9. For w = 1,
       the released code takes (f / .5) `warmup_factor` as the value reached: at f = .1 and factor 1
       it decays to 1/50, not 1/10. `piecewise_0Fepochs_clean` takes the value actually reached.
+
+    Args:
+        name: Of the schedule, one of those above.
+        lr_init: Step size that the schedule multiplies.
+        steps_per_epoch: Number of steps of an epoch.
+        epochs: Length T of the run, in epochs.
+        warmup_factor: Multiple of `lr_init` that a linear warm-up would reach at T/2; 1 is no
+            linear warm-up.
+        warmup_exp: w, the base or exponent of the warm-up; 1 is linear.
 
     Raises:
         ValueError: For an unknown name.

@@ -216,6 +216,19 @@ def sweep(
 ) -> PyTree[np.ndarray]:
     """`make_sweep(run, chunk=chunk, ...)(keys, points, **options)`, for a single sweep.
 
+    Args:
+        run: (key, point) -> a pytree of arrays.
+        keys: One per seed, [seeds].
+        points: Settings, a pytree of arrays [points, ...], such as the result of `grid`.
+        chunk: Runs per device at a time.
+        vectorized: Runs of a chunk that are vmapped at a time (default: all at once).
+        mesh: The devices (default: all of all hosts).
+        compiler_options: Those of `jax.jit`.
+        options: `on_chunk`, `store` and `fingerprint`, as in `make_sweep`.
+
+    Raises:
+        ValueError: If leaves of `points` differ in their number of points.
+
     Example:
         >>> keys = jr.split(jr.key(0), 2)
         >>> sweep(lambda key, point: 2 * point, keys, jnp.array([1.0, 2.0, 3.0])).tolist()
@@ -237,6 +250,9 @@ def _digest(*parts: PyTree) -> str:
 
 def grid(**axes: ArrayLike | Sequence[Any]) -> dict[str, Array]:
     """All combinations of the axes' values, as `points` of a sweep; the last axis varies fastest.
+
+    Args:
+        axes: The values of each axis, by name.
 
     Example:
         >>> points = grid(step_size=[0.1, 0.2], batch=[1, 2, 4])
