@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import pickle
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -323,7 +324,13 @@ def test_nothing_in_a_file_is_executed(where, tmp_path):
 
 def test_unsuitable_folders_are_refused(tmp_path):
     assert "doesn't exist" in refused(tmp_path / "nowhere")
-    assert "Parquet" not in refused(tmp_path) and "parquet" in refused(tmp_path)
+    for k in range(5):
+        (tmp_path / f"{k}.txt").touch()
+    message = refused(tmp_path)
+    page = re.search(r"docs/\w+\.md", message)
+    assert "0.txt" in message and "2 more" in message
+    assert page and (Path(__file__).parents[1] / page[0]).exists()
+    assert len(message) - len(str(tmp_path)) < 300
     parquet(tmp_path / "a", COLOUR, "{}.parquet")
     parquet(tmp_path / "b", COLOUR, "{}.parquet")
     assert str(tmp_path / "b") in refused(tmp_path)  # one of several sets has to be chosen

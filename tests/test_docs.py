@@ -16,7 +16,9 @@ import pytest
 from jax.flatten_util import ravel_pytree
 from jax.tree_util import tree_leaves_with_path as leaves
 
+from experiments.deep.config import Config
 from experiments.launch import cli
+from sgd_sparse_jax import data, models
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,6 +60,14 @@ def test_every_command_line_parses(page):
         if hasattr(module, "grid_type") or hasattr(module, "Config"):
             config = module.grid_type() if hasattr(module, "grid_type") else module.Config
             cli.parse(config, flags, settings=getattr(module, "SETTINGS", None))
+
+
+def test_the_help_names_every_network_and_data_set(capsys):
+    with pytest.raises(SystemExit):
+        cli.parse(Config, ["--help"])
+    words = re.findall(r"\w+", capsys.readouterr().out)
+    names = {name.removesuffix("_gs") for name in data.IMAGE_SETS} | {*models.NETWORKS}
+    assert names <= {*words}
 
 
 def test_names_and_flags_in_the_guides_exist():

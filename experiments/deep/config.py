@@ -40,8 +40,9 @@ class Config:
     no_data_augm: bool = False
     """Train without random crops and flips."""
     model: str = "resnet18_plain"
-    """Network: resnet18_plain (the paper's), resnet18, resnet18_gn, resnet34, resnet34_gn,
-    resnet34preact, resnet_tiny, resnet_tiny_gn, wrn28, vgg16, densenet100_12."""
+    """Network: resnet18_plain (the paper's), resnet18, resnet18_gn, resnet34 or resnet34_plain (one
+    network), resnet34_gn, resnet34preact, resnet_tiny, resnet_tiny_gn, wrn28, vgg16 or
+    densenet100_12."""
     model_width: ranges.Count = 64
     """Channels of the first stage; widening factor of wrn28, growth rate of densenet100_12."""
     half_prec: bool = False
@@ -59,7 +60,8 @@ class Config:
     lr_init: ranges.Positive = 0.1
     """Initial step size."""
     lr_schedule: str = "piecewise"
-    """Step-size schedule of the released code (constant, piecewise_05epochs, cosine, ...)."""
+    """Step-size schedule of the released code: constant, piecewise_05epochs, cosine, ...; all names
+    are in sgd_sparse_jax.train.released_schedule."""
     warmup_factor: ranges.Positive = 1.0
     """Peak of the linear warm-up, as a multiple of lr_init."""
     warmup_exp: ranges.Positive = 1.0

@@ -94,21 +94,27 @@ FORMATS = (
         encoded.parquet,
     ),
 )
+# The most common formats; the docstring describes all.
+KNOWN = (
+    "train/CLASS/NAME.png, train*.parquet, train_images.npy and train_labels.npy, train.npz, or "
+    "files of CIFAR, MNIST or SVHN: see docs/your_own.md or help(sgd_sparse_jax.data.load_images)"
+)
 
 
 def load(path: Path, split: str) -> Images:
     """A split of the image set in `path`, in any of `FORMATS`.
 
     A file stands for its folder, except .npz. Sizes, channels and classes are those of the data.
-    Raises ValueError, in one line with what was expected and found.
+    Raises ValueError, in one line with what was found and expected.
     """
     path = path.parent if path.is_file() and path.suffix != ".npz" else path
-    known = "; ".join(each.expected for each in FORMATS)
     if not path.exists():
-        raise ValueError(f"{path} doesn't exist; give a folder or .npz file with {known}.")
+        raise ValueError(f"{path} doesn't exist; give a folder with {KNOWN}.")
     form = next((form for form in FORMATS if form.matches(path)), None)
     if form is None:
-        raise ValueError(f"{path} is of no known format; expected {known}.")
+        names = sorted(each.name for each in path.iterdir())
+        content = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+        raise ValueError(f"{path} holds {content or 'nothing'}, not {KNOWN}.")
     return read(form, path, split)
 
 
