@@ -260,8 +260,8 @@ def test_the_momentum_law_is_the_edge_of_the_second_moments(beta, mean, variance
         # From a little above 1: at small eta the radius is 1 to rounding.
         stable = spectral_radius(eta, mean, variance, beta) <= 1 + 1e-12
         low, high = (eta, high) if stable else (low, eta)
-    ours = measure.critical_step_size(mean, variance, beta)
-    np.testing.assert_allclose(ours, low, rtol=1e-6)
+    actual = measure.critical_step_size(mean, variance, beta)
+    np.testing.assert_allclose(actual, low, rtol=1e-6)
 
 
 def test_plateaus_are_found_whatever_comes_before_and_after():

@@ -97,8 +97,8 @@ def test_curvature_changes_neither_weights_nor_other_columns(folders):
         read = ocp.StandardCheckpointer().restore
         states.append(read(folder / "checkpoints" / "3" / "default"))
         rows = records.read_records(folder)
-        kept = [{k: v for k, v in row.items() if not k.startswith("curvature/")} for row in rows]
-        columns.append(kept)
+        without = [{k: v for k, v in row.items() if not k.startswith("curvature/")} for row in rows]
+        columns.append(without)
     for state in states[1:]:
         jax.tree.map(np.testing.assert_array_equal, state, states[0])
     assert columns[1:] == columns[:-1] and len(columns[0]) == 4

@@ -66,7 +66,7 @@ def ascended(rho, unit=False):
 
 
 def ascended_by_example(rho):
-    """The paper's loop over examples moves each by 2 rho r_k dphi_k: its rho is half of ours."""
+    """The paper's loop over examples moves each by 2 rho r_k dphi_k: its rho is half of `rho`."""
 
     def move(u, v, *_):
         du, dv = np.zeros(D), np.zeros(D)

@@ -27,8 +27,8 @@ def public(name):
     for key, value in vars(importlib.import_module(name)).items():
         value = value.func if isinstance(value, functools.partial) else value
         value = inspect.unwrap(value) if callable(value) else value  # jit, custom_batching
-        ours = str(getattr(value, "__module__", "")).startswith("sgd_sparse_jax.")
-        if ours and (inspect.isclass(value) or inspect.isroutine(value)):
+        local = str(getattr(value, "__module__", "")).startswith("sgd_sparse_jax.")
+        if local and (inspect.isclass(value) or inspect.isroutine(value)):
             found[key] = value
     return found
 

@@ -62,9 +62,9 @@ def test_step_sizes_are_the_papers(setting, schedule, start, gain, exponent, end
     points = toys.resolve("fc_nets", config, toy).schedules
     one = toy_runs.Schedule(*(leaf[schedule] for leaf in points))
     steps = np.unique([631, 632, *np.linspace(0, config.num_steps - 1, 301).astype(int)])
-    ours = jax.vmap(toy_runs.step_size(one, toy, config.num_steps))(jnp.asarray(steps))
+    actual = jax.vmap(toy_runs.step_size(one, toy, config.num_steps))(jnp.asarray(steps))
     warm = start * (1 + gain * (np.minimum(steps, end) / config.num_steps) ** exponent)
-    np.testing.assert_allclose(ours, warm / np.where(steps < end, 1, factor), rtol=1e-12)
+    np.testing.assert_allclose(actual, warm / np.where(steps < end, 1, factor), rtol=1e-12)
 
 
 def test_initializations_are_the_papers_times_their_scale():

@@ -90,11 +90,11 @@ def test_sampled_units_are_columns_the_same_in_every_batch():
 def test_unit_rows_have_norm_one_or_zero():
     phi = np.random.default_rng(4).normal(size=(4, 2, 3))
     phi[1], phi[3, 1, 1] = 0.0, np.nan
-    ours = np.asarray(measure.unit_rows(jnp.asarray(phi)))
+    actual = np.asarray(measure.unit_rows(jnp.asarray(phi)))
     for i in (0, 2):
-        np.testing.assert_allclose(ours[i], phi[i] / np.linalg.norm(phi[i]), rtol=1e-13)
-    np.testing.assert_array_equal(ours[1], 0.0)
-    assert np.isnan(ours[3, 1, 1])
+        np.testing.assert_allclose(actual[i], phi[i] / np.linalg.norm(phi[i]), rtol=1e-13)
+    np.testing.assert_array_equal(actual[1], 0.0)
+    assert np.isnan(actual[3, 1, 1])
 
 
 def test_flips_are_the_share_of_relus_that_changed():

@@ -57,8 +57,8 @@ def trained(network, loss, tx, sampler, data, at, num_steps, params=None):
     return train.record_run(jr.key(0), sampler, segment, state, [probe], num_steps)[1][0]
 
 
-def assert_same(ours, recorded, **tolerance):
-    np.testing.assert_allclose(ours, recorded, **tolerance, err_msg=MOVED)
+def assert_same(actual, recorded, **tolerance):
+    np.testing.assert_allclose(actual, recorded, **tolerance, err_msg=MOVED)
 
 
 def assert_same_diagonal_run(recorded, step_size, sampler, problem, **close):
@@ -143,9 +143,9 @@ def test_final_feature_sparsity(name):
         features = network.apply(params, {}, x).features
         return {layer: of(measure.unit_rows(phi))[1] for layer, phi in features.items()}
 
-    for layer, ours in sparsity(parameters(name, "final")).items():
+    for layer, actual in sparsity(parameters(name, "final")).items():
         expected = meta.get("feature_sparsity", meta.get(f"feature_sparsity_{layer}"))
-        np.testing.assert_allclose(ours, expected, rtol=1e-12, err_msg=layer)
+        np.testing.assert_allclose(actual, expected, rtol=1e-12, err_msg=layer)
 
 
 @every_network

@@ -110,9 +110,9 @@ def test_two_processes_train_as_one_and_continue_as_one(training, pair, tmp_path
         command, folder = training("pair", steps)
         assert_end(*pair(command), [0, 0])
     assert [entry["processes"] for entry in records.read_starts(folder)] == [2, 2]
-    ours, theirs = records.read_records(folder), records.read_records(expected)
-    assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [0, 3, 6]
-    for mine, other in zip(ours, theirs, strict=True):
+    actual, expected = map(records.read_records, (folder, expected))
+    assert [row["step"] for row in actual] == [row["step"] for row in expected] == [0, 3, 6]
+    for mine, other in zip(actual, expected, strict=True):
         assert mine.keys() == other.keys()
         for name, value in mine.items():
             np.testing.assert_allclose(value, other[name], rtol=2e-3, atol=2e-2, err_msg=name)

@@ -185,14 +185,14 @@ def test_the_newest_version_is_read_and_without_ids_in_the_order_of_its_records(
 
 def test_a_folder_that_vanishes_while_it_is_searched_is_ignored(prepared, monkeypatch):
     """Such as the one in which another process decodes."""
-    scandir, gone = os.scandir, prepared / "cifar10" / "incomplete.gone"
+    scandir, vanishing = os.scandir, prepared / "cifar10" / "incomplete.0"
 
     def scanned(path):
-        if gone.exists() and str(path).endswith(gone.name):
-            gone.rmdir()
+        if vanishing.exists() and str(path).endswith(vanishing.name):
+            vanishing.rmdir()
         return scandir(path)
 
-    gone.mkdir()
+    vanishing.mkdir()
     monkeypatch.setattr(os, "scandir", scanned)
     assert_official(prepared)
 

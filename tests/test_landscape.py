@@ -48,11 +48,11 @@ def test_a_plane_contains_its_three_points_and_has_orthonormal_directions(plane)
 def test_rows_of_a_loss_map_are_betas_and_its_columns_alphas(plane):
     loss = lambda params: jnp.tanh(params["kernel"]).sum() + (params["bias"] ** 2).sum()
     alphas, betas = jnp.linspace(-1.0, 2.0, 5), jnp.linspace(-0.5, 3.0, 4)
-    ours = jax.jit(lambda: measure.loss_map(loss, plane, alphas, betas))()
+    actual = jax.jit(lambda: measure.loss_map(loss, plane, alphas, betas))()
     expected = [[loss(at(plane, jnp.stack([a, b]))) for a in alphas] for b in betas]
-    np.testing.assert_allclose(ours, expected, rtol=1e-12)
+    np.testing.assert_allclose(actual, expected, rtol=1e-12)
     chunked = jax.jit(lambda: measure.loss_map(loss, plane, alphas, betas, chunk=3))()
-    np.testing.assert_allclose(chunked, ours, rtol=1e-13)
+    np.testing.assert_allclose(chunked, actual, rtol=1e-13)
 
 
 def test_principal_planes_contain_planar_paths_and_explain_the_variance_of_others(plane):

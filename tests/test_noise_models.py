@@ -66,10 +66,10 @@ def test_equal_models_agree_and_survivors_are_counted():
 
 
 def test_a_comparison_survives_the_divergence_of_all_runs(unrendered, tmp_path):
-    gone = dataset(lost=(command.OTHERS, *command.MODELS))
-    found = command.judge(SMALL, TOY, gone)
+    diverged = dataset(lost=(command.OTHERS, *command.MODELS))
+    found = command.judge(SMALL, TOY, diverged)
     assert found and all(each.verdict == claims.FAILS for each in found)
-    assert command.draw(tmp_path / "figure", gone)
+    assert command.draw(tmp_path / "figure", diverged)
 
 
 def test_an_unstable_dt_is_refused_with_a_bound_that_is_accepted():

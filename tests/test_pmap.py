@@ -1,4 +1,4 @@
-"""A `jax.pmap` step with explicit averages of gradients and moments equals ours over a mesh."""
+"""A `jax.pmap` step with explicit averages of gradients and moments equals a step over a mesh."""
 
 import flax.linen as nn
 import jax
@@ -73,13 +73,13 @@ def test_pmap_with_synchronized_norms_takes_the_same_steps():
 
     on_each = lambda leaf: np.stack([leaf] * DEVICES)
     compare = lambda a, b: np.testing.assert_allclose(on_each(a), b, **SAME)
-    ours, theirs = train.replicate(begin, mesh), jax.tree.map(on_each, begin)
+    sharded, mapped = train.replicate(begin, mesh), jax.tree.map(on_each, begin)
     for row in ROWS:
-        ours, losses = segment(jr.key(1), ours, row[None])
+        sharded, losses = segment(jr.key(1), sharded, row[None])
         shares = [a[row].reshape(DEVICES, PER_DEVICE, *a.shape[1:]) for a in IMAGES]
-        theirs, loss = everywhere(theirs, Batch(*shares))
-        jax.tree.map(compare, *jax.device_get(((ours, losses[0]), (theirs, loss))))
+        mapped, loss = everywhere(mapped, Batch(*shares))
+        jax.tree.map(compare, *jax.device_get(((sharded, losses[0]), (mapped, loss))))
     moved = jax.tree.map(
-        lambda a, b: np.abs(a - b).max(), jax.device_get(ours.params), begin.params
+        lambda a, b: np.abs(a - b).max(), jax.device_get(sharded.params), begin.params
     )
     assert min(jax.tree.leaves(moved)) > 1e-6  # else the test is vacuous

@@ -210,7 +210,7 @@ def test_a_run_continues_only_with_equal_settings_and_data(whole, tmp_path):
 
 @pytest.fixture(scope="module")
 def switched(base, tmp_path_factory):
-    """A run with the other switches of the released code, in bfloat16, with kept states."""
+    """A run with the other switches of the released code, in bfloat16, with all states saved."""
     runs_dir = str(tmp_path_factory.mktemp("switched"))
     config = replace(base, deterministic=False, epochs=2, max_steps=0, runs_dir=runs_dir)
     noise = {"p_label_noise": 0.25, "sgd_p_label_noise": 0.5, "ln_schedule": "inverted_cosine"}
@@ -239,9 +239,9 @@ def test_a_run_may_start_from_the_weights_of_another(switched, state, tmp_path):
     plan = setup.resolve(chosen)
     begins = workbench.of(plan).initial_state(plan.init_key, plan.weights)
     saved = saved_state(*(folder / "models", 3) if state else (folder / "checkpoints", 6))
-    ours = {"params": begins.params, "average": begins.average, "stats": begins.stats}
+    actual = {"params": begins.params, "average": begins.average, "stats": begins.stats}
     expected = {"params": saved["params"], "average": saved["params"], "stats": saved["stats"]}
-    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
     assert int(begins.step) == 0
     with pytest.raises(ValueError, match="--model_path"):
         run(replace(chosen, model_width=4))

@@ -53,10 +53,10 @@ def test_released_schedules_at_every_step(double):
     assert {row.dtype for row in rows} == {np.dtype(np.float64 if double else np.float32)}
     close = {"rtol": 1e-12, "atol": 1e-15} if double else {"rtol": 1e-4, "atol": 1e-7}
     for name, row in zip(NAMES, rows, strict=True):
-        for point, ours in zip(grid, row, strict=True):
+        for point, actual in zip(grid, row, strict=True):
             steps = point[0] * point[1]
             expected = formula(name, k[:steps], *point)
-            np.testing.assert_allclose(ours[:steps], expected, **close, err_msg=f"{name} {point}")
+            np.testing.assert_allclose(actual[:steps], expected, **close, err_msg=f"{name} {point}")
 
 
 @pytest.mark.parametrize("total", [1000, 1000.0])  # JAX divides an int32 by 1000 in float32
@@ -75,8 +75,8 @@ def test_an_integer_step_and_python_numbers_give_double_precision(total):
         held / np.where(steps < 301, 1, 3.3) / np.where(steps < 798, 1, 7.7),
     ]
     of = lambda step: [schedule(step) for schedule in (power, exponential, decayed)]
-    ours = jax.jit(jax.vmap(of))(jnp.asarray(steps, jnp.int32))
-    assert {row.dtype for row in (*ours, *of(jnp.int32(7)))} == {np.dtype(np.float64)}
-    np.testing.assert_allclose(ours, expected, rtol=1e-15)
+    actual = jax.jit(jax.vmap(of))(jnp.asarray(steps, jnp.int32))
+    assert {row.dtype for row in (*actual, *of(jnp.int32(7)))} == {np.dtype(np.float64)}
+    np.testing.assert_allclose(actual, expected, rtol=1e-15)
     np.testing.assert_allclose(of(jnp.int32(7)), np.stack(expected)[:, 1], rtol=1e-15)
     assert train.piecewise_decay(lambda step: 3.0 * step, [], [])(7) == 21

@@ -56,7 +56,7 @@ class Plan:
     num_steps: int  # where this command stops
     evaluations: frozenset[int]  # steps
     curvature: frozenset[int]  # those of them with curvature
-    kept: frozenset[int]  # steps whose states are saved under models/
+    saved_steps: frozenset[int]  # whose states are saved under models/
     steps_per_call: int
 
 
@@ -137,7 +137,7 @@ def resolve(config: Config) -> Plan:
         num_steps=num_steps,
         evaluations=frozenset({*range(0, num_steps, eval_every), num_steps}),  # first and last
         curvature=curved,
-        kept=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
+        saved_steps=frozenset(range(keep_every, num_steps + 1, keep_every) if keep_every else ()),
         # Convolutions inside a compiled loop are 16-29 times slower on CPUs (jax issue 12868).
         steps_per_call=config.steps_per_call or (1 if jax.default_backend() == "cpu" else 25),
     )

@@ -151,8 +151,8 @@ def train_on(
     with contextlib.ExitStack() as stack:
         if live:
             stack.callback(live.close)
-        kept = train.open_checkpoints(plan.folder / "models", keep=None)
-        models = stack.enter_context(kept) if plan.kept else None
+        manager = train.open_checkpoints(plan.folder / "models", keep=None)
+        models = stack.enter_context(manager) if plan.saved_steps else None
         if start == plan.config.fork_step:  # 0 without a fork
             row = record(start, since, state)
         for window in train.windows(
@@ -160,7 +160,7 @@ def train_on(
             state,
             plan.sampler,
             bench.segment(plan),
-            plan.evaluations | plan.kept,
+            plan.evaluations | plan.saved_steps,
             steps_per_call=plan.steps_per_call,
             interrupt=interrupts,
             on_call=live.on_call if live else lambda step: None,
@@ -169,7 +169,7 @@ def train_on(
             if step in plan.evaluations:
                 row, since = record(step, since, state), Since()
             # An earlier start may have saved it.
-            if models is not None and step in plan.kept and step not in models.all_steps():
+            if models is not None and step in plan.saved_steps and step not in models.all_steps():
                 train.save(models, state, plan.about)
             if step in plan.evaluations or interrupts.saves:
                 train.save(checkpoints, state, plan.about, {"window": since._asdict(), "row": row})

@@ -123,13 +123,13 @@ def top_eigenpairs(
         if used >= k and (found or matvecs >= max_matvecs or used == size):
             break
         if used == rows:
-            kept = k + (rows - k) // 2
-            V[:kept], V[kept] = S[:, :kept].T @ V[:used], V[used]
-            last, M[:kept, :kept] = (
-                M[used, :used] @ S[:, :kept],
-                S[:, :kept].T @ square @ S[:, :kept],
+            retained = k + (rows - k) // 2
+            V[:retained], V[retained] = S[:, :retained].T @ V[:used], V[used]
+            last, M[:retained, :retained] = (
+                M[used, :used] @ S[:, :retained],
+                S[:, :retained].T @ square @ S[:, :retained],
             )
-            M[kept, :kept], used = last, kept
+            M[retained, :retained], used = last, retained
     vectors = S[:, :k].T @ V[:used]
     largest = np.abs(vectors).argmax(1)
     vectors *= np.sign(vectors[np.arange(k), largest])[:, None]

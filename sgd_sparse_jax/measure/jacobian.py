@@ -159,5 +159,5 @@ def tangent_kernel(
             blocks[i][j] = np.asarray(block(of_left, of_right))
             blocks[j][i] = blocks[i][j].T
     gram = np.block(blocks)
-    kept = len(gram) // (count * chunk) * len(x)
-    return gram[:kept, :kept]
+    size = len(gram) // (count * chunk) * len(x)
+    return gram[:size, :size]

@@ -109,10 +109,10 @@ def of_end(experiment: Experiment, life: Life, folder: Path) -> Iterator[Finding
 
 def of_numbers(experiment: Experiment, run: Run, reference: Path) -> Iterator[str]:
     """The finished run has the reference's arrays, bit for bit."""
-    ours, theirs = arrays(experiment, run.folder), arrays(experiment, reference)
-    for name in sorted(ours.keys() | theirs.keys()):
-        same = name in ours and name in theirs and ours[name].dtype == theirs[name].dtype
-        if not same or ours[name].tobytes() != theirs[name].tobytes():
+    actual, expected = arrays(experiment, run.folder), arrays(experiment, reference)
+    for name in sorted(actual.keys() | expected.keys()):
+        same = name in actual and name in expected and actual[name].dtype == expected[name].dtype
+        if not same or actual[name].tobytes() != expected[name].tobytes():
             yield f"{name} differs in the end"
 
 
@@ -130,9 +130,9 @@ def arrays(experiment: Experiment, folder: Path) -> Mapping[str, np.ndarray]:
 
 def of_leftovers(run: Run, reference: Path) -> list[str]:
     """Missing, additional and temporary files; damaged-* folders are documented."""
-    ours = files(run.folder)
-    scratch = {path for path in ours if re.search(r"(^|/)\.(?!lock$)|-tmp$|^chunks$", path)}
-    return sorted((ours ^ files(reference)) | scratch)
+    actual = files(run.folder)
+    scratch = {path for path in actual if re.search(r"(^|/)\.(?!lock$)|-tmp$|^chunks$", path)}
+    return sorted((actual ^ files(reference)) | scratch)
 
 
 def files(folder: Path) -> set[str]:
