@@ -307,7 +307,7 @@ def judge(dataset: "xarray.Dataset") -> list[Claim]:
         ("1 / (1 − κ²), almost surely", stabilization.random_step_threshold(kappa)),
         ("1 / (1 + κ²), the bound of second moments", 1 / (1 + kappa**2)),
     ):
-        text = f"noise ±κ(1 − θ²), 0 at the minimum, holds up the loss from η = {name}"
+        text = f"noise ±κ(1 − θ²), 0 at the minimum, stabilizes the loss from η = {name}"
         right = ((levels > 1e-9) == (eta > np.asarray(threshold)))[np.isfinite(levels)].mean()
         statistic = "share of step sizes on the predicted side"
         claim(text, f"κ = {', '.join(map(str, SPREADS))}", statistic, right, near(1), "noise")
