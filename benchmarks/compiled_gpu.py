@@ -34,7 +34,8 @@ from benchmarks import pallas_diagonal, timing
 from benchmarks.toy_runs import make_run
 from experiments.toy import problems
 from sgd_sparse_jax import Batch, data, models, train
-from sgd_sparse_jax.train.sweep import STRIDE
+
+UNROLL = 4  # steps per iteration, the default of `train.record_run`
 
 # NVIDIA H100 80GB HBM3, as XLA describes it.
 H100 = """
@@ -243,7 +244,7 @@ def sweep(problem: str, runs: int, steps: int, records: int = 4) -> dict[str, An
     program = compiled(jax.vmap(run), keys, sizes)
     text = program.as_text()
     bodies = computations(text)
-    # The loop over steps is the innermost one of known length; each trip takes STRIDE steps.
+    # The loop over steps is the innermost one of known length; each trip takes `UNROLL` steps.
     loops = [each for body in bodies.values() for each in body if each.operation == "while"]
     inner = [each.refers_to("body") for each in loops if "known_trip_count" in each.attributes]
     counts = [
@@ -252,7 +253,7 @@ def sweep(problem: str, runs: int, steps: int, records: int = 4) -> dict[str, An
         if not any(each.operation == "while" for each in bodies[name])
     ]
     return report(text, steps) | {
-        "kernels_per_step": max(counts) / STRIDE,
+        "kernels_per_step": max(counts) / UNROLL,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 

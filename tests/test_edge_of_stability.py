@@ -57,6 +57,18 @@ def test_a_quadratic_jumps_at_two_over_its_curvature(step_size, momentum, bisect
     np.testing.assert_allclose(row["sharpness"], 1, rtol=0.02)
 
 
+@pytest.mark.parametrize(("step_size", "between"), [(0.5, 2.5), (0.35, 1.5)])
+def test_the_loss_jumps_below_the_batch_size_whose_curvature_exceeds_the_edge(step_size, between):
+    """A step on b of 3 orthogonal examples has curvature 3 h / b along each of them, or 0."""
+    config = config_of(step_sizes=(step_size,), horizon=2000, bisect="batch_size")
+    dataset, specs = study(edge_test, config)
+    np.testing.assert_allclose(dataset["critical"][0], between, rtol=0.01)
+    (row,), size = edge_test.shares(dataset, specs), between + 0.5
+    bound = 3 * SIZES.max() / size * step_size / 2  # on the curvature of batches of this size
+    assert (np.array(row["batch_sharpness"]) <= bound * (1 + 1e-9)).all()
+    assert bound < 1 < bound * size / (size - 1)
+
+
 def test_bisection_finds_the_threshold_of_each_seed_or_none():
     thresholds = np.array([0.3, 7.0, 100.0, 0.01])
     ends = np.full(4, 0.25), np.full(4, 16.0)

@@ -50,8 +50,9 @@ class Config:
     """Study branches: factors of the step size; 1 is the unchanged run."""
     horizon: ranges.TwoOrMore = 400
     """Studies edge-test and branches: steps from the checkpoint on."""
-    bisect: Literal["step_size", "momentum"] = "step_size"
-    """Study edge-test: what is varied until the loss jumps; momentum between 0 and .99."""
+    bisect: Literal["step_size", "momentum", "batch_size"] = "step_size"
+    """Study edge-test: what is varied until the loss jumps; momentum between 0 and .99, the number
+    of examples of independent batches from all down to 1."""
     jump: ranges.Positive = 2.0
     """Study edge-test: the loss jumps above this multiple of the unchanged run's maximum."""
     data_dir: str = ""

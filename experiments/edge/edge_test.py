@@ -1,4 +1,4 @@
-"""The step size or momentum at which the loss jumps, by bisection, beside each gauge's edge."""
+"""What makes the loss jump, by bisection, beside each gauge's edge: step, momentum, batch size."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 LOW, HIGH, ROUNDS = 0.25, 16.0, 9  # the bracket in step sizes of the run; the last is 0.8 % wide
 MOST = 0.99  # momentum
 GAUGES = tuple(plateaus.GAUGES)
+LABELS = {  # what is varied, and the ratio that is 1 for an exact test of the edge
+    "step_size": ("factor", "factor · gauge / edge"),
+    "momentum": ("factor", "factor · gauge / edge"),
+    "batch_size": ("batch size", "gauge there / edge"),
+}
 
 
 def simulate(
@@ -29,7 +34,8 @@ def simulate(
     """Critical factors and gauges at the last state of each run, with dims run, seed.
 
     "critical" is the factor of the step size above which the loss jumps, or the one that the edge
-    is divided by as momentum changes.
+    is divided by as momentum changes; or the batch size below which it jumps, half-way between the
+    largest that does and the next, at which gauges are then taken.
     """
     import xarray
 
@@ -37,14 +43,19 @@ def simulate(
     gauges, found = plateaus.make_gauges(config, toy, sweep), {}
     for members, spec, program, points in plateaus.groups(config, toy, specs):
         ran = checkpoint(config, program, spec, points, sweep)
-        gauged = gauges(program, ran["snapshot"], ran.get("after"))
-        rows = {name: gauged[name][:, :, 0] for name in GAUGES if name in gauged}
-        rows["critical"] = critical(config, program, points, ran["snapshot"][:, :, 0], sweep)
+        rows = {"critical": critical(config, program, points, ran["snapshot"][:, :, 0], sweep)}
+        if config.bisect == "batch_size":
+            rows["critical"] = program.batch_size / rows["critical"]
+            rows |= at_batch_sizes(program, ran["snapshot"], np.ceil(rows["critical"]), gauges)
+        else:
+            gauged = gauges(program, ran["snapshot"], ran.get("after"))
+            rows |= {name: gauged[name][:, :, 0] for name in GAUGES if name in gauged}
         for name, values in rows.items():
             whole = found.setdefault(name, np.full((len(specs), config.seeds), np.nan))
             whole[members] = values.T
     variables = {name: (("run", "seed"), values) for name, values in found.items()}
-    return xarray.Dataset(variables, {"run": [spec.label for spec in specs]})
+    names = {"run": [spec.label for spec in specs]}
+    return xarray.Dataset(variables, names, {"bisect": config.bisect})
 
 
 def critical(
@@ -59,11 +70,15 @@ def critical(
 
     def peaks(factors: np.ndarray, name: str) -> np.ndarray:
         sizes, momenta = (np.broadcast_to(leaf, shape) for leaf in points[:2])
+        counts = None
         if config.bisect == "step_size":
             sizes = sizes * factors
-        else:
+        elif config.bisect == "momentum":
             momenta = sign * ((1 + sign * momenta) / factors - 1)
-        items = seed, Point(sizes.ravel(), momenta.ravel(), starts.reshape(len(seed), -1))
+        else:
+            counts = np.rint(program.batch_size / factors).ravel()
+        start = starts.reshape(len(seed), -1)
+        items = seed, Point(sizes.ravel(), momenta.ravel(), start, counts)
         name = f"{name} of {program.optimizer}, b = {program.batch_size}"
         losses = sweep(follow, seed_keys(config.seed, 1), items, name=name)["loss"][0]
         return np.where(np.isfinite(losses).all(1), losses.max(1), np.inf).reshape(shape)
@@ -73,8 +88,24 @@ def critical(
         end = 0.0 if program.full else MOST
         low = np.ones(shape)
         high = np.broadcast_to((1 + sign * points.momentum) / (1 + sign * end), shape)
+    elif config.bisect == "batch_size":  # from all examples down to one
+        low = np.full(shape, program.batch_size / len(program.toy.train.y))
+        high = np.full(shape, float(program.batch_size))
     unchanged = peaks(np.ones(shape), "unchanged")
     return bisected(lambda f, name: peaks(f, name) > config.jump * unchanged, low, high)
+
+
+def at_batch_sizes(
+    program: Program, snapshots: np.ndarray, sizes: np.ndarray, gauges: Callable
+) -> dict[str, np.ndarray]:
+    """The gauges [seeds, points] of snapshots [..., 1, q] for batches of `sizes`; NaN for NaN."""
+    found: dict[str, np.ndarray] = {}
+    for size in np.unique(sizes[np.isfinite(sizes)]):
+        gauged = gauges(program._replace(batch_size=int(size)), snapshots, None)
+        for name in (name for name in GAUGES if name in gauged):
+            whole = found.setdefault(name, np.full(sizes.shape, np.nan))
+            whole[sizes == size] = gauged[name][:, :, 0][sizes == size]
+    return found
 
 
 def checkpoint(
@@ -101,13 +132,15 @@ def bisected(
 
 
 def shares(dataset: "xarray.Dataset", specs: Sequence[Spec]) -> list[dict[str, Any]]:
-    """Per run: the critical factor, and for each gauge its ratio to the prediction, [seeds]."""
-    rows = []
+    """Per run: what is critical, and for each gauge its ratio to the prediction, [seeds]."""
+    rows, by_batch_size = [], dataset.attrs["bisect"] == "batch_size"
     for i, spec in enumerate(specs):
         critical = dataset["critical"].values[i]
         row: dict[str, Any] = {"run": spec.label, "critical": critical.tolist()}
+        # Gauges of batches have the edge of mini-batches, and are those of the critical size.
+        edge = spec._replace(full=False).edge if by_batch_size else spec.edge / critical
         for name in (name for name in GAUGES if name in dataset):
-            row[name] = (critical * dataset[name].values[i] / spec.edge).tolist()
+            row[name] = (dataset[name].values[i] / edge).tolist()
         rows.append(row)
     return rows
 
@@ -118,7 +151,7 @@ def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) ->
 
     rows, verdicts = shares(dataset, specs), {}
     for row in rows:
-        # The error of a prediction: seeds' mean of |log(eta_c / predicted)|.
+        # The error of a prediction: seeds' mean of |log(measured / predicted)|.
         errors = {
             name: float(np.nanmean(np.abs(np.log(row[name]))))
             for name in GAUGES
@@ -128,10 +161,11 @@ def summarize(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec]) ->
         verdicts[row["run"]] = (
             f"{plateaus.GAUGES[best]} predicts best, to {np.expm1(errors[best]):.1%} on average"
             if best
-            else "no jump within the bracket"
+            else "no jump, or always one, within the bracket"
         )
     records.write_json(folder / "summary.json", {"rows": rows, "verdicts": verdicts})
-    table = Table("run", "gauge", "factor · gauge / edge", "factor", title="Critical factors")
+    of, ratio = LABELS[dataset.attrs["bisect"]]
+    table = Table("run", "gauge", ratio, of, title=f"Critical {of}s")
     for row in rows:
         names = [name for name in GAUGES if np.isfinite(row.get(name, np.nan)).any()]
         for name in names:
@@ -154,25 +188,16 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec], title: str) -> list[Path]:
-    """Draws critical factors over the prediction of each gauge, a point per seed."""
-    panels = []
-    for i, spec in enumerate(specs):
-        critical, points = dataset["critical"].values[i], {}
-        for name in (name for name in GAUGES if name in dataset):
-            predicted = spec.edge / dataset[name].values[i]
-            if np.isfinite(predicted).any():
-                points[plateaus.GAUGES[name]] = predicted, critical
-        top = np.nanmax(
-            [np.nanmax(critical, initial=1), *(np.nanmax(x) for x, _ in points.values())]
-        )
-        line = np.array([0.0, 1.1 * top])
-        panels.append(
-            plots.Panel(
-                spec.label,
-                "critical factor",
-                {"equal": (line, line)},
-                "edge / gauge",
-                points=points,
-            )
-        )
+    """Draws the ratio of each gauge to its prediction over what is critical, a point per seed."""
+    panels, (of, ratio) = [], LABELS[dataset.attrs["bisect"]]
+    for row in shares(dataset, specs):
+        critical = np.array(row["critical"])
+        points = {
+            plateaus.GAUGES[name]: (critical, np.array(row[name]))
+            for name in GAUGES
+            if np.isfinite(row.get(name, np.nan)).any()
+        }
+        ends = np.array([np.nanmin(critical, initial=1), np.nanmax(critical, initial=1)])
+        lines = {"edge": (ends, np.ones(2))}
+        panels.append(plots.Panel(row["run"], ratio, lines, f"critical {of}", points=points))
     return plots.figure(folder / "figures" / "edge_test", panels, title=title)

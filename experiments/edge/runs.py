@@ -17,7 +17,7 @@ from jax.flatten_util import ravel_pytree
 from experiments.toy.problems import Toy
 from experiments.toy.run import parameters
 from sgd_sparse_jax import measure, train
-from sgd_sparse_jax.types import Batch, PRNGKey
+from sgd_sparse_jax.types import Batch, Fetch, Objective, PRNGKey, Sampler
 
 Optimizer = Callable[[Any, Any], optax.GradientTransformation]  # of step size and momentum
 BETA1, BETA2, EPS = 0.9, 0.99, 1e-7  # of Adam; RMSProp has the last two
@@ -36,6 +36,7 @@ class Point(NamedTuple):
     step_size: Any  # scalar, or [points]
     momentum: Any  # of SGD
     start: Any = None  # a snapshot [q]; default: drawn from the key
+    batch_size: Any = None  # may be traced; default: that of the program
 
 
 class Program(NamedTuple):
@@ -52,9 +53,33 @@ class Program(NamedTuple):
         return self.batch_size == len(self.toy.train.y)
 
     @property
-    def objective(self) -> Any:
+    def objective(self) -> Objective:
         """(params, stats, batch) -> (mean loss, stats)."""
         return train.make_objective(self.toy.network(1.0), self.toy.loss)
+
+    def steps(self, size: Any = None) -> tuple[Sampler, Fetch, Objective]:
+        """How a step draws, gathers and evaluates its batch.
+
+        With a traced batch `size`, independent batches of that many examples: a step evaluates all
+        examples, in a new order, and gives those after the first `size` the weight 0.
+        """
+        toy, n = self.toy, len(self.toy.train.y)
+        drawn = train.with_replacement if self.with_replacement else train.reshuffled_epochs
+        if size is not None:
+            share = jnp.where(jnp.arange(n) < size, n / size, 0.0).astype(toy.train.x.dtype)
+
+            def weighted(params: Any, stats: Any, batch: Batch) -> tuple[jax.Array, Any]:
+                out = toy.network(1.0).apply(params, stats, batch.x, train=True).out
+                return (share * toy.loss(out, batch.y)).mean(), stats
+
+            return drawn(n, n), self.gather, weighted
+        if self.full:
+            return train.full_batch(n), lambda key, idx: toy.train, self.objective
+        return drawn(n, self.batch_size), self.gather, self.objective
+
+    def gather(self, key: PRNGKey, idx: jax.Array) -> Batch:
+        """The examples of a batch."""
+        return Batch(self.toy.train.x[idx], self.toy.train.y[idx])
 
     def tx(self, point: Point) -> optax.GradientTransformation:
         """The optimizer of a run, in the dtype of the data."""
@@ -84,26 +109,24 @@ def make_run(
     The loss is that of the whole training set. With full batches, "after" are the snapshots after
     these steps.
     """
-    data, n = program.toy.train, len(program.toy.train.y)
-    drawn = train.with_replacement if program.with_replacement else train.reshuffled_epochs
-    sampler = train.full_batch(n) if program.full else drawn(n, program.batch_size)
-    fetch = lambda key, idx: data if program.full else Batch(data.x[idx], data.y[idx])
     stops = np.union1d(at, at + 1) if program.full and snapshots else at
     places = np.searchsorted(stops, at)
 
     def record(state):
-        found = {"loss": program.toy.mean_loss(state.params, data)}
+        found = {"loss": program.toy.mean_loss(state.params, program.toy.train)}
         if snapshots:
             found["snapshot"] = ravel_pytree((state.params, state.opt_state))[0]
         return found
 
     def run(key, point):
         drawing, running = jr.split(key)
-        step = train.make_step(program.objective, program.tx(point))
+        sampler, fetch, objective = program.steps(point.batch_size)
+        step = train.make_step(objective, program.tx(point))
         probes, state = [train.Probe(record, stops)], program.state(drawing, point)
         segment = train.make_segment(step, fetch)
         last = int(stops[-1])
-        records = train.record_run(running, sampler, segment, state, probes, last)[1][0]
+        args = running, sampler, segment, state, probes, last
+        records = train.record_run(*args, unroll=1)[1][0]  # half of the time is compilation
         found = {name: leaf[places] for name, leaf in records.items()}
         return found | ({"after": records["snapshot"][places + 1]} if len(stops) > len(at) else {})
 
@@ -121,11 +144,16 @@ def make_sharpness(toy: Toy, steps: int) -> Callable[[PRNGKey, Any], dict[str, A
         params, scale = (parameters(toy, vector) for vector in at)
         loss = lambda params: toy.mean_loss(params, toy.train)
         operator = measure.preconditioned(measure.hessian(loss, params, linearize=True), scale)
-        start = optax.tree.random_like(key, params)
+        start = random_signs(toy, key, at[0])
         value, residual = measure.lanczos_sharpness(operator.matvec, start, steps=steps)
         return {"sharpness": value, "residual": residual}
 
     return sharpness
+
+
+def random_signs(toy: Toy, key: PRNGKey, theta: jax.Array) -> Any:
+    """A start vector; normal draws take XLA seconds to compile on CPUs."""
+    return parameters(toy, jr.rademacher(key, theta.shape, theta.dtype))
 
 
 def make_batch_gauges(
@@ -141,7 +169,7 @@ def make_batch_gauges(
 
     def gauges(key, theta):
         params, objective = parameters(program.toy, theta), program.objective
-        start = optax.tree.random_like(key, params)
+        start = random_signs(program.toy, key, theta)
         draw = jax.vmap(lambda key: jr.permutation(key, n)[:b])
         indices = draw(jr.split(key, batches))
 
@@ -156,7 +184,7 @@ def make_batch_gauges(
 
         if lanczos_steps:
             return {"top": jax.lax.map(top, indices)}
-        rayleigh, g2 = jax.lax.map(along_gradient, indices, batch_size=8)
+        rayleigh, g2 = jax.lax.map(along_gradient, indices)
         return {"rayleigh": rayleigh, "g2": g2}
 
     return gauges

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Run: TypeAlias = Callable[[PRNGKey, Any], PyTree[Array]]
 WINDOW = 64  # steps per draw of indices: a draw per step costs as much as a toy step
-STRIDE = 4  # steps per iteration of the compiled loop
 
 
 class Probe(NamedTuple):
@@ -48,6 +47,8 @@ def record_run(
     state: TrainState,
     probes: Sequence[Probe],
     num_steps: int,
+    *,
+    unroll: int = 4,
 ) -> tuple[TrainState, tuple[PyTree[jax.Array], ...]]:
     """One run to step `num_steps`: (final state, records), records[i] stacked along probes[i].at.
 
@@ -60,10 +61,12 @@ def record_run(
         state: At any step, so that a saved run continues.
         probes: What is recorded, and before which steps.
         num_steps: Number of the last step.
+        unroll: Steps per iteration of the compiled loop, a divisor of 64. 1 compiles twice as fast,
+            and runs as fast where a step takes more than a few microseconds.
 
     Raises:
         ValueError: If the `at` of a probe isn't increasing or exceeds [state.step, num_steps], with
-            0 as the lower end if `state` is traced.
+            0 as the lower end if `state` is traced; or if `unroll` is no divisor of 64.
 
     Example:
         >>> from sgd_sparse_jax import train, types
@@ -77,6 +80,8 @@ def record_run(
         >>> weights.tolist()
         [8.0, 4.0, 1.0]
     """
+    if unroll < 1 or WINDOW % unroll:
+        raise ValueError(f"unroll is {unroll}; give a divisor of {WINDOW}.")
     first = 0 if isinstance(state.step, Tracer) else int(state.step)
     for i, (_, at) in enumerate(probes):
         if len(at) and not (first <= at[0] and at[-1] <= num_steps and (np.diff(at) > 0).all()):
@@ -90,7 +95,7 @@ def record_run(
 
     def tick(state, stop_and_scheduled):
         stop, now = stop_and_scheduled
-        state = _walk(order, noise, sampler, segment, state, stop)
+        state = _walk(order, noise, sampler, segment, state, stop, unroll)
         return state, tuple(_record_if(now[i], p.record, state) for i, p in enumerate(probes))
 
     state, records = jax.lax.scan(tick, state, (jnp.asarray(stops), jnp.asarray(scheduled)))
@@ -98,7 +103,9 @@ def record_run(
     return state, tuple(map(pick, records, scheduled.T))
 
 
-def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, stop) -> TrainState:
+def _walk(
+    order, noise, sampler: Sampler, segment: Segment, state: TrainState, stop, unroll: int
+) -> TrainState:
     """Runs until `state.step` is `stop`, which may be traced: all distances share a program."""
 
     def window(state: TrainState, trips, length: int) -> TrainState:
@@ -108,7 +115,7 @@ def _walk(order, noise, sampler: Sampler, segment: Segment, state: TrainState, s
         return jax.lax.fori_loop(0, trips, advance, state)
 
     # The number of trips of the inner loop is known, else a GPU asks the host at each of them.
-    full = lambda state: window(state, WINDOW // STRIDE, STRIDE)
+    full = lambda state: window(state, WINDOW // unroll, unroll)
     state = jax.lax.while_loop(lambda state: state.step + WINDOW <= stop, full, state)
     return window(state, stop - state.step, 1)
 
