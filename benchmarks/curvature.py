@@ -140,7 +140,7 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
     rounds = 1 if once else config.rounds
     inputs, descend = problem.tensors(), jax.jit(jax.grad(problem.objective, has_aux=True))
 
-    def ours(name: str, start: Params | None = None, *, descent: bool = False) -> None:
+    def by_jax(name: str, start: Params | None = None, *, descent: bool = False) -> None:
         if descent:
             gradient = descend(problem.params, problem.stats, problem.batch)[0]
             start = jax.tree.map(lambda leaf: leaf[None], gradient)
@@ -148,18 +148,18 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
         value, residual = float(pairs.values[0]), float(pairs.residuals[0])
         found[name] = peer.Found(value, residual, pairs.matvecs)
 
-    def theirs(name: str, start: peer.Vector | None) -> None:
+    def by_torch(name: str, start: peer.Vector | None) -> None:
         hessian = peer.Hessian(problem.net, *inputs)
         start = [each.detach() for each in hessian.gradient] if start is None else start
         found[name] = peer.power_iteration(hessian, start, tol=TOL, most=MOST)
 
     runs = {
-        "PyTorch, cold": partial(theirs, start=random),
-        "PyTorch, from the gradient": partial(theirs, start=None),
-        "PyTorch, warm": partial(theirs, start=known),
-        "this library, cold": ours,
-        "this library, from the gradient": partial(ours, descent=True),
-        "this library, warm": partial(ours, start=earlier),
+        "PyTorch, cold": partial(by_torch, start=random),
+        "PyTorch, from the gradient": partial(by_torch, start=None),
+        "PyTorch, warm": partial(by_torch, start=known),
+        "this library, cold": by_jax,
+        "this library, from the gradient": partial(by_jax, descent=True),
+        "this library, warm": partial(by_jax, start=earlier),
     }
     runs = {name: partial(run, name) for name, run in runs.items()}
     begin = CLOCK()
@@ -197,11 +197,11 @@ def products(problem: Problem, v: peer.Vector, rounds: int, count: int) -> dict[
     operator = measure.hessian(problem.objective, *given)
     linear = measure.hessian(problem.objective, *given, linearize=True)
     w = jax.tree.map(jnp.ones_like, problem.params)
-    ours = lambda of: jax.block_until_ready([of.matvec(w) for _ in range(count)])
+    by_jax = lambda of: jax.block_until_ready([of.matvec(w) for _ in range(count)])
     sides = {
         "PyTorch": (lambda: [hessian(v) for _ in range(count)], count),
-        "this library": (lambda: ours(operator), count),
-        "this library, linearized": (lambda: ours(linear), count),
+        "this library": (lambda: by_jax(operator), count),
+        "this library, linearized": (lambda: by_jax(linear), count),
     }
     return timing.compare(sides, rounds, unit="product", clock=CLOCK)
 
@@ -228,16 +228,16 @@ def gauges(
         pairs = [tuple(map(float, one(problem.params, batch))) for batch in each]
         found["loop of compiled products"] = statistics.fmean(gHg / g2 for gHg, g2 in pairs)
 
-    def theirs() -> None:
+    def by_torch() -> None:
         found["PyTorch"] = statistics.fmean(peer.step_sharpness(problem.net, xs, ys))
 
-    def ours() -> None:
+    def by_jax() -> None:
         given = (problem.objective, problem.params, problem.stats, batches)
         how = {"chunk": config.batches, "vectorized": vectorized}
         gauge = measure.batch_gauges(*given, **how)["batch_sharpness"]
         found["this library"] = gauge.value
 
-    sides = {"loop of compiled products": loop, "PyTorch": theirs, "this library": ours}
+    sides = {"loop of compiled products": loop, "PyTorch": by_torch, "this library": by_jax}
     repeated = lambda side: lambda: [side() for _ in range(passes)]
     units = passes * config.batches
     counted = {name: (repeated(side), units) for name, side in sides.items()}

@@ -40,8 +40,9 @@ class Config:
     """Base seed: seed i is fold_in(key(seed), i)."""
     records: ranges.TwoOrMore = 30
     """Number of evenly spaced records of each run."""
-    lanczos_steps: ranges.TwoOrMore = 24
-    """Products with the Hessian for each eigenvalue, half as many with those of mini-batches."""
+    lanczos_steps: ranges.TwoOrMore = 16
+    """Products with the Hessian for each eigenvalue, three quarters as many with those of
+    mini-batches."""
     gauge_batches: ranges.TwoOrMore = 256
     """Mini-batches of each record of the batch sharpness, drawn anew for each record."""
     lanczos_batches: ranges.CountOrNone = 32

@@ -136,7 +136,7 @@ def make_gauges(config: Config, toy: Toy, sweep: Callable) -> Callable[..., dict
             found |= {name: value, f"{name}_error": error}
         if config.lanczos_batches:
             last = slice(max(theta.shape[2] - LANCZOS_RECORDS, 0), theta.shape[2])
-            steps = config.lanczos_steps // 2  # of a lower bound, which lies above the edge
+            steps = 3 * config.lanczos_steps // 4  # of a lower bound, which lies above the edge
             found["minibatch_sharpness"] = np.full(theta.shape[:-1], np.nan)
             tops = samples(config.lanczos_batches, steps, last)["top"]
             found["minibatch_sharpness"][:, :, last] = tops.mean(-1)
