@@ -298,3 +298,28 @@ def test_a_displacement_splits_into_bouncing_and_orthogonal_drift():
     np.testing.assert_allclose(below, -6 * 0.199)
     same, _ = measure.floor_across(loss, path[6], -pairs.values, pairs.vectors)
     np.testing.assert_array_equal(same, path[6])
+
+
+@pytest.mark.parametrize(
+    ("tx", "options"),
+    [
+        (optax.rmsprop(0.1, decay=0.9), {"eps": 0.0, "eps_root": 1e-8}),
+        (optax.adam(0.1, b1=0.0), {"decay": 0.999}),
+        (optax.adam(optax.constant_schedule(0.1), b1=0.0), {"decay": 0.999}),
+        (optax.adam(0.1, b1=0.0, eps_root=1e-3), {"decay": 0.999, "eps_root": 1e-3}),
+    ],
+)
+def test_an_adaptive_step_is_the_scale_squared_times_the_gradient(tx, options):
+    params, grads = jnp.ones(3), jnp.array([1e-3, 0.5, 2.0])
+    _, state = tx.update(2 * grads, tx.init(params), params)
+    step, state = tx.update(grads, state, params)
+    scale = measure.adaptive_scale(state, **options)
+    np.testing.assert_allclose(-0.1 * scale**2 * grads, step, rtol=1e-12)
+    matrix = jnp.array([[2.0, 1.0, 0.0], [1.0, -1.0, 0.5], [0.0, 0.5, 3.0]])
+    operator = measure.preconditioned(measure.Operator(lambda v: matrix @ v, params), scale)
+    expected = np.linalg.eigvals(np.diag(np.asarray(scale) ** 2) @ matrix).real.max()
+    np.testing.assert_allclose(measure.top_eigenpairs(operator, 1, KEY).values, expected)
+    with pytest.raises(ValueError, match="nu"):
+        measure.adaptive_scale(optax.sgd(0.1).init(params))
+    with pytest.raises(ValueError, match="count"):
+        measure.adaptive_scale(optax.rmsprop(0.1).init(params), decay=0.9)

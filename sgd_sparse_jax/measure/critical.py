@@ -53,7 +53,7 @@ def critical_sharpness(
 
     Raises:
         ValueError: If `guess` isn't a positive number.
-        FloatingPointError: If the loss isn't finite at `params`.
+        FloatingPointError: If the loss at `params`, or the direction, isn't finite.
 
     Example:
         >>> loss = lambda p: 3.0 * p**2
@@ -65,7 +65,9 @@ def critical_sharpness(
     at = lambda eta: float(_value_at(as_tree(loss), params, direction, args, eta))
     base = at(0.0)
     if not np.isfinite(base):
-        raise FloatingPointError(f"The loss at the parameters is {base}.")
+        raise FloatingPointError(
+            f"The loss at the parameters is {base}; check that the direction is finite, too."
+        )
     low, high, eta, last = 0.0, np.inf, guess, None
     change, secant = np.inf, False
     for _ in range(passes - 1):

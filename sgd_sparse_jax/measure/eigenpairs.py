@@ -175,8 +175,8 @@ def lanczos_sharpness(
     """(lambda_max, relative residual) from a fixed number of Lanczos steps, for jit and vmap.
 
     A lower bound of the largest eigenvalue, up to rounding, for sweeps of small networks or many
-    batches in one program. It stores `steps` vectors, reorthogonalized in their dtype. On CPUs,
-    convolutions in its loop are slow; use `top_eigenpairs`.
+    batches in one program. It stores `steps` vectors, reorthogonalized in their dtype, at least
+    float32. On CPUs, convolutions in its loop are slow; use `top_eigenpairs`.
 
     Args:
         matvec: v -> A v, symmetric.
@@ -193,6 +193,7 @@ def lanczos_sharpness(
         4.0
     """
     flat, unravel = ravel_pytree(start)
+    narrow, flat = flat.dtype, flat.astype(jnp.promote_types(flat.dtype, jnp.float32))
     if steps < 1:
         raise ValueError(f"steps = {steps} of the Lanczos method; give 1 or more.")
     steps = min(steps, flat.size)
@@ -203,18 +204,25 @@ def lanczos_sharpness(
         again = V @ w
         return along + again, w - again @ V
 
+    def norm(w):  # squares of tiny and of huge entries are out of range
+        largest = jnp.abs(w).max()
+        return largest * jnp.linalg.norm(w / jnp.where(largest > 0, largest, 1.0))
+
+    def product(v):
+        return ravel_pytree(matvec(unravel(v.astype(narrow))))[0].astype(v.dtype)
+
     def step(i, state):
         V, M, w, length = state
         tiny = 100 * jnp.finfo(w.dtype).eps * jnp.abs(M).max()
         v = jnp.where(length > tiny, w / jnp.where(length > tiny, length, 1.0), 0.0)
         V = V.at[i].set(v)
-        along, w = project(ravel_pytree(matvec(unravel(v)))[0], V)
+        along, w = project(product(v), V)
         # Rows after an invariant subspace are uncoupled, with a value inside the spectrum.
         along = along.at[i].set(jnp.where(length > tiny, along[i], M[0, 0]))
-        return V, M.at[:, i].set(along), w, jnp.linalg.norm(w)
+        return V, M.at[:, i].set(along), w, norm(w)
 
     V, M = jnp.zeros((steps, flat.size), flat.dtype), jnp.zeros((steps, steps), flat.dtype)
-    begin = (V, M, flat, jnp.linalg.norm(flat))
+    begin = (V, M, flat, norm(flat))
     _, M, _, length = jax.lax.fori_loop(0, steps, step, begin)
     value, last = _largest(jnp.triu(M) + jnp.triu(M, 1).T)
     return value, length * jnp.abs(last) / jnp.abs(value)

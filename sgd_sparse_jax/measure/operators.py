@@ -5,7 +5,7 @@ and data are arguments, so that all steps of a run and all chunks of a data set 
 Arrays keep their shardings: a product over a batch that is split over devices runs on all of them.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sized
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -52,11 +52,15 @@ def hessian(
             then holds the inputs and about twice the activations that a gradient stores: 5.6 MB
             per image for ResNet-18 of width 16, and 7.5 MB during a product.
 
+    Raises:
+        TypeError: If the parameters aren't real numbers.
+
     Example:
         >>> loss = lambda params, x: (x * params**2).sum() / 2
         >>> hessian(loss, jnp.ones(2), jnp.array([3.0, 5.0])).matvec(jnp.ones(2)).tolist()
         [3.0, 5.0]
     """
+    require_real(params)
     of = as_tree(loss)
     coupled = bool(jax.eval_shape(_changed_stats, of, params, args))
     if linearize:
@@ -78,6 +82,9 @@ def gauss_newton(predict: Callable[..., Any], loss: LossFn, params: Params, *arg
         params: The parameters at which the matrix is taken.
         args: (batch,) or (stats, batch), with inputs x and targets y in the `Batch`.
 
+    Raises:
+        TypeError: If the parameters aren't real numbers.
+
     Example:
         >>> from sgd_sparse_jax.types import Batch
         >>> predict, loss = lambda params, x: x * params, lambda out, y: (out - y) ** 2 / 2
@@ -85,6 +92,7 @@ def gauss_newton(predict: Callable[..., Any], loss: LossFn, params: Params, *arg
         >>> float(gauss_newton(predict, loss, jnp.array(2.0), batch).matvec(jnp.array(1.0)))
         5.0
     """
+    require_real(params)
     of, *stats, batch = as_tree(predict), *args
     coupled = bool(jax.eval_shape(_changed_stats, of, params, (*stats, batch.x)))
     product = lambda v: _gauss_newton_product(of, as_tree(loss), params, tuple(stats), batch, v)
@@ -106,12 +114,12 @@ def mean_over(
         chunks: A sequence, or another iterable that can be iterated repeatedly. One that loads its
             chunks on demand allows data sets larger than the memory.
         weights: One for each chunk; default: its number of examples, the length of its first array
-            (1 without arrays).
+            (1 without arrays). Chunks of weight 0 are left out.
 
     Raises:
-        ValueError: If there are no chunks or weights, or if examples are coupled, as by BatchNorm
-            in training mode: the mean over chunks would be the Hessian of another loss. A single
-            chunk is allowed.
+        ValueError: If there are no chunks, if their number isn't that of the weights, or if
+            examples are coupled, as by BatchNorm in training mode: the mean over chunks would be
+            the Hessian of another loss. A single chunk is allowed.
         TypeError: If `chunks` can be iterated only once.
 
     Example:
@@ -126,6 +134,8 @@ def mean_over(
         raise TypeError("Each product reads the chunks again: give a list, not an iterator.")
     size = lambda chunk: next((len(each) for each in jax.tree.leaves(chunk) if np.ndim(each)), 1)
     shares = np.array([size(chunk) for chunk in chunks] if weights is None else [*weights], float)
+    if isinstance(chunks, Sized) and len(chunks) != len(shares):
+        raise ValueError(f"{len(chunks)} chunks have {len(shares)} weights; give one for each.")
     if not 0 < shares.sum() < np.inf:
         raise ValueError(
             f"The {len(shares)} chunks have weights {shares}; their sum must be positive."
@@ -141,7 +151,8 @@ def mean_over(
     def matvec(v: Any) -> Any:
         total = None
         for share, chunk in zip(shares, chunks, strict=True):
-            total = _add_scaled(total, float(share), operator(chunk).matvec(v))
+            if share:  # the mean loss of a chunk without examples is NaN
+                total = _add_scaled(total, float(share), operator(chunk).matvec(v))
         return total
 
     return Operator(matvec, first.like, first.coupled)
@@ -242,13 +253,7 @@ def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
 
     TypeError if the parameters aren't real numbers.
     """
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(operator.like)]
-    if not dtypes or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
-        found = ", ".join(sorted({dtype.name for dtype in dtypes})) or "no arrays"
-        raise TypeError(
-            f"The parameters are {found}; curvature needs real floating-point numbers. Make the "
-            "others an argument of the loss."
-        )
+    require_real(operator.like)
 
     def product(v: np.ndarray) -> np.ndarray:
         w = flatten(operator.matvec(unflatten(v, operator.like)))
@@ -259,6 +264,17 @@ def on_host(operator: Operator) -> Callable[[np.ndarray], np.ndarray]:
         return w
 
     return product
+
+
+def require_real(params: Any) -> None:
+    """Raises TypeError if a parameter isn't a real floating-point number, or if there is none."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    if not dtypes or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        found = ", ".join(sorted({dtype.name for dtype in dtypes})) or "no arrays"
+        raise TypeError(
+            f"The parameters are {found}; curvature needs real floating-point numbers. Make the "
+            "others an argument of the loss."
+        )
 
 
 def generator(key: PRNGKey) -> np.random.Generator:
@@ -312,8 +328,25 @@ def _add_scaled(total, share, v):
 @jax.jit
 def _changed_stats(function, params, args):
     """() if statistics are returned unchanged, else (0,): traced for its structure only."""
-    result = function(params, *args)
-    stats = result.stats if isinstance(result, Outputs) else ()
-    stats = result[1:] if type(result) is tuple else stats
-    given = {id(leaf) for leaf in jax.tree.leaves(args)}
-    return () if all(id(leaf) in given for leaf in jax.tree.leaves(stats)) else (0,)
+
+    def stats(params, args):
+        result = function(params, *args)
+        stats = result.stats if isinstance(result, Outputs) else ()
+        return result[1:] if type(result) is tuple else stats
+
+    jaxpr = jax.make_jaxpr(stats)(params, args).jaxpr
+    return (0,) if None in [_input_of(jaxpr, variable) for variable in jaxpr.outvars] else ()
+
+
+def _input_of(jaxpr, variable) -> int | None:
+    """Which input of a jaxpr a variable is, also through jax.jit and jax.checkpoint."""
+    if variable in jaxpr.invars:
+        return jaxpr.invars.index(variable)
+    for equation in jaxpr.eqns:
+        call = "jaxpr" in equation.params and equation.primitive.name != "scan"
+        if call and variable in equation.outvars:
+            inner = equation.params["jaxpr"]
+            inner = getattr(inner, "jaxpr", inner)  # jax.jit has constants beside it
+            place = _input_of(inner, inner.outvars[equation.outvars.index(variable)])
+            return None if place is None else _input_of(jaxpr, equation.invars[place])
+    return None
