@@ -269,7 +269,9 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
     """Draws ratios over shares of the edge, and error and outcomes over the step size."""
     ratios = {method: (SHARES, at_shares(dataset, method)) for method in METHODS}
     share = "step size / edge of the data set"
-    panels = [plots.Panel("Relative to the smallest step", "error", ratios, share, log_y=True)]
+    panels = [
+        plots.Panel("Relative to the smallest step", "ratio of errors", ratios, share, log_y=True)
+    ]
     for method in METHODS:
         of = dataset.sel(descent=method)
         sizes, outcome = of["step_size"].values, of["outcome"].values

@@ -272,11 +272,11 @@ def judge(dataset: "xarray.Dataset") -> list[claims.Claim]:
 
     stable = "linear, stable steps, σ = 1"
     one, two = law(clean, WINDOW)
-    how = f"exponent of η / b, {one.runs} runs, norm {WINDOW[0]:g} – {WINDOW[1]:g} of its start"
+    fitted = f"{one.runs} runs, norm {WINDOW[0]:g} – {WINDOW[1]:g} of its start"
     near = claims.near
-    add("the rate per η t is ∝ η / b", stable, one.slopes[0], near(1, absolute=0.05), how,
-        one.halves[0], "stable, unclipped steps, σ ~ 1")  # fmt: skip
-    add("and R² of the law", stable, one.r2, claims.at_least(0.985), how)
+    add("the rate per η t is ∝ η / b", stable, one.slopes[0], near(1, absolute=0.05),
+        f"exponent of η / b, {fitted}", one.halves[0], "stable, unclipped steps, σ ~ 1")  # fmt: skip
+    add("and R² of the law", stable, one.r2, claims.at_least(0.985), f"R², {fitted}")
     for k, (name, expected) in enumerate(
         (("η", near(2, absolute=0.15)), ("b", near(-1, absolute=0.06)))
     ):
@@ -354,8 +354,8 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
         steps = 1e-3 * runs["stride"].values[0] * np.arange(norms.shape[1])
         descent[f"GD, η = {size:g}" + (", weight decay" if decay else "")] = steps, norms
     title = "linear, clipped, η = 0.1, b = 16"
-    panels.append(plots.Panel(title, "norm", control, "1,000 steps", log_y=True))
-    panels.append(plots.Panel("Gradient descent", "norm", descent, "1,000 steps", log_y=True))
+    panels.append(plots.Panel(title, "norm", control, "thousand steps", log_y=True))
+    panels.append(plots.Panel("Gradient descent", "norm", descent, "thousand steps", log_y=True))
     colours = {"∝ η / b": "grey"}
     return plots.figure(
         stem, panels, columns=3, title="Decay of irrelevant weights", colours=colours

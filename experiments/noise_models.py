@@ -76,7 +76,7 @@ class Config:
 SETTINGS = {
     "d1": Config(),
     "d2": Config("d2", step_sizes=(0.1, 0.25), windows=157),
-    "student": Config("student", step_sizes=(0.32, 0.45), windows=125),
+    "student": Config("student", step_sizes=(0.32, 0.45), windows=125, seeds=16),
     "weak": Config("weak", step_sizes=(0.1, 0.05, 0.025), windows=2, seeds=200),
 }
 
@@ -200,7 +200,7 @@ def simulate(
 
     def follow(kind: str, keys: jax.Array, level: np.ndarray) -> dict:
         points = {"step_size": sizes, "level": level}
-        sweep = train.make_sweep(make_run(config, toy, kind))
+        sweep = train.make_sweep(make_run(config, toy, kind), **toy.sweep_options)
         ran = sweep(keys, points, on_chunk=lambda done: on_chunk(), store=store, fingerprint=kind)
         axes = f"seed_{kind}", "step_size"
         for key, values in ran.items():
@@ -324,34 +324,47 @@ def judge(config: Config, toy: problems.Toy, dataset: "xarray.Dataset") -> list[
 
 
 def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
-    """Draws the loss over time, and the coordinates in the order of SGD's."""
-    panels = []
+    """Draws the loss over time, and final coordinates along the order of SGD's."""
+    panels, last = [], [*list(MODELS)[1:], "sgd"]  # SGD on top
     for j, step_size in enumerate(dataset["step_size"].values):
         steps = WINDOW * (np.arange(dataset.sizes["window"]) + 0.5)
         lines, ends = {}, {}
-        for name, label in MODELS.items():
+        for name in last:
             losses = dataset[f"loss_{name}"].values[:, j]
-            lines[label] = steps, np.where(ensemble.diverged(losses), np.nan, losses)
+            lines[MODELS[name]] = steps, np.where(ensemble.diverged(losses), np.nan, losses)
             alive = ~ensemble.diverged(losses)[:, -1]
             if alive.any():
-                ends[label] = dataset[f"coordinates_{name}"].values[alive, j]
-        panels.append(
-            plots.Panel(f"η = {step_size:g}", "training loss", lines, log_y=True, log_x=True)
-        )
-        middles = {label: np.median(end, axis=0) for label, end in ends.items()}
-        order = np.argsort(next(iter(middles.values()), np.zeros(0)))  # SGD's, if a run survived
-        places = np.arange(len(order))
-        curves = {label: (places, middle[order]) for label, middle in middles.items()}
+                ends[name] = np.median(dataset[f"coordinates_{name}"].values[alive, j], axis=0)
         panels.append(
             plots.Panel(
-                f"η = {step_size:g}: the ends",
+                f"η = {step_size:g}",
+                "training loss",
+                lines,
+                log_y=True,
+                log_x=True,
+                ylim=(1e-12, 10),  # the loss of gradient descent falls to rounding errors
+            )
+        )
+        order = np.argsort(ends.get("sgd", np.zeros(0)))
+        groups = np.array_split(order, max(min(len(order) // 5, 40), 1))  # else lines are jagged
+        places = np.cumsum([len(group) for group in groups]) - len(groups[0]) / 2
+        curves = {
+            MODELS[name]: (places, [np.median(end[group]) for group in groups])
+            for name, end in ends.items()
+            if len(order)
+        }
+        panels.append(
+            plots.Panel(
+                f"η = {step_size:g}: end of the runs",
                 "median coordinate",
                 curves,
-                xlabel="coordinates in SGD's order",
+                xlabel="coordinates in SGD's order, in groups",
                 log_y=True,
             )
         )
-    return plots.figure(stem, panels, title="SGD, its SDEs, and noise without its structure")
+    title, colours = "SGD, its SDEs, and noise without its structure", {MODELS["sgd"]: "black"}
+    colours |= {MODELS["gd"]: "grey"}
+    return plots.figure(stem, panels, title=title, colours=colours)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -75,13 +74,15 @@ TITLES = {  # in the paper's order
     "three-layer": "T3 · teacher-student, three layers",
 }
 
-THEORY: dict[str, tuple[ModuleType, str]] = {  # name -> command that checks claims, title
-    "loss_stabilization": (loss_stabilization, "Loss stabilization in one dimension"),
-    "shallow_linear": (shallow_linear, "Shallow linear nets"),
-    "without_replacement": (without_replacement, "SGD without replacement"),
-    "noise_models": (noise_models, "Noise models"),
-    "learn_support": (learn_support, "Learning the support"),
-    "diag_implicit_bias": (diag_implicit_bias, "Large steps of (S)GD over diagonal nets"),
+THEORY: dict[str, tuple[Any, str]] = {  # name -> settings of a command that checks claims, title
+    "loss_stabilization": (loss_stabilization.Config(), "Loss stabilization in one dimension"),
+    "shallow_linear": (shallow_linear.Config(), "Shallow linear nets"),
+    "without_replacement": (without_replacement.Config(), "SGD without replacement"),
+    "noise_models": (noise_models.SETTINGS["d1"], "Noise models, D1"),
+    "noise_models-d2": (noise_models.SETTINGS["d2"], "Noise models, D2"),
+    "noise_models-student": (noise_models.SETTINGS["student"], "Noise models, two-layer student"),
+    "learn_support": (learn_support.Config(), "Learning the support"),
+    "diag_implicit_bias": (diag_implicit_bias.Config(), "Large steps of (S)GD over diagonal nets"),
 }
 
 
@@ -117,7 +118,7 @@ def tasks(config: Config, runs_dir: str) -> list[Any]:
     settings = {**diag_nets.SETTINGS, **loss_surface.SETTINGS, **fc_nets.SETTINGS}
     of = {"d3": {"frames": config.frames}, "two-layer": {"seeds": 8 * config.seeds}}
     return [
-        THEORY[name][0].Config(runs_dir=runs_dir)
+        replace(THEORY[name][0], runs_dir=runs_dir)
         if name in THEORY
         else replace(settings[name], **(common | of.get(name, {})))
         for name in names
@@ -157,7 +158,10 @@ def chapter_of(settings: Any) -> Chapter:
     finding = module.run(settings)
     command = f"python -m {module.__name__}"
     if isinstance(finding, claims.Finding):
-        title = next(title for of, title in THEORY.values() if of is module)
+        here = {"runs_dir": settings.runs_dir}
+        title = next(title for of, title in THEORY.values() if replace(of, **here) == settings)
+        if isinstance(settings, noise_models.Config):
+            command += f" --setting {settings.setting}"
         page = page_of(finding.folder, settings.runs_dir)
         return Chapter(title, command, finding.claims, finding.figures, [], page)
     rows = finding.rows

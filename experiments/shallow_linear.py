@@ -286,7 +286,7 @@ def judge(config: Config, dataset: "xarray.Dataset") -> list[Claim]:
 def draw(stem: Path, config: Config, dataset: "xarray.Dataset") -> list[Path]:
     """Draws sharpness and iterations over the step size, the slow regime, and levels beyond."""
     done, share, target = dataset["converged"], np.array(SHARES), config.target
-    names = [f"starts of {a} N and {b} N" for a, b in SCALES]
+    names = [f"a₀ ~ {a} N(0, I), b₀ ~ {b} N(0, I)" for a, b in SCALES]
     of = lambda values: {
         name: (share, values.isel(scale=scale).transpose("seed", "share").values)
         for scale, name in enumerate(names)

@@ -178,7 +178,7 @@ def judge(config: Config, dataset: "xarray.Dataset") -> list[Claim]:
 
 def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
     """Draws residuals and variances over the step size, escape times and spectra."""
-    eta, pairs = np.array(drift.STEP_SIZES), np.array(drift.PAIR_STEP_SIZES)
+    eta, pairs = np.log10(drift.STEP_SIZES), np.log10(drift.PAIR_STEP_SIZES)
     of = {name: dataset[name].values for name in dataset}
     means = {
         "drift": (eta, of["drift"]),
@@ -187,11 +187,11 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
     }
     epoch = {"with replacement": (eta, of["variance_with"]), "reshuffled": (eta, of["variance"])}
     late = {
-        name: (np.array(STATIONARY), np.where(values > 1e-20, values, np.nan))
+        name: (np.log10(STATIONARY), np.where(values > 1e-20, values, np.nan))
         for name, values in zip(SAMPLERS, of["stationary"], strict=True)
     }
     quantile = np.linspace(1, 99, 99)
-    log = {"log_y": True, "xlabel": "η"}
+    log = {"log_y": True, "xlabel": "log₁₀ η"}
     panels = [
         plots.Panel("Mean of an epoch minus GD", "norm", means, **log),
         plots.Panel("Variance of an epoch", "variance", epoch, **log),
@@ -202,7 +202,7 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
             sampler: (quantile, np.percentile(t, quantile))
             for sampler, t in zip(SAMPLERS, times, strict=True)
         }
-        panels.append(plots.Panel(f"Saddle: {name}", "steps", lines, "percentile", log_y=True))
+        panels.append(plots.Panel(f"Saddle: {name}", "steps to leave it", lines, "percentile"))
     return plots.figure(stem, panels, columns=3, title="SGD without replacement")
 
 

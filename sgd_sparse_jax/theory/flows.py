@@ -41,12 +41,13 @@ def gradient_flow(
     Args:
         loss: L, a pure function of the parameters.
         params: theta at time 0.
-        times: Increasing and positive, [t].
+        times: Increasing and positive, [t]. Parameters are inf at times that a million steps
+            of the solver don't reach, such as after a NaN or where the loss has no minimum.
         tol: Relative and absolute tolerance of the adaptive solver (diffrax's Tsit5).
 
     Raises:
         ImportError: diffrax is not installed.
-        ValueError: There are no parameters.
+        ValueError: There are no parameters, or times that are not as above.
 
     Example:
         >>> path = gradient_flow(lambda p: p**2 / 2, jnp.array(1.0), jnp.array([1.0, 2.0]))
@@ -59,6 +60,10 @@ def gradient_flow(
         hint = "gradient_flow needs diffrax; pip install diffrax"
         raise ImportError(hint) from error
     _check_params(params)
+    if not isinstance(times, Tracer):  # of a sweep, which has no values to look at
+        gaps = np.diff(np.asarray(times), prepend=0)
+        if not (gaps.size and np.isfinite(gaps).all() and (gaps > 0).all()):
+            raise ValueError("The times must be positive, finite and increasing, at least one.")
     descend = lambda t, params, args: optax.tree.scale(-1.0, jax.grad(loss)(params))
     found = diffrax.diffeqsolve(
         diffrax.ODETerm(descend),
@@ -69,8 +74,9 @@ def gradient_flow(
         y0=params,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
-        max_steps=None,
+        max_steps=1_000_000,  # without a limit it would run forever at a NaN
         adjoint=diffrax.ForwardMode(),
+        throw=False,
     )
     return found.ys
 
@@ -179,7 +185,7 @@ def isotropic(
         num_steps: Length of the run; required if `level` has one value per step.
 
     Raises:
-        ValueError: A level is negative, or their number isn't num_steps.
+        ValueError: A level is negative or not finite, or their number isn't num_steps.
 
     Example:
         >>> isotropic(0.5)(jnp.array([1.0, -2.0]), jnp.array([9.0, 9.0]), 0).tolist()
@@ -189,12 +195,16 @@ def isotropic(
         shape = jnp.shape(level)
         if shape and shape != (num_steps,):
             raise ValueError(
-                f"The noise level has shape {shape}; give a constant, or one value for each of the "
-                f"{num_steps} steps."
+                f"The noise level has shape {shape}; give a constant, or as many values as "
+                f"num_steps, which is {num_steps}."
             )
         # Traced levels, of a sweep, can't be looked at.
-        if not isinstance(level, Tracer) and (low := np.min(np.asarray(level))) < 0:
-            raise ValueError(f"The noise level is {low}; it must not be negative.")
+        if not isinstance(level, Tracer):
+            values = np.asarray(level)
+            if wrong := values[~((values >= 0) & (values < np.inf))].tolist():
+                raise ValueError(
+                    f"The noise level is {wrong[0]}; it must be finite and not negative."
+                )
 
     def noise(z: Array, residuals: Float[Array, " n"], t: ArrayLike) -> Float[Array, " n"]:
         if level is None:
@@ -273,7 +283,9 @@ def check_dt(
     rows = jax.jacrev(predict)(params, x)
     matrix = jax.vmap(lambda row: ravel_pytree(row)[0])(rows)
     top = float(jnp.linalg.eigvalsh(matrix @ matrix.T)[-1]) * scale / len(x)
-    if dt * top > 2:
+    if not np.isfinite(top):
+        raise ValueError("The Jacobian of the predictions is not finite at these parameters.")
+    if not dt * top <= 2:  # NaN too
         raise ValueError(
             f"dt is {dt:.3g}; Euler's method is stable up to 2 / lambda_max = {2 / top:.3g} at "
             "these parameters: choose a smaller step size or dt."

@@ -68,6 +68,8 @@ def batch_factor(examples: int, batch: int) -> float:
         >>> batch_factor(6, 2)
         0.4
     """
+    if not (1 <= batch <= examples and examples > 1):
+        raise ValueError(f"There are no batches of {batch} distinct examples of {examples}.")
     return (examples - batch) / (batch * (examples - 1))
 
 
