@@ -272,10 +272,11 @@ def judge(dataset: "xarray.Dataset") -> list[claims.Claim]:
 
     stable = "linear, stable steps, σ = 1"
     one, two = law(clean, WINDOW)
+    under = "stable, unclipped steps, σ ~ 1"
     fitted = f"{one.runs} runs, norm {WINDOW[0]:g} – {WINDOW[1]:g} of its start"
     near = claims.near
     add("the rate per η t is ∝ η / b", stable, one.slopes[0], near(1, absolute=0.05),
-        f"exponent of η / b, {fitted}", one.halves[0], "stable, unclipped steps, σ ~ 1")  # fmt: skip
+        f"exponent of η / b, {fitted}", one.halves[0], under)  # fmt: skip
     add("and R² of the law", stable, one.r2, claims.at_least(0.985), f"R², {fitted}")
     for k, (name, expected) in enumerate(
         (("η", near(2, absolute=0.15)), ("b", near(-1, absolute=0.06)))

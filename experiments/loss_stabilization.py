@@ -322,18 +322,18 @@ def draw(folder: Path, dataset: "xarray.Dataset") -> list[Path]:
         "Iterates after the burn-in", "η", "θ", eta, dataset["theta"].values, visits, "visits", True
     )
     drawn = maps.figure(folder / "diagram", [panel], title="θ → θ + η θ (1 − θ²)")
-    names = {"level": "Mean loss", "lyapunov": "Lyapunov exponent"}
+    names = {"level": "mean loss", "lyapunov": "Lyapunov exponent"}
     exact = {"level": stabilization.level, "lyapunov": stabilization.lyapunov_exponent}
     panels = [
         plots.Panel(
-            title,
-            title.lower(),
+            label[0].upper() + label[1:],
+            label,
             {"simulated": (eta, dataset[name].values.T), "closed form": (fine, exact[name](fine))},
             xlabel="η",
             ylim=(0, 0.16) if name == "level" else (-2, 1.2),
             points={"closed form at η = 2": ([2.0], [exact[name](2.0)])},
         )
-        for name, title in names.items()
+        for name, label in names.items()
     ]
     drawn += plots.figure(folder / "levels", panels, title="Loss stabilization")
     noisy, smooth = np.array(NOISY_STEP_SIZES), np.linspace(0.05, 0.95, 200)

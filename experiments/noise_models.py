@@ -327,7 +327,7 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
     """Draws the loss over time, and final coordinates along the order of SGD's."""
     panels, last = [], [*list(MODELS)[1:], "sgd"]  # SGD on top
     for j, step_size in enumerate(dataset["step_size"].values):
-        steps = WINDOW * (np.arange(dataset.sizes["window"]) + 0.5)
+        steps = np.log10(WINDOW * (np.arange(dataset.sizes["window"]) + 0.5))
         lines, ends = {}, {}
         for name in last:
             losses = dataset[f"loss_{name}"].values[:, j]
@@ -340,8 +340,8 @@ def draw(stem: Path, dataset: "xarray.Dataset") -> list[Path]:
                 f"η = {step_size:g}",
                 "training loss",
                 lines,
+                xlabel="log₁₀ of the SGD step",
                 log_y=True,
-                log_x=True,
                 ylim=(1e-12, 10),  # the loss of gradient descent falls to rounding errors
             )
         )

@@ -2,7 +2,7 @@
 
 python -m experiments.reproduce                    # 32 seeds: report.md and report.html
 python -m experiments.reproduce --theory           # and the claims of theory, with verdicts
-python -m experiments.reproduce --only d2          # one setting, or one command of theory
+python -m experiments.reproduce --only d2          # one setting, or one chapter of theory
 python -m experiments.reproduce --seeds 128 --exp_name more
 """
 

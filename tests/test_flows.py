@@ -141,12 +141,35 @@ def test_gradient_flow_solves_the_linear_equation_and_conserves_the_imbalance():
     np.testing.assert_allclose(imbalance(path["net"]) - imbalance(params)[None], 0, atol=1e-7)
 
 
+def test_gradient_flow_ends_at_a_singularity_or_a_nan():
+    """theta' = 4 theta^3 from 1 is (1 - 8t)^(-1/2), infinite at t = 1/8."""
+    times = jnp.array([0.05, 1.0])
+    path = jax.jit(lambda start: flows.gradient_flow(lambda p: -(p**4), start, times))
+    np.testing.assert_allclose(path(jnp.array(1.0)), [0.6**-0.5, np.inf], rtol=1e-6)
+    assert not np.isfinite(path(jnp.array(np.nan))).any()
+
+
+def flow_to(times):
+    return flows.gradient_flow(jnp.square, jnp.array(1.0), jnp.array(times))
+
+
 @pytest.mark.parametrize(
     ("call", "advice"),
     [
-        (lambda: flows.isotropic(-0.1), "must not be negative"),
-        (lambda: flows.isotropic(np.ones(7), num_steps=8), "each of the 8 steps"),
-        (lambda: flows.isotropic(np.array([1.0, -1.0]), num_steps=2), "must not be negative"),
+        (lambda: flows.isotropic(-0.1), "finite and not negative"),
+        (lambda: flows.isotropic(np.nan), "finite and not negative"),
+        (lambda: flows.isotropic(np.ones(7), num_steps=8), "num_steps, which is 8"),
+        (lambda: flows.isotropic(np.ones(7)), "num_steps, which is None"),
+        (lambda: flows.isotropic(np.array([1.0, -1.0]), num_steps=2), "finite and not negative"),
+        (lambda: flow_to([2.0, 1.0]), "increasing"),
+        (lambda: flow_to([0.0, 1.0]), "positive"),
+        (lambda: flow_to([np.nan]), "finite"),
+        (lambda: flow_to([]), "at least one"),
+        (lambda: flows.check_dt(lambda w, x: x @ w, jnp.ones(3), EXAMPLES.x, np.nan), "dt is nan"),
+        (
+            lambda: flows.check_dt(lambda w, x: x @ w**2, jnp.full(3, np.nan), EXAMPLES.x, 0.1),
+            "not finite",
+        ),
         (lambda: flows.gradient_flow(lambda p: 0.0, {}, jnp.ones(1)), "no parameters"),
         (
             lambda: flows.make_step(lambda p, x: x[:, 0], EXAMPLES, flows.no_noise, step_size=1.0)(

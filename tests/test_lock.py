@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from experiments.launch import lock
 
 PYTHON = {"cwd": Path(__file__).parents[1], "stdout": subprocess.PIPE, "text": True}
@@ -35,6 +37,13 @@ def test_a_second_process_is_refused_until_the_first_ends(tmp_path):
     with lock.alone_in(folder):
         pass
     assert os.listdir(folder) == [".lock"]
+
+
+def test_a_folder_that_cannot_be_created_is_one_error_without_a_warning(tmp_path, caplog):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), lock.holding(tmp_path / "file" / "run"):
+        pass
+    assert not caplog.records
 
 
 def test_without_file_locks_a_warning_is_logged_and_the_run_continues(tmp_path, caplog):

@@ -2,8 +2,10 @@
 
 import base64
 import html
+import importlib
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from experiments.figures import claims, report
 from experiments.figures.claims import FAILS, HOLDS
 from experiments.figures.tables import Row
 from experiments.figures.verdicts import ORDERED, claim, evidence, verdict
+from experiments.launch import cli
 from experiments.toy import config as toys
 
 
@@ -133,6 +136,20 @@ def test_only_chooses_settings_and_an_unknown_name_is_refused():
     assert task.setting == "d2"
     with pytest.raises(ValueError, match="--only is d4"):
         reproduce.tasks(reproduce.Config(only=("d4",)), "runs")
+
+
+def test_chapters_of_theory_have_their_titles_and_commands_that_repeat_them(monkeypatch):
+    monkeypatch.setattr(reproduce, "page_of", lambda folder, start: None)
+    tasks = reproduce.tasks(reproduce.Config(only=tuple(reproduce.THEORY)), "there")
+    titles = [title for _, title in reproduce.THEORY.values()]
+    for task, title in zip(tasks, titles, strict=True):
+        module = importlib.import_module(type(task).__module__)
+        monkeypatch.setattr(module, "run", lambda config: claims.Finding(Path("there"), [], []))
+        chapter = reproduce.chapter_of(task)
+        flags = [*chapter.command.split()[3:], "--runs_dir=there"]
+        settings = getattr(module, "SETTINGS", None)
+        assert chapter.title == title
+        assert cli.parse(module.Config, flags, settings=settings) == task
 
 
 @pytest.mark.slow

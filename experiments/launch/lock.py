@@ -29,9 +29,10 @@ def alone_in(
 def holding(folder: Path) -> Iterator[None]:
     """Locks `folder`, which is created if missing.
 
-    Raises ValueError, naming the process that holds the lock, and OSError without the folder. The kernel releases it when a process
-    ends, even if killed; a remaining file `.lock` has no effect. File systems without locks only
-    cause a warning: a lock file in place of a lock would outlive a killed process.
+    Raises ValueError, naming the process that holds the lock; OSError if the folder can't be
+    created. The kernel releases the lock when a process ends, even if killed; a remaining file
+    `.lock` has no effect. File systems without locks only cause a warning: a lock file in place of
+    a lock would outlive a killed process.
     """
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     holder = folder / ".holder.json"

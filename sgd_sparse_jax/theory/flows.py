@@ -41,7 +41,7 @@ def gradient_flow(
     Args:
         loss: L, a pure function of the parameters.
         params: theta at time 0.
-        times: Increasing and positive, [t]. Parameters are inf at times that a million steps
+        times: Increasing and positive, [t]. Parameters are inf at times that 100,000 steps
             of the solver don't reach, such as after a NaN or where the loss has no minimum.
         tol: Relative and absolute tolerance of the adaptive solver (diffrax's Tsit5).
 
@@ -74,7 +74,7 @@ def gradient_flow(
         y0=params,
         saveat=diffrax.SaveAt(ts=times),
         stepsize_controller=diffrax.PIDController(rtol=tol, atol=tol),
-        max_steps=1_000_000,  # without a limit it would run forever at a NaN
+        max_steps=100_000,  # without a limit it would run forever at a NaN
         adjoint=diffrax.ForwardMode(),
         throw=False,
     )
