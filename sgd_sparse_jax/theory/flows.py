@@ -274,7 +274,7 @@ def check_dt(
         scale: Of the loss: 1 for `train.half_squared`, 2 for `train.squared`.
 
     Raises:
-        ValueError: If dt exceeds the bound, with the bound in the message.
+        ValueError: If dt exceeds the bound, with the bound in the message, or J is not finite.
 
     Example:
         >>> check_dt(lambda w, x: x[:, 0] * w, jnp.array(1.0), jnp.array([[2.0]]), 0.4)

@@ -64,6 +64,9 @@ def batch_factor(examples: int, batch: int) -> float:
         examples: n, 2 or more.
         batch: b, from 1 to n.
 
+    Raises:
+        ValueError: If n or b is not as above.
+
     Example:
         >>> batch_factor(6, 2)
         0.4
