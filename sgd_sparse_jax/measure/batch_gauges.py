@@ -26,6 +26,7 @@ from .operators import (
     flatten,
     generator,
     hessian as hessian_at,
+    require_real,
     unflatten,
     value_of,
 )
@@ -111,7 +112,7 @@ def batch_gauges(
     Raises:
         ValueError: If there are no batches, `chunk` or `vectorized` is below 1, or an argument
             lacks the one that it needs.
-        TypeError: If `batches` isn't one `Batch`.
+        TypeError: If `batches` isn't one `Batch`, or the parameters aren't real numbers.
         FloatingPointError: If the gradient of a batch isn't finite. (Where it is zero, the mean of
             ratios is NaN and not converged.)
 
@@ -122,6 +123,7 @@ def batch_gauges(
         >>> gauges["batch_sharpness"].value, gauges["ratio_of_means"].value
         (2.0, 2.8)
     """
+    require_real(params)
     if min(chunk, 1 if vectorized is None else vectorized) < 1 or lanczos_steps < 0:
         raise ValueError(
             f"chunk is {chunk}, vectorized {vectorized}, lanczos_steps {lanczos_steps}; give at "
@@ -164,7 +166,9 @@ def batch_gauges(
         seen.append({name: value[: total - start] for name, value in found.items()})
         columns = {name: np.concatenate([part[name] for part in seen]) for name in found}
         if not np.isfinite(columns["g2"]).all():
-            raise FloatingPointError("The gradient of a batch isn't finite.")
+            raise FloatingPointError(
+                "|g|^2 of a batch isn't finite: check the loss; above 1e38 it needs float64."
+            )
         gauges = _gauges(columns, tol if len(columns["g2"]) >= FEWEST else 0.0)
         if all(gauge.converged for gauge in gauges.values()):
             break
