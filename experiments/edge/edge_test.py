@@ -188,16 +188,16 @@ def interval(values: Sequence[float]) -> str:
 
 
 def draw(folder: Path, dataset: "xarray.Dataset", specs: Sequence[Spec], title: str) -> list[Path]:
-    """Draws the ratio of each gauge to its prediction over what is critical, a point per seed."""
-    panels, (of, ratio) = [], LABELS[dataset.attrs["bisect"]]
+    """Draws the ratio of each gauge to its prediction, a point per seed."""
+    panels, (_, ratio) = [], LABELS[dataset.attrs["bisect"]]
+    seeds = np.arange(dataset.sizes["seed"])
     for row in shares(dataset, specs):
-        critical = np.array(row["critical"])
         points = {
-            plateaus.GAUGES[name]: (critical, np.array(row[name]))
+            plateaus.GAUGES[name]: (seeds, np.array(row[name]))
             for name in GAUGES
             if np.isfinite(row.get(name, np.nan)).any()
         }
-        ends = np.array([np.nanmin(critical, initial=1), np.nanmax(critical, initial=1)])
-        lines = {"edge": (ends, np.ones(2))}
-        panels.append(plots.Panel(row["run"], ratio, lines, f"critical {of}", points=points))
-    return plots.figure(folder / "figures" / "edge_test", panels, title=title)
+        lines = {"edge": (seeds, np.ones(len(seeds)))}
+        panels.append(plots.Panel(row["run"], ratio, lines, "seed", points=points))
+    stem, colours = folder / "figures" / "edge_test", {"edge": "#8c8c8c"}
+    return plots.figure(stem, panels, title=title, colours=colours)
