@@ -136,11 +136,10 @@ def batch_gauges(
     update = as_tree(tx.update) if tx is not None else None
     compiled_steps = lanczos_steps if chunk > 1 else 0
     total, seen, gauges, random = _count(batches), [], {}, None
-    key = jax.random.key(0) if key is None else key
+    known = lambda: jax.random.key(0) if key is None else key
     host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batches))
-    batches = batches if host else jax.tree.map(jnp.asarray, batches)
     if compiled_steps:  # one start for all batches; `top_eigenpairs` draws the same
-        random = unflatten(generator(key).normal(size=len(flatten(params))), params)
+        random = unflatten(generator(known()).normal(size=len(flatten(params))), params)
     for start in range(0, total, chunk):
         rows = np.minimum(np.arange(start, start + chunk), total - 1)  # one shape, one program
         some = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batches) if host else batches
@@ -161,13 +160,14 @@ def batch_gauges(
             one = jax.tree.map(lambda leaf, row=rows[0]: leaf[row], some)
             at = hessian_at(objective, params, stats, one)
             budget = {"tol": 0.0, "max_matvecs": lanczos_steps, "basis": max(lanczos_steps, 3)}
-            pairs = top_eigenpairs(at, 1, key, **budget)
+            pairs = top_eigenpairs(at, 1, known(), **budget)
             found["top"], found["top_residual"] = pairs.values, pairs.residuals
         seen.append({name: value[: total - start] for name, value in found.items()})
         columns = {name: np.concatenate([part[name] for part in seen]) for name in found}
         if not np.isfinite(columns["g2"]).all():
             raise FloatingPointError(
-                "|g|^2 of a batch isn't finite: check the loss; above 1e38 it needs float64."
+                "The gradient of a batch isn't finite, or |g|^2 overflows; check the loss, or use "
+                "float64."
             )
         gauges = _gauges(columns, tol if len(columns["g2"]) >= FEWEST else 0.0)
         if all(gauge.converged for gauge in gauges.values()):
@@ -238,13 +238,13 @@ def _count(batches: Any) -> int:
 def _along(loss: Callable[[Any], Any], params: Any, direction: Any) -> tuple[Any, Any]:
     """(d^T H d / |d|^2, |d|^2) for a direction d, by two forward derivatives; NaN for d = 0."""
     squared: Any = _dot(direction, direction)
-    unit = optax.tree.scale(jnp.sqrt(squared) ** -1, direction)  # squares of a small d underflow
-    slope = lambda params: jax.jvp(loss, (params,), (unit,))[1]
+    slope = lambda params: jax.jvp(loss, (params,), (direction,))[1]
     try:
-        curvature = jax.jvp(slope, (params,), (unit,))[1]
+        curvature = jax.jvp(slope, (params,), (direction,))[1]
     except (NotImplementedError, TypeError):  # functions with a jax.custom_vjp: reverse mode only
-        curvature = _dot(unit, jax.jvp(jax.grad(loss), (params,), (unit,))[1])
-    return jnp.where((squared > 0) & jnp.isfinite(squared), curvature, jnp.nan), squared
+        curvature = _dot(direction, jax.jvp(jax.grad(loss), (params,), (direction,))[1])
+    defined = (squared > 0) & jnp.isfinite(squared)
+    return jnp.where(defined, curvature / squared, jnp.nan), squared
 
 
 @np.errstate(divide="ignore", invalid="ignore")  # where gradients are zero
