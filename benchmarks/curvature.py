@@ -3,14 +3,13 @@
     taskset -c 1 python -m benchmarks.curvature --data_dir DIR --out curvature.json
 
 All sides run on one core, in turn; times are those of the core, medians over rounds. (`taskset`
-binds all libraries to it: each that starts two threads on one core is slower than one that starts
-one.) `toy` and
-`mlp`: the largest eigenvalue of the Hessian to a relative residual of 1e-3, by
+binds all libraries to it: one that starts two threads on one core is slower than one that starts
+one.) `toy` and `mlp`: the largest eigenvalue of the Hessian to a relative residual of 1e-3, by
 `measure.top_eigenpairs` and by power iteration over PyTorch's double backward, from random vectors
 (cold), from the gradient, and from the eigenvector 20 steps of training earlier (warm). `resnet`:
-the same in one round, but PyTorch's iteration runs once; its products are timed, and its total is
-extrapolated from them. `gauges`: g^T H g / |g|^2 of 64 batches. SciPy's eigsh checks the
-eigenvalues, over curvlinops' Hessian where it is installed, else over PyTorch's double backward.
+the same once each, PyTorch's iteration from random vectors only, with at most `resnet_products`.
+`gauges`: g^T H g / |g|^2 of 64 batches. SciPy's eigsh checks the eigenvalues, over curvlinops'
+Hessian where it is installed, else over PyTorch's double backward.
 
 The toy is an MLP 1-30-20-1 on 20 points, in float64. The MLP 3072-64-64-4 has the first 1,000
 images of classes 0 to 3 of CIFAR-10, ResNet-18 the first 512 images and BatchNorm in training mode.
@@ -21,7 +20,7 @@ were trained: the toy and the MLP to the edge of stability, where eigenvalues cr
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +66,8 @@ class Config:
     """Width of the ResNet."""
     resnet_steps: int = 40
     """Training steps of the ResNet."""
+    resnet_products: int = 30
+    """Products of PyTorch's power iteration on the ResNet, at most."""
     oracle: bool = True
     """Whether SciPy's eigsh checks the eigenvalues."""
     out: Path | None = None
@@ -104,7 +105,8 @@ def measured(case: str, config: Config) -> dict[str, Any]:
     images = data.load_images("cifar10", "train", data_dir=config.data_dir)
     if case == "resnet":
         size = (config.resnet_images, config.resnet_width, config.resnet_steps)
-        return {case: eigenvalues(problems.cifar_resnet(images, *size), config, once=True)}
+        resnet = problems.cifar_resnet(images, *size)
+        return {case: eigenvalues(resnet, config, most=config.resnet_products, once=True)}
     mlp = problems.cifar_mlp(images, config.images, config.steps)
     if case == "mlp":
         return {case: eigenvalues(mlp, config)}
@@ -119,10 +121,12 @@ def command(config: Config) -> str:
     left_out = ("cases", "data_dir", "oracle", "out")
     flags = [f"--{name} {value}" for name, value in vars(config).items() if name not in left_out]
     words = ["--cases", *config.cases, *flags, *([] if config.oracle else ["--no_oracle"])]
-    return f"python -m benchmarks.curvature {' '.join(words)}"
+    return f"taskset -c 1 python -m benchmarks.curvature {' '.join(words)}"
 
 
-def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict[str, Any]:
+def eigenvalues(
+    problem: Problem, config: Config, *, most: int = MOST, once: bool = False
+) -> dict[str, Any]:
     """The largest eigenvalue on all sides, and the time of a product; `once`: see the top."""
     print(f"-- {problem.checkpoint}", flush=True)
     found: dict[str, peer.Found] = {}
@@ -137,7 +141,6 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
     torch.manual_seed(0)
     random = [torch.randn_like(p) for p in problem.net.parameters()]
     known = peer.vector(jax.tree.map(lambda leaf: leaf[0], earlier))
-    rounds = 1 if once else config.rounds
     inputs, descend = problem.tensors(), jax.jit(jax.grad(problem.objective, has_aux=True))
 
     def by_jax(name: str, start: Params | None = None, *, descent: bool = False) -> None:
@@ -151,7 +154,7 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
     def by_torch(name: str, start: peer.Vector | None) -> None:
         hessian = peer.Hessian(problem.net, *inputs)
         start = [each.detach() for each in hessian.gradient] if start is None else start
-        found[name] = peer.power_iteration(hessian, start, tol=TOL, most=MOST)
+        found[name] = peer.power_iteration(hessian, start, tol=TOL, most=most)
 
     runs = {
         "PyTorch, cold": partial(by_torch, start=random),
@@ -162,21 +165,22 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
         "this library, warm": partial(by_jax, start=earlier),
     }
     runs = {name: partial(run, name) for name, run in runs.items()}
-    begin = CLOCK()
-    runs["PyTorch, cold"]()
-    first = CLOCK() - begin
-    timed = {n: (run, 1) for n, run in runs.items() if not (once and "PyTorch" in n)}
+    first = timed("PyTorch, cold", runs)
+    if once:
+        descend(problem.params, problem.stats, problem.batch)  # compiles
+        seconds = {name: timed(name, runs) for name in runs if "PyTorch" not in name}
+        table = {name: {"us_per_eigenvalue": 1e6 * s} for name, s in seconds.items()}
+    else:
+        sides = {n: (run, 1) for n, run in runs.items()}
+        table = timing.compare(sides, config.rounds, unit="eigenvalue", clock=CLOCK)
     result: dict[str, Any] = {
         "checkpoint": problem.checkpoint,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(problem.params)),
         "examples": len(problem.batch.x),
         "first_pytorch_run_s": first,
-        "eigenvalue": timing.compare(timed, rounds, unit="eigenvalue", clock=CLOCK),
-        "product": products(problem, random, rounds, 1 if once else 5),
+        "eigenvalue": table,
+        "product": products(problem, random, *((1, 1) if once else (config.rounds, 5))),
     }
-    if once:
-        each = result["product"]["PyTorch"]["us_per_product"]
-        result["extrapolated_pytorch_us"] = each * found["PyTorch, cold"].products
     if config.oracle:
         name, found_by = peer.oracle(problem.net, *inputs)
         found[name] = found_by
@@ -188,6 +192,15 @@ def eigenvalues(problem: Problem, config: Config, *, once: bool = False) -> dict
             f"{name:40s} {each.value:.7g}, residual {each.residual:.1e}, {each.products} products"
         )
     return result
+
+
+def timed(name: str, runs: dict[str, Callable[[], None]]) -> float:
+    """Seconds of one run."""
+    begin = CLOCK()
+    runs[name]()
+    seconds = CLOCK() - begin
+    print(f"{name:40s} {seconds:10.3f} s", flush=True)
+    return seconds
 
 
 def products(problem: Problem, v: peer.Vector, rounds: int, count: int) -> dict[str, dict]:

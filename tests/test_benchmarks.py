@@ -144,7 +144,7 @@ def test_all_sides_find_one_curvature(tmp_path, small_cifar):
     from benchmarks import curvature
 
     sizes = {"images": 16, "steps": 20, "batches": 2, "resnet_images": 8, "resnet_width": 2}
-    sizes |= {"rounds": 1, "resnet_steps": 20, "oracle": False}
+    sizes |= {"rounds": 1, "resnet_steps": 20, "oracle": False, "resnet_products": 1000}
     out = tmp_path / "curvature.json"
     curvature.run(curvature.Config(**sizes, data_dir=small_cifar, out=out))
     cases = json.loads(out.read_text())["cases"]
