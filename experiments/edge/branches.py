@@ -29,7 +29,7 @@ def simulate(
     """Branches of the last state of each run, with dims run, factor, seed, record.
 
     Metrics have dims run, factor, seed, when: all branches are annealed at one small step size
-    before they are compared, since a large one keeps the loss high itself.
+    before they are compared, since a large one by itself keeps the loss high.
     """
     import xarray
 

@@ -52,8 +52,8 @@ class Config:
     horizon: ranges.TwoOrMore = 400
     """Studies edge-test and branches: steps from the checkpoint on."""
     bisect: Literal["step_size", "momentum", "batch_size"] = "step_size"
-    """Study edge-test: what is varied until the loss jumps; momentum between 0 and .99, the number
-    of examples of independent batches from all down to 1."""
+    """Study edge-test: what is varied until the loss jumps: the step size; momentum between 0 and
+    .99; or the size of independently drawn batches, from all examples down to 1."""
     jump: ranges.Positive = 2.0
     """Study edge-test: the loss jumps above this multiple of the unchanged run's maximum."""
     data_dir: str = ""

@@ -1,4 +1,4 @@
-"""What makes the loss jump, by bisection, beside each gauge's edge: step, momentum, batch size."""
+"""The critical step size, momentum or batch size, by bisection, beside each gauge's edge."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -136,10 +136,10 @@ def batch_gauges(
     update = as_tree(tx.update) if tx is not None else None
     compiled_steps = lanczos_steps if chunk > 1 else 0
     total, seen, gauges, random = _count(batches), [], {}, None
-    known = lambda: jax.random.key(0) if key is None else key
+    start_key = lambda: jax.random.key(0) if key is None else key  # drawn only where it is used
     host = all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(batches))
     if compiled_steps:  # one start for all batches; `top_eigenpairs` draws the same
-        random = unflatten(generator(known()).normal(size=len(flatten(params))), params)
+        random = unflatten(generator(start_key()).normal(size=len(flatten(params))), params)
     for start in range(0, total, chunk):
         rows = np.minimum(np.arange(start, start + chunk), total - 1)  # one shape, one program
         some = jax.tree.map(lambda leaf, rows=rows: leaf[rows], batches) if host else batches
@@ -160,7 +160,7 @@ def batch_gauges(
             one = jax.tree.map(lambda leaf, row=rows[0]: leaf[row], some)
             at = hessian_at(objective, params, stats, one)
             budget = {"tol": 0.0, "max_matvecs": lanczos_steps, "basis": max(lanczos_steps, 3)}
-            pairs = top_eigenpairs(at, 1, known(), **budget)
+            pairs = top_eigenpairs(at, 1, start_key(), **budget)
             found["top"], found["top_residual"] = pairs.values, pairs.residuals
         seen.append({name: value[: total - start] for name, value in found.items()})
         columns = {name: np.concatenate([part[name] for part in seen]) for name in found}
